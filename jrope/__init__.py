@@ -1,0 +1,32 @@
+"""LLaMA in JAX and Flax, with every RoPE extension as PyTorch computes it.
+
+Pure functions of (params, tokens, positions, cache); parameters under Hugging Face's
+names.  One letter key for dimensions, here, in einsums and in docstrings:
+
+    B batch              T new tokens        S cache slots       L layers
+    D hidden_size        N query heads       K key/value heads   G = N / K
+    H head_dim           R rotary pairs      F intermediate_size V vocab_size
+"""
+
+from importlib.metadata import version
+
+from jrope import hf as hf
+from jrope import parity as parity
+from jrope import rope as rope
+from jrope.cache import KVCache as KVCache
+from jrope.checkpoint import load as load
+from jrope.checkpoint import save as save
+from jrope.config import LlamaConfig as LlamaConfig
+from jrope.config import with_rope as with_rope
+from jrope.errors import JropeError as JropeError
+from jrope.evaluate import score as score
+from jrope.generate import Generation as Generation
+from jrope.generate import generate as generate
+from jrope.generate import stream as stream
+from jrope.model import Llama as Llama
+from jrope.model import forward as forward
+from jrope.model import init_params as init_params
+from jrope.rope import Rope as Rope
+from jrope.sample import Sampler as Sampler
+
+__version__ = version("jrope")

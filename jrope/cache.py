@@ -1,0 +1,77 @@
+"""The key/value cache: a frozen pytree, an argument and a result.
+
+Slot s of a row holds the key and value of that row's token at position s, so rows of
+different lengths are exact without masks: a query sees the slots up to its own, and
+what lies beyond is overwritten before it is ever seen.
+"""
+
+from dataclasses import dataclass
+from typing import Any, final
+
+import jax
+import jax.numpy as jnp
+
+from jrope.config import LlamaConfig
+
+
+@final
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of L layers, and where each row stands.
+
+    Args:
+      keys, values: L arrays [B, S, K, H]; keys are rotated.
+      lengths: int32 [B], filled slots.
+      rope_lengths: int32 [B], the planned total length that the keys were rotated for;
+        read by the methods whose frequencies depend on it (dynamic NTK, longrope).
+    """
+
+    keys: tuple[jax.Array, ...]
+    values: tuple[jax.Array, ...]
+    lengths: jax.Array
+    rope_lengths: jax.Array
+
+    @property
+    def capacity(self) -> int:
+        """S, the slots of a row."""
+        return self.keys[0].shape[1]
+
+    @classmethod
+    def empty(
+        cls,
+        config: LlamaConfig,
+        batch: int,
+        capacity: int,
+        dtype: Any,
+        rope_lengths: Any = None,
+    ) -> "KVCache":
+        """A cache with nothing in it; `rope_lengths` defaults to the capacity."""
+        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
+        layers = range(config.num_hidden_layers)
+        return cls(
+            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            lengths=jnp.zeros(batch, jnp.int32),
+            rope_lengths=per_row(
+                capacity if rope_lengths is None else rope_lengths, batch
+            ),
+        )
+
+
+def per_row(value: Any, batch: int) -> jax.Array:
+    """A scalar or [B] integers as int32 [B]."""
+    return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
+
+
+def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+    """Put `new` [B, T, K, H] into `slots` [B, S, K, H] from each row's start on.
+
+    What would fall past the end is dropped.  Inside a donated loop this is in place.
+    """
+    batch, tokens = new.shape[:2]
+    if batch == tokens == 1:  # one row: a plain update, which XLA fuses
+        return jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)
+    where = starts[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
+    rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    return slots.at[rows, where].set(new, mode="drop")

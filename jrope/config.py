@@ -1,0 +1,258 @@
+"""What a LLaMA is: the configuration, and the name and shape of every weight.
+
+The fields have Hugging Face's names.  None has a default: everything here is decided by
+a checkpoint (`hf.config_from_hf` reads them) or by whoever trains one.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+from jrope.activations import ACTIVATIONS
+from jrope.errors import JropeError
+from jrope.rope import ROPE_TYPES, LongRope, Precision, Rope
+from jrope.scaling import Method
+
+Tree = dict[str, Any]
+ALIASES = {
+    "original": "original_length",
+    "original_max_position_embeddings": "original_length",
+    "low": "low_freq_factor",
+    "high": "high_freq_factor",
+    "short": "short_factor",
+    "long": "long_factor",
+}
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class LlamaConfig:
+    """A LLaMA's shape and constants: hashable, hence a static argument of jit.
+
+    Args:
+      vocab_size: V, rows of the embedding.
+      hidden_size: D.
+      intermediate_size: F, width of the gated MLP.
+      num_hidden_layers: L.
+      num_attention_heads: N, query heads.
+      num_key_value_heads: K, a divisor of N.
+      head_dim: H, even; N * H need not be D.
+      max_position_embeddings: length the checkpoint declares; `with_rope` takes it for
+        the trained length where a method needs one.
+      rms_norm_eps: added to the mean square inside the root.
+      hidden_act: a name in `activations.ACTIVATIONS`.
+      attention_bias: q, k, v and o have a bias.
+      mlp_bias: gate, up and down have a bias.
+      tie_word_embeddings: logits are taken with the embedding matrix.
+      initializer_range: standard deviation of fresh weights.
+      rope: the rotary embedding.
+      bos_token_id: first token of an otherwise empty prompt, if any.
+      eos_token_id: ids that end a sequence; may be empty.
+      pad_token_id: id that fills rows after their end, if any (else 0).
+
+    Raises:
+      JropeError: a field is out of range or contradicts another.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    hidden_act: str
+    attention_bias: bool
+    mlp_bias: bool
+    tie_word_embeddings: bool
+    initializer_range: float
+    rope: Rope
+    bos_token_id: int | None
+    eos_token_id: tuple[int, ...]
+    pad_token_id: int | None
+
+    def __post_init__(self) -> None:
+        wrong = list(self._problems())
+        if wrong:
+            raise JropeError("configuration: " + "; ".join(wrong))
+
+    def _problems(self) -> Iterator[str]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and not _is_integer(value, at_least=1):
+                yield f"{field.name} is {value!r}, want a positive integer"
+            if field.type is bool and not isinstance(value, bool):
+                yield f"{field.name} is {value!r}, want true or false"
+        for name in ("rms_norm_eps", "initializer_range"):
+            value = getattr(self, name)
+            if not _is_number(value) or value < 0:
+                yield f"{name} is {value!r}, want a finite number >= 0"
+        if self.hidden_act not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            yield f"hidden_act is {self.hidden_act!r}, want one of {known}"
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if not _is_integer(heads, at_least=1) or not _is_integer(kv_heads, at_least=1):
+            return
+        if heads % kv_heads:
+            yield (
+                f"num_attention_heads {heads} is not a multiple of "
+                f"num_key_value_heads {kv_heads}"
+            )
+        if self.rope.rotary_dim > self.head_dim:
+            got = self.rope.rotary_dim
+            yield f"rope.rotary_dim {got} exceeds head_dim {self.head_dim}"
+        yield from self._token_problems()
+
+    def _token_problems(self) -> Iterator[str]:
+        single = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
+        for name, value in single.items():
+            if value is not None and not _is_integer(value, at_least=0):
+                yield f"{name} is {value!r}, want null or an integer >= 0"
+        good = isinstance(self.eos_token_id, tuple)
+        if not good or not all(_is_integer(i, at_least=0) for i in self.eos_token_id):
+            yield f"eos_token_id is {self.eos_token_id!r}, want integers >= 0"
+
+
+def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """The one list of weights: Hugging Face's tensor name -> shape, [out, in] matrices.
+
+    Everything else (initial values, loading, saving, sharding) derives from it, and the
+    parameter tree is these names split at the dots.
+    """
+    d, f, v = config.hidden_size, config.intermediate_size, config.vocab_size
+    n = config.num_attention_heads * config.head_dim
+    k = config.num_key_value_heads * config.head_dim
+    attention = {"q_proj": (n, d), "k_proj": (k, d), "v_proj": (k, d), "o_proj": (d, n)}
+    mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        blocks = [
+            ("self_attn", attention, config.attention_bias),
+            ("mlp", mlp, config.mlp_bias),
+        ]
+        for block, matrices, bias in blocks:
+            for name, shape in matrices.items():
+                shapes[f"{prefix}.{block}.{name}.weight"] = shape
+                if bias:
+                    shapes[f"{prefix}.{block}.{name}.bias"] = shape[:1]
+        shapes[f"{prefix}.input_layernorm.weight"] = (d,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (d,)
+    shapes["model.norm.weight"] = (d,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (v, d)
+    return shapes
+
+
+def nest(flat: Mapping[str, Any]) -> Tree:
+    """Dotted names to nested dictionaries.
+
+    >>> nest({"a.b": 1, "a.c": 2})
+    {'a': {'b': 1, 'c': 2}}
+    """
+    tree: Tree = {}
+    for name, value in flat.items():
+        *path, last = name.split(".")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = value
+    return tree
+
+
+def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dictionaries to dotted names, the inverse of `nest`."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
+        else:
+            flat[key] = value
+    return flat
+
+
+def with_rope(
+    config: LlamaConfig,
+    method: str | Method | None = None,
+    *,
+    condense: float | None = None,
+    precision: Precision | None = None,
+    **fields: Any,
+) -> LlamaConfig:
+    """The same model with another rotary embedding; weights stay as they are.
+
+    Args:
+      config: any configuration.
+      method: a name in `rope.ROPE_TYPES`, "default" for none, "condense" (with factor),
+        or a method object; None keeps what the configuration has.
+      condense: divide positions by this; None keeps.
+      precision: "parity" or "accurate"; None keeps.
+      fields: the named method's fields.  `original_length` (or `original`) defaults to
+        the trained length that the configuration states, longrope's `factor` to
+        max_position_embeddings / original_length.
+
+    Raises:
+      JropeError: unknown name, or fields that the method lacks or does not have.
+
+    >>> with_rope(config, "yarn", factor=4)  # doctest: +SKIP
+    """
+    rope = config.rope
+    if method == "condense":
+        if set(fields) != {"factor"} or condense is not None:
+            raise JropeError(
+                f"rope 'condense' takes factor alone, got {sorted(fields)}"
+            )
+        method, condense, fields = None, fields["factor"], {}
+    if isinstance(method, str):
+        rope = dataclasses.replace(rope, scaling=_named_method(config, method, fields))
+    elif fields:
+        raise JropeError(f"fields {sorted(fields)} given without a method's name")
+    elif method is not None:
+        rope = dataclasses.replace(rope, scaling=method)
+    if condense is not None:
+        rope = dataclasses.replace(rope, condense=condense)
+    if precision is not None:
+        rope = dataclasses.replace(rope, precision=precision)
+    return dataclasses.replace(config, rope=rope)
+
+
+def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> Any:
+    if name != "default" and name not in ROPE_TYPES:
+        known = ["default", "condense", *ROPE_TYPES]
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        raise JropeError(f"unknown rope type {name!r}; known: {', '.join(known)}{hint}")
+    kind = ROPE_TYPES.get(name)
+    known_fields = dataclasses.fields(kind) if kind else ()
+    names = {field.name for field in known_fields}
+    fields = {ALIASES.get(key, key): value for key, value in given.items()}
+    if unknown := sorted(set(fields) - names):
+        wanted = ", ".join(sorted(names)) or "none"
+        raise JropeError(f"rope type {name!r} has no field {unknown}; fields: {wanted}")
+    if kind is None:
+        return None
+    trained = config.rope.trained_length or config.max_position_embeddings
+    if "original_length" in names:
+        fields.setdefault("original_length", trained)
+    if kind is LongRope and "attention_factor" not in fields:
+        length = fields["original_length"]
+        fields.setdefault("factor", config.max_position_embeddings / length)
+    missing = [f.name for f in known_fields if f.default is dataclasses.MISSING]
+    if missing := [name for name in missing if name not in fields]:
+        raise JropeError(f"rope type {name!r} needs {', '.join(missing)}")
+    return kind(**fields)
+
+
+def _is_integer(value: object, *, at_least: int) -> bool:
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return whole and value >= at_least
+
+
+def _is_number(value: object) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)

@@ -1,0 +1,77 @@
+"""How likely a text is: log-probabilities of given tokens, the vocabulary in chunks."""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrope.config import LlamaConfig
+from jrope.model import hidden_states, unembed
+
+LOGITS_AT_ONCE = 256
+
+
+@partial(jax.jit, static_argnames=("config",))
+def score(
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    lengths: Any = None,
+    *,
+    config: LlamaConfig,
+    rope_lengths: Any = None,
+) -> jax.Array:
+    """log p(token t + 1 | tokens up to t) for every t.
+
+    The perplexity of row b is exp(-mean(score[b, : lengths[b] - 1])).
+
+    Args:
+      params, config: the model.
+      tokens: integers [B, T], rows padded on the right.
+      lengths: valid tokens of each row, [B]; None: T.
+      rope_lengths: as in `model.forward`.
+
+    Returns:
+      float32 [B, T - 1]; entries from lengths - 1 on are 0.
+    """
+    x, cache = hidden_states(
+        params, tokens, config=config, lengths=lengths, rope_lengths=rope_lengths
+    )
+    scores = token_logprobs(params, x[:, :-1], tokens[:, 1:], config=config)
+    known = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]
+    return jnp.where(known < cache.lengths[:, None], scores, 0)
+
+
+def token_logprobs(
+    params: Mapping[str, Any], x: jax.Array, targets: jax.Array, *, config: LlamaConfig
+) -> jax.Array:
+    """log softmax(unembed(x))[target], never holding more than 256 x V logits a row.
+
+    Args:
+      params, config: the model.
+      x: hidden states [B, T, D], after the final norm.
+      targets: integers [B, T].
+
+    Returns:
+      float32 [B, T].
+    """
+    batch, count = targets.shape
+    size = max(1, min(LOGITS_AT_ONCE, count))
+    pad = -count % size
+    x = jnp.pad(x, ((0, 0), (0, pad), (0, 0)))
+    targets = jnp.pad(targets, ((0, 0), (0, pad)))
+
+    @jax.checkpoint
+    def chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
+        states, wanted = inputs
+        logits = unembed(params, states, config=config)
+        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    def split(a: jax.Array) -> jax.Array:
+        a = a.reshape(batch, (count + pad) // size, size, *a.shape[2:])
+        return jnp.moveaxis(a, 1, 0)
+
+    scores = jax.lax.map(chunk, (split(x), split(targets)))
+    return jnp.moveaxis(scores, 0, 1).reshape(batch, count + pad)[:, :count]

@@ -1,0 +1,346 @@
+"""LLaMA as pure functions of (params, tokens, positions, cache).
+
+The parameter tree is Hugging Face's tensor names split at the dots, every matrix in its
+[out, in] order.  `Llama` is the Flax module that owns those names; functions compute.
+
+Layers are separate subtrees, each run through one jitted function that is traced once
+and called L times: a scan over stacked weights would copy a layer's weights each step.
+
+Sources: Touvron et al. 2023 (arXiv:2302.13971); RMSNorm, Zhang and Sennrich 2019;
+SwiGLU, Shazeer 2020; grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
+"""
+
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.activations import ACTIVATIONS
+from jrope.attention import attend, matmul_precision
+from jrope.cache import KVCache, per_row, write
+from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
+from jrope.errors import JropeError
+from jrope.rope import rotate, table
+
+
+def forward(
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KVCache | None = None,
+    *,
+    config: LlamaConfig,
+    lengths: Any = None,
+    rope_lengths: Any = None,
+    capacity: int | None = None,
+    logits: Literal["all", "last"] = "all",
+) -> tuple[jax.Array, KVCache]:
+    """Next-token logits of every token, and the cache that holds them.
+
+    Pure: works under jit, grad, vmap, jax.checkpoint and eval_shape (config static).
+
+    Args:
+      params: the parameter tree, see `config.parameter_shapes`.
+      tokens: integers [B, T], rows padded on the right.  An id outside the vocabulary
+        gives NaN.
+      positions: integers [B, T] for the rotary embedding; None: count on from the
+        cache.  They order nothing: attention is causal in the order given.
+      cache: what earlier tokens left; None: there are none.
+      lengths: valid tokens of each row, [B]; None: T.
+      rope_lengths: each row's planned total length, scalar or [B], for the methods that
+        depend on it.  None: the cache's; without a cache `capacity` if given, else what
+        transformers takes, the largest position + 1 (of the row, not of the batch).
+      capacity: slots of the cache that is made when none is given; None: T.
+      logits: "all" tokens, or each row's "last" valid one.
+
+    Returns:
+      logits: float32 [B, T, V], or [B, V] for "last".  A row that overflows its cache
+        is NaN.
+      cache: the given one with the new tokens in it.
+    """
+    x, cache = hidden_states(
+        params,
+        tokens,
+        positions,
+        cache,
+        config=config,
+        lengths=lengths,
+        rope_lengths=rope_lengths,
+        capacity=capacity,
+    )
+    if logits == "last":
+        x = last_token(x, lengths)
+    return unembed(params, x, config=config), cache
+
+
+def hidden_states(
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    cache: KVCache | None = None,
+    *,
+    config: LlamaConfig,
+    lengths: Any = None,
+    rope_lengths: Any = None,
+    capacity: int | None = None,
+) -> tuple[jax.Array, KVCache]:
+    """`forward` up to and including the final norm: [B, T, D] in the params' dtype."""
+    batch, count = _check_tokens(tokens, positions, cache, capacity)
+    model = params["model"]
+    cos, sin, rope_lengths = _rotary_table(
+        config, tokens, positions, cache, lengths, rope_lengths, capacity
+    )
+    x = embed(model["embed_tokens"]["weight"], tokens)
+    if cache is None and capacity is not None:
+        cache = KVCache.empty(config, batch, capacity, x.dtype, rope_lengths)
+        starts = None
+    else:
+        starts = None if cache is None else cache.lengths
+    keys, values = [], []
+    for i in range(config.num_hidden_layers):
+        slots = None if cache is None else (cache.keys[i], cache.values[i])
+        weights = model["layers"][str(i)]
+        x, (k, v) = decoder_layer(weights, x, cos, sin, slots, starts, config=config)
+        keys.append(k)
+        values.append(v)
+    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    filled = per_row(count if lengths is None else lengths, batch)
+    filled = filled if starts is None else starts + filled
+    room = keys[0].shape[1]
+    x = jnp.where((filled > room)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+    cache = KVCache(tuple(keys), tuple(values), filled, per_row(rope_lengths, batch))
+    return x, cache
+
+
+def _check_tokens(
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    cache: KVCache | None,
+    capacity: int | None,
+) -> tuple[int, int]:
+    dims = chex.Dimensions()
+    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
+        got = f"{tokens.dtype} {list(tokens.shape)}"
+        raise JropeError(f"tokens: got {got}, want integers [B, T]")
+    dims["BT"] = tokens.shape
+    if positions is not None:
+        chex.assert_shape(positions, dims["BT"])
+    if cache is not None and capacity is not None:
+        raise JropeError("capacity: the given cache already has one; give only one")
+    room = cache.capacity if cache is not None else capacity
+    if room is not None and tokens.shape[1] > room and cache is None:
+        raise JropeError(f"capacity: got {room}, want at least T = {tokens.shape[1]}")
+    return tokens.shape[0], tokens.shape[1]
+
+
+def _rotary_table(
+    config: LlamaConfig,
+    tokens: jax.Array,
+    positions: jax.Array | None,
+    cache: KVCache | None,
+    lengths: Any,
+    rope_lengths: Any,
+    capacity: int | None,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """cos, sin [B, T, R], once for all layers, and the lengths they were made for."""
+    batch, count = tokens.shape
+    counted = positions is None
+    if positions is None:
+        steps = jnp.arange(count, dtype=jnp.int32)[None, :]
+        first = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        positions = first[:, None] + steps
+    if rope_lengths is None:
+        if cache is not None:
+            rope_lengths = cache.rope_lengths
+        elif capacity is not None:
+            rope_lengths = capacity
+        elif counted:
+            rope_lengths = count if lengths is None else per_row(lengths, batch)
+        else:
+            rope_lengths = jnp.max(positions, axis=1).astype(jnp.int32) + 1
+    with jax.named_scope("rope"):
+        cos, sin = table(config.rope, positions, length=rope_lengths)
+    return cos, sin, rope_lengths
+
+
+def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it."""
+    # As unsigned, a negative id is out of range too, not counted from the end.
+    ids = tokens.astype(jnp.uint32)
+    return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
+
+
+def last_token(x: jax.Array, lengths: Any) -> jax.Array:
+    """The last valid token of each row: [B, T, D] -> [B, D]."""
+    if lengths is None:
+        return x[:, -1]
+    index = per_row(lengths, x.shape[0])[:, None, None] - 1
+    return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1)[:, 0]
+
+
+def unembed(
+    params: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig
+) -> jax.Array:
+    """Logits of hidden states [..., D]: float32 [..., V], not rounded in between."""
+    tied = config.tie_word_embeddings
+    head = params["model"]["embed_tokens"] if tied else params["lm_head"]
+    with jax.named_scope("lm_head"):
+        return linear(head, x, dtype=jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("config",))
+def decoder_layer(
+    weights: Mapping[str, Any],
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slots: tuple[jax.Array, jax.Array] | None,
+    starts: jax.Array | None,
+    *,
+    config: LlamaConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+      weights: the layer's subtree.
+      x: [B, T, D].
+      cos, sin: float32 [B, T, R].
+      slots: keys and values [B, S, K, H] to write into; None: the new ones are all.
+      starts: int32 [B], filled slots of each row; None: none are.
+      config: the model's.
+
+    Returns:
+      x [B, T, D], and keys and values with the new tokens in them.
+    """
+    eps = config.rms_norm_eps
+    with jax.named_scope("attention"):
+        normed = rms_norm(x, weights["input_layernorm"]["weight"], eps)
+        y, slots = attention(
+            weights["self_attn"], normed, cos, sin, slots, starts, config=config
+        )
+        x = x + y
+    with jax.named_scope("mlp"):
+        normed = rms_norm(x, weights["post_attention_layernorm"]["weight"], eps)
+        return x + mlp(weights["mlp"], normed, config.hidden_act), slots
+
+
+def attention(
+    weights: Mapping[str, Any],
+    x: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    slots: tuple[jax.Array, jax.Array] | None,
+    starts: jax.Array | None,
+    *,
+    config: LlamaConfig,
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """Project, rotate, remember, attend, project back; arguments as `decoder_layer`."""
+    batch, count, _ = x.shape
+    heads = (batch, count, -1, config.head_dim)
+    q, k, v = (
+        linear(weights[name], x).reshape(heads)
+        for name in ("q_proj", "k_proj", "v_proj")
+    )
+    turn = partial(
+        rotate,
+        cos=cos,
+        sin=sin,
+        layout=config.rope.layout,
+        precision=config.rope.precision,
+    )
+    q, k = turn(q), turn(k)
+    if slots is not None:
+        first = jnp.zeros(batch, jnp.int32) if starts is None else starts
+        slots = (write(slots[0], k, first), write(slots[1], v, first))
+    # A prompt without a past attends to itself; the empty slots need not be read.
+    seen = slots if slots is not None and starts is not None else (k, v)
+    y = attend(q, *seen, starts).reshape(batch, count, -1)
+    return linear(weights["o_proj"], y), (k, v) if slots is None else slots
+
+
+def mlp(weights: Mapping[str, Any], x: jax.Array, hidden_act: str) -> jax.Array:
+    """down(act(gate(x)) * up(x))."""
+    gate = ACTIVATIONS[hidden_act](linear(weights["gate_proj"], x))
+    return linear(weights["down_proj"], gate * linear(weights["up_proj"], x))
+
+
+def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
+    """weight * x / sqrt(mean(x^2) + eps), float32 inside, rounded before the weight."""
+    wide = x.astype(jnp.float32)
+    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+    normed = (wide * jax.lax.rsqrt(mean + np.float32(eps))).astype(x.dtype)
+    return normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+
+
+def linear(
+    weights: Mapping[str, jax.Array], x: jax.Array, *, dtype: Any = None
+) -> jax.Array:
+    """x W^T + b for W [out, in], accumulated in float32, rounded once to `dtype`.
+
+    A single 16-bit token is a multiply and a reduction: on GPU and CPU it streams the
+    weights faster than a matrix product of one row.
+    """
+    weight, bias = weights["weight"], weights.get("bias")
+    dtype = x.dtype if dtype is None else dtype
+    if x.size == x.shape[-1] and jnp.dtype(x.dtype).itemsize == 2:
+        row = x.reshape(1, -1).astype(jnp.float32)
+        y = jnp.sum(weight.astype(jnp.float32) * row, axis=1)
+        y = y.reshape(*x.shape[:-1], -1)
+    else:
+        y = jax.lax.dot_general(
+            x,
+            weight,
+            (((x.ndim - 1,), (1,)), ((), ())),
+            precision=matmul_precision(x.dtype),
+            preferred_element_type=jnp.float32,
+        )
+    if bias is not None:
+        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
+        y = y + bias.astype(jnp.float32)
+    return y.astype(dtype)
+
+
+def init_params(key: jax.Array, config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
+    """Fresh weights: normal(0, initializer_range), norms one, biases zero."""
+    flat: dict[str, jax.Array] = {}
+    for i, (name, shape) in enumerate(parameter_shapes(config).items()):
+        if name.endswith("bias"):
+            flat[name] = jnp.zeros(shape, dtype)
+        elif len(shape) == 1:
+            flat[name] = jnp.ones(shape, dtype)
+        else:
+            noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
+            flat[name] = (noise * np.float32(config.initializer_range)).astype(dtype)
+    return nest(flat)
+
+
+class Llama(nn.Module):
+    """The Flax module: owns the parameters under Hugging Face's names, runs `forward`.
+
+    `Llama(config).init(key, tokens)["params"]` is the tree that `forward`, `generate`
+    and `save` take; `Llama(config).apply({"params": params}, tokens)` is `forward`.
+    """
+
+    config: LlamaConfig
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        """Same arguments and results as `forward`."""
+        shapes = parameter_shapes(self.config)
+        roots = dict.fromkeys(name.split(".")[0] for name in shapes)
+        params = {root: self.param(root, self._fresh, root) for root in roots}
+        return forward(params, tokens, *args, config=self.config, **kwargs)
+
+    def _fresh(self, key: jax.Array, root: str) -> Tree:
+        return init_params(key, self.config, self.param_dtype)[root]
+
+
+def count_parameters(params: Mapping[str, Any]) -> int:
+    """Numbers in the tree."""
+    return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())
