@@ -230,7 +230,10 @@ def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> A
     kind = ROPE_TYPES.get(name)
     known_fields = dataclasses.fields(kind) if kind else ()
     names = {field.name for field in known_fields}
-    fields = {ALIASES.get(key, key): value for key, value in given.items()}
+    fields: dict[str, Any] = {}
+    for key, value in given.items():
+        if fields.setdefault(ALIASES.get(key, key), value) is not value:
+            raise JropeError(f"rope type {name!r}: {ALIASES[key]!r} is given twice")
     if unknown := sorted(set(fields) - names):
         wanted = ", ".join(sorted(names)) or "none"
         raise JropeError(f"rope type {name!r} has no field {unknown}; fields: {wanted}")
@@ -241,7 +244,8 @@ def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> A
         fields.setdefault("original_length", trained)
     if kind is LongRope and "attention_factor" not in fields:
         length = fields["original_length"]
-        fields.setdefault("factor", config.max_position_embeddings / length)
+        if _is_integer(length, at_least=1):  # else LongRope says what is wrong
+            fields.setdefault("factor", config.max_position_embeddings / length)
     missing = [f.name for f in known_fields if f.default is dataclasses.MISSING]
     if missing := [name for name in missing if name not in fields]:
         raise JropeError(f"rope type {name!r} needs {', '.join(missing)}")

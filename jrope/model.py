@@ -10,7 +10,7 @@ Sources: Touvron et al. 2023 (arXiv:2302.13971); RMSNorm, Zhang and Sennrich 201
 SwiGLU, Shazeer 2020; grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -26,6 +26,12 @@ from jrope.cache import KVCache, per_row, write
 from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.rope import rotate, table
+
+# block: (name when joined by `fuse`, the projections in it)
+FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
+    "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
+    "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
+}
 
 
 def forward(
@@ -226,7 +232,7 @@ def decoder_layer(
         x = x + y
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["post_attention_layernorm"]["weight"], eps)
-        return x + mlp(weights["mlp"], normed, config.hidden_act), slots
+        return x + mlp(weights["mlp"], normed, config=config), slots
 
 
 def attention(
@@ -242,10 +248,12 @@ def attention(
     """Project, rotate, remember, attend, project back; arguments as `decoder_layer`."""
     batch, count, _ = x.shape
     heads = (batch, count, -1, config.head_dim)
-    q, k, v = (
-        linear(weights[name], x).reshape(heads)
-        for name in ("q_proj", "k_proj", "v_proj")
+    width, kv_width = (
+        n * config.head_dim
+        for n in (config.num_attention_heads, config.num_key_value_heads)
     )
+    sizes = (width, kv_width, kv_width)
+    q, k, v = (y.reshape(heads) for y in linears(weights, "self_attn", x, sizes))
     turn = partial(
         rotate,
         cos=cos,
@@ -263,10 +271,11 @@ def attention(
     return linear(weights["o_proj"], y), (k, v) if slots is None else slots
 
 
-def mlp(weights: Mapping[str, Any], x: jax.Array, hidden_act: str) -> jax.Array:
+def mlp(weights: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig) -> jax.Array:
     """down(act(gate(x)) * up(x))."""
-    gate = ACTIVATIONS[hidden_act](linear(weights["gate_proj"], x))
-    return linear(weights["down_proj"], gate * linear(weights["up_proj"], x))
+    sizes = (config.intermediate_size, config.intermediate_size)
+    gate, up = linears(weights, "mlp", x, sizes)
+    return linear(weights["down_proj"], ACTIVATIONS[config.hidden_act](gate) * up)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -277,32 +286,60 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
+def linears(
+    weights: Mapping[str, Any], block: str, x: jax.Array, sizes: Sequence[int]
+) -> list[jax.Array]:
+    """The block's projections of one input, in one product where `fuse` joined them."""
+    joined, names = FUSED[block]
+    if joined not in weights:
+        return [linear(weights[name], x) for name in names]
+    ends = np.cumsum(sizes).tolist()
+    y = linear(weights[joined], x)
+    return [y[..., e - size : e] for e, size in zip(ends, sizes, strict=True)]
+
+
 def linear(
     weights: Mapping[str, jax.Array], x: jax.Array, *, dtype: Any = None
 ) -> jax.Array:
     """x W^T + b for W [out, in], accumulated in float32, rounded once to `dtype`.
 
     A single 16-bit token is a multiply and a reduction: on GPU and CPU it streams the
-    weights faster than a matrix product of one row.
+    weights faster than a matrix product of one row.  `fuse` may hold W as a `kernel`
+    [in, out] instead, which suits larger batches.
     """
-    weight, bias = weights["weight"], weights.get("bias")
+    bias = weights.get("bias")
     dtype = x.dtype if dtype is None else dtype
-    if x.size == x.shape[-1] and jnp.dtype(x.dtype).itemsize == 2:
-        row = x.reshape(1, -1).astype(jnp.float32)
-        y = jnp.sum(weight.astype(jnp.float32) * row, axis=1)
-        y = y.reshape(*x.shape[:-1], -1)
+    if "kernel" in weights:
+        y = _product(x, weights["kernel"], 0, dtype if bias is None else jnp.float32)
+    elif x.size == x.shape[-1] and jnp.dtype(x.dtype).itemsize == 2:
+        y = _row_product(x, weights["weight"])
     else:
-        y = jax.lax.dot_general(
-            x,
-            weight,
-            (((x.ndim - 1,), (1,)), ((), ())),
-            precision=matmul_precision(x.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        y = _product(x, weights["weight"], 1, dtype if bias is None else jnp.float32)
     if bias is not None:
         bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
         y = y + bias.astype(jnp.float32)
     return y.astype(dtype)
+
+
+def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """x [..., in] times w, whose `axis` is `in`; float32 sums on every backend."""
+    # A GPU rounds its float32 sums to a 16-bit result for free; XLA's CPU backend is
+    # three times faster when asked for float32 and rounded after.
+    asked = jnp.float32 if jax.default_backend() == "cpu" else dtype
+    contract = (((x.ndim - 1,), (axis,)), ((), ()))
+    precision = matmul_precision(x.dtype)
+    return jax.lax.dot_general(
+        x, w, contract, precision=precision, preferred_element_type=asked
+    )
+
+
+def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] of one row times w [out, in]: float32 [..., out]."""
+    # The barrier keeps XLA from widening all weights once, ahead of a decode loop.
+    w, x = jax.lax.optimization_barrier((w, x))
+    row = x.reshape(1, -1).astype(jnp.float32)
+    y = jnp.sum(w.astype(jnp.float32) * row, axis=1)
+    return y.reshape(*x.shape[:-1], -1)
 
 
 def init_params(key: jax.Array, config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:

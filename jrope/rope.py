@@ -168,7 +168,11 @@ def table(
 
 def _untold_length(rope: Rope, positions: Any) -> int:
     trained = rope.trained_length or 0
-    last = "traced" if isinstance(positions, jax.core.Tracer) else np.max(positions)
+    last = (
+        "traced"
+        if isinstance(positions, jax.core.Tracer)
+        else np.max(positions, initial=-1)
+    )
     if isinstance(last, str) or last >= trained:
         raise JropeError(
             f"length: got None with positions up to {last}, but the frequencies of "
@@ -189,12 +193,22 @@ def _cos_sin_of_product(
     positions: jax.Array, inv_freq: Any, condense: float, scaling: float
 ) -> tuple[jax.Array, jax.Array]:
     """Angle = float32(position) / condense * inv_freq, in this order, all float32."""
-    p = positions.astype(jnp.float32)[..., None]
-    if condense != 1:
-        # The barrier keeps XLA from multiplying by 1 / condense, one rounding away.
-        p = p / jax.lax.optimization_barrier(jnp.full_like(p, condense))
+    p = _divide(positions.astype(jnp.float32), condense)[..., None]
     angle = p * _per_pair(inv_freq, p.ndim)
     return jnp.cos(angle) * np.float32(scaling), jnp.sin(angle) * np.float32(scaling)
+
+
+def _divide(p: jax.Array, condense: float) -> jax.Array:
+    """p / condense, correctly rounded to float32 on every device.
+
+    XLA multiplies by a constant's reciprocal, and GPUs divide approximately; a float64
+    quotient is right to 2**-52, too near for the second rounding to fall wrong.
+    """
+    if condense == 1:
+        return p
+    with jax.enable_x64(True):
+        quotient = p.astype(jnp.float64) / np.float64(np.float32(condense))
+        return quotient.astype(jnp.float32)
 
 
 def _phase_words(inv_freq: Any, condense: float) -> tuple[Any, Any]:
@@ -284,7 +298,11 @@ def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
     if jnp.dtype(dtype) == jnp.float32:
         return x
     kind = jnp.finfo(dtype)
-    return jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    rounded = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    if kind.nexp == 8:  # bfloat16 has float32's range
+        return rounded
+    step = float(kind.smallest_subnormal)  # reduce_precision flushes these to zero
+    return jnp.where(jnp.abs(x) < float(kind.tiny), jnp.round(x / step) * step, rounded)
 
 
 def interleaved_to_half(

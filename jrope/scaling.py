@@ -145,7 +145,7 @@ class DynamicNTK:
             np.arange(0, rotary_dim, 2).astype(dtype) / dtype(rotary_dim)
         ).astype(wide)
         powers = xp.power(base, _like_rows(exponent, base.ndim)).astype(dtype)
-        return dtype(1) / powers, 1.0
+        return (wide(1) / powers.astype(wide)).astype(dtype), 1.0
 
 
 @final
