@@ -64,6 +64,11 @@ def per_row(value: Any, batch: int) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
 
 
+def grow(new: jax.Array, capacity: int) -> jax.Array:
+    """The first T slots [B, T, K, H] with room behind them: [B, capacity, K, H]."""
+    return jnp.pad(new, ((0, 0), (0, capacity - new.shape[1]), (0, 0), (0, 0)))
+
+
 def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Put `new` [B, T, K, H] into `slots` [B, S, K, H] from each row's start on.
 

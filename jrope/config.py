@@ -6,7 +6,6 @@ a checkpoint (`hf.config_from_hf` reads them) or by whoever trains one.
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
@@ -92,7 +91,7 @@ class LlamaConfig:
             value = getattr(self, name)
             if not _is_number(value) or value < 0:
                 yield f"{name} is {value!r}, want a finite number >= 0"
-        if self.hidden_act not in ACTIVATIONS:
+        if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             yield f"hidden_act is {self.hidden_act!r}, want one of {known}"
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
@@ -253,10 +252,12 @@ def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> A
 
 
 def _is_integer(value: object, *, at_least: int) -> bool:
-    whole = isinstance(value, int) and not isinstance(value, bool)
-    return whole and value >= at_least
+    if isinstance(value, bool) or not isinstance(value, int):
+        return False
+    return value >= at_least
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return -1e30 < value < 1e30  # NaN is not

@@ -280,19 +280,23 @@ def _start(
     width, size = request.prompt.shape[1], request.prefill_chunk
     ahead = np.pad(request.prompt, ((0, 0), (0, 1)))
     planned = jnp.asarray(request.lengths + request.max_new_tokens, jnp.int32)
-    last, cache, scores = None, None, []
-    for at in range(0, width, size):
-        last, cache, score = prefill(
+
+    def piece(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
+        return prefill(
             params,
             jnp.asarray(ahead[:, at : at + size + 1]),
             jnp.asarray(np.clip(request.lengths - at, 0, size), jnp.int32),
             planned,
-            cache,
-            last,
+            *so_far,
             config=config,
             capacity=None if at else width + request.room,
             scored=scored,
         )
+
+    last, cache, score = piece(0, None, None)
+    scores = [score]
+    for at in range(size, width, size):
+        last, cache, score = piece(at, cache, last)
         scores.append(score)
     rows = first_token(
         params,

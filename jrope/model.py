@@ -22,7 +22,7 @@ import numpy as np
 
 from jrope.activations import ACTIVATIONS
 from jrope.attention import attend, matmul_precision
-from jrope.cache import KVCache, per_row, write
+from jrope.cache import KVCache, grow, per_row, write
 from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.rope import rotate, table
@@ -102,22 +102,22 @@ def hidden_states(
         config, tokens, positions, cache, lengths, rope_lengths, capacity
     )
     x = embed(model["embed_tokens"]["weight"], tokens)
-    if cache is None and capacity is not None:
-        cache = KVCache.empty(config, batch, capacity, x.dtype, rope_lengths)
-        starts = None
-    else:
-        starts = None if cache is None else cache.lengths
+    starts = None if cache is None else cache.lengths
+    room = (
+        cache.capacity if cache is not None else count if capacity is None else capacity
+    )
     keys, values = [], []
     for i in range(config.num_hidden_layers):
         slots = None if cache is None else (cache.keys[i], cache.values[i])
         weights = model["layers"][str(i)]
-        x, (k, v) = decoder_layer(weights, x, cos, sin, slots, starts, config=config)
+        x, (k, v) = decoder_layer(
+            weights, x, cos, sin, slots, starts, config=config, capacity=room
+        )
         keys.append(k)
         values.append(v)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
     filled = per_row(count if lengths is None else lengths, batch)
     filled = filled if starts is None else starts + filled
-    room = keys[0].shape[1]
     x = jnp.where((filled > room)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
     cache = KVCache(tuple(keys), tuple(values), filled, per_row(rope_lengths, batch))
     return x, cache
@@ -199,7 +199,7 @@ def unembed(
         return linear(head, x, dtype=jnp.float32)
 
 
-@partial(jax.jit, static_argnames=("config",))
+@partial(jax.jit, static_argnames=("config", "capacity"))
 def decoder_layer(
     weights: Mapping[str, Any],
     x: jax.Array,
@@ -209,6 +209,7 @@ def decoder_layer(
     starts: jax.Array | None,
     *,
     config: LlamaConfig,
+    capacity: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -216,9 +217,10 @@ def decoder_layer(
       weights: the layer's subtree.
       x: [B, T, D].
       cos, sin: float32 [B, T, R].
-      slots: keys and values [B, S, K, H] to write into; None: the new ones are all.
-      starts: int32 [B], filled slots of each row; None: none are.
+      slots: keys and values [B, S, K, H] to write into; None: there are none yet.
+      starts: int32 [B], filled slots of each row, given with `slots`.
       config: the model's.
+      capacity: S.
 
     Returns:
       x [B, T, D], and keys and values with the new tokens in them.
@@ -226,13 +228,17 @@ def decoder_layer(
     eps = config.rms_norm_eps
     with jax.named_scope("attention"):
         normed = rms_norm(x, weights["input_layernorm"]["weight"], eps)
-        y, slots = attention(
-            weights["self_attn"], normed, cos, sin, slots, starts, config=config
+        y, filled = attention(
+            weights["self_attn"], normed, cos, sin, slots, starts, config, capacity
         )
         x = x + y
     with jax.named_scope("mlp"):
         normed = rms_norm(x, weights["post_attention_layernorm"]["weight"], eps)
-        return x + mlp(weights["mlp"], normed, config=config), slots
+        x = x + mlp(weights["mlp"], normed, config=config)
+    if x.shape[1] > 1:
+        # Else XLA puts the cache writes of all layers off, and keeps their inputs.
+        x, filled = jax.lax.optimization_barrier((x, filled))
+    return x, filled
 
 
 def attention(
@@ -242,8 +248,8 @@ def attention(
     sin: jax.Array,
     slots: tuple[jax.Array, jax.Array] | None,
     starts: jax.Array | None,
-    *,
     config: LlamaConfig,
+    capacity: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Project, rotate, remember, attend, project back; arguments as `decoder_layer`."""
     batch, count, _ = x.shape
@@ -262,13 +268,13 @@ def attention(
         precision=config.rope.precision,
     )
     q, k = turn(q), turn(k)
-    if slots is not None:
-        first = jnp.zeros(batch, jnp.int32) if starts is None else starts
-        slots = (write(slots[0], k, first), write(slots[1], v, first))
-    # A prompt without a past attends to itself; the empty slots need not be read.
-    seen = slots if slots is not None and starts is not None else (k, v)
-    y = attend(q, *seen, starts).reshape(batch, count, -1)
-    return linear(weights["o_proj"], y), (k, v) if slots is None else slots
+    if slots is None or starts is None:
+        y = attend(q, k, v)
+        slots = grow(k, capacity), grow(v, capacity)
+    else:
+        slots = (write(slots[0], k, starts), write(slots[1], v, starts))
+        y = attend(q, *slots, starts)
+    return linear(weights["o_proj"], y.reshape(batch, count, -1)), slots
 
 
 def mlp(weights: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig) -> jax.Array:
@@ -335,8 +341,9 @@ def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
 
 def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., in] of one row times w [out, in]: float32 [..., out]."""
-    # The barrier keeps XLA from widening all weights once, ahead of a decode loop.
-    w, x = jax.lax.optimization_barrier((w, x))
+    if jax.default_backend() == "cpu":
+        # XLA's CPU backend would widen all weights once, ahead of a decode loop.
+        w, x = jax.lax.optimization_barrier((w, x))
     row = x.reshape(1, -1).astype(jnp.float32)
     y = jnp.sum(w.astype(jnp.float32) * row, axis=1)
     return y.reshape(*x.shape[:-1], -1)

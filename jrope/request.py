@@ -163,14 +163,7 @@ def _rules(
     pad_id: int | None,
 ) -> Rules:
     sampler = Sampler() if sampler is None else sampler
-    if key is None:
-        if np.any(np.asarray(sampler.temperature) > 0):
-            raise JropeError("key: got None, want a jax.random.key(...) to sample with")
-        key = jax.random.key(0)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape != ():
-        raise JropeError(f"key: got shape {key.shape}, want one key; rows have seeds")
+    key = _one_key(key, sampler)
     seeds = np.arange(batch) if seeds is None else np.asarray(seeds)
     if seeds.shape != (batch,) or not np.issubdtype(seeds.dtype, np.integer):
         got = f"{seeds.dtype} {list(seeds.shape)}"
@@ -186,3 +179,16 @@ def _rules(
         stop_ids=jnp.asarray(stops, jnp.int32),
         pad_id=jnp.asarray(0 if pad is None else pad, jnp.int32),
     )
+
+
+def _one_key(key: jax.Array | None, sampler: Sampler) -> jax.Array:
+    """A typed scalar key; greedy rows need none."""
+    if key is None:
+        if np.any(np.asarray(sampler.temperature) > 0):
+            raise JropeError("key: got None, want a jax.random.key(...) to sample with")
+        return jax.random.key(0)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    if key.shape != ():
+        raise JropeError(f"key: got shape {key.shape}, want one key; rows have seeds")
+    return key

@@ -24,6 +24,7 @@ from typing import Any, Literal, TypeAlias, TypeVar, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jrope.errors import JropeError
 from jrope.scaling import (
@@ -132,7 +133,7 @@ def table(
 
     Args:
       rope: the embedding; decides everything.
-      positions: integers [...], not negative, traced or not.
+      positions: integers [...], traced or not.
       length: the sequence's planned total length: an integer, or one per row, integers
         that broadcast against positions without its last axis.  Read by dynamic NTK and
         longrope only; the caller fixes it for a whole run, so that every cached key is
@@ -148,16 +149,16 @@ def table(
     >>> cos.shape
     (3, 2)
     """
-    if not jnp.issubdtype(jnp.result_type(positions), jnp.integer):
-        wanted = "integers (condense divides them, not the caller)"
-        raise JropeError(f"positions: got {jnp.result_type(positions)}, want {wanted}")
+    positions = _integers("positions", positions)
+    if not (length is None or isinstance(length, int)):
+        length = _integers("length", length)
     if rope.needs_length and length is None:
         length = _untold_length(rope, positions)
     positions = jnp.asarray(positions)
     # A traced length is the one thing not dealt with on the host.  In float64, XLA's
     # rewriting of powers and divisions stays far below float32's last bit.
     traced = rope.needs_length and isinstance(length, jax.Array)
-    with jax.enable_x64(traced or bool(jax.config.jax_enable_x64)):
+    with jax.enable_x64(traced or bool(jax.config.read("jax_enable_x64"))):
         if rope.precision == "parity":
             inv_freq, scaling = rope.frequencies(length)
             return _cos_sin_of_product(positions, inv_freq, rope.condense, scaling)
@@ -166,13 +167,19 @@ def table(
         return _cos_sin_of_phase(positions, high, low, scaling)
 
 
+def _integers(name: str, values: Any) -> Any:
+    """A NumPy or JAX array of integers, or a JropeError (a boolean is not a number)."""
+    if not isinstance(values, jax.Array):
+        values = np.asarray(values)
+    if not jnp.issubdtype(values.dtype, jnp.integer):
+        hint = "; condense divides positions, not the caller"
+        raise JropeError(f"{name}: got {values.dtype}, want integers{hint}")
+    return values
+
+
 def _untold_length(rope: Rope, positions: Any) -> int:
     trained = rope.trained_length or 0
-    last = (
-        "traced"
-        if isinstance(positions, jax.core.Tracer)
-        else np.max(positions, initial=-1)
-    )
+    last = "traced" if isinstance(positions, Tracer) else np.max(positions, initial=-1)
     if isinstance(last, str) or last >= trained:
         raise JropeError(
             f"length: got None with positions up to {last}, but the frequencies of "
@@ -231,7 +238,7 @@ def _cos_sin_of_phase(
     phase = (p * (high 2**16 + low)) >> 16 modulo 2**32, the angle in 2**-32 turns,
     short by less than p 2**-48 + 1 units; split into a quarter turn and |rest| <= pi/4.
     """
-    p = positions.astype(jnp.uint32)[..., None]
+    p = jnp.abs(positions).astype(jnp.uint32)[..., None]
     high, low = _per_pair(high, p.ndim), _per_pair(low, p.ndim)
     phase = p * high + (p >> 16) * low + (((p & 0xFFFF) * low) >> 16)
     quarter = (phase + np.uint32(1 << 29)) >> 30
@@ -241,7 +248,7 @@ def _cos_sin_of_phase(
     cos = jnp.where(quarter % 2 == 0, c, s)
     sin = jnp.where(quarter % 2 == 0, s, c)
     cos = jnp.where((quarter == 1) | (quarter == 2), -cos, cos)
-    sin = jnp.where(quarter >= 2, -sin, sin)
+    sin = jnp.where((quarter >= 2) ^ (positions < 0)[..., None], -sin, sin)
     return cos * np.float32(scaling), sin * np.float32(scaling)
 
 

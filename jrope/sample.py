@@ -1,6 +1,7 @@
 """Choosing the next token from logits, every row on its own.
 
-No sorting: top-k and top-p bisect the 32 bits of the float for their exact cut-off.
+No sorting: top-k and top-p find their exact cut-off digit by digit of the float's bits,
+in 8 passes over the vocabulary (32 on a CPU), and only where they are on.
 """
 
 from collections.abc import Callable
@@ -24,6 +25,8 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "repetition_penalty": (1.0, 1e-6, 1e30, "from 1e-6 to 1e30 (1 is off)"),
 }
 _CHECKED = int | float | np.generic | np.ndarray | Array
+
+Stage = Callable[[Array], Array]
 
 
 @jax.tree_util.register_dataclass
@@ -73,22 +76,8 @@ class Sampler:
         `seen` bool [B, V] marks tokens that the row already holds (None: none of them).
         Greedy rows undergo the repetition penalty only. Misfits raise JropeError.
         """
-        if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
-            got = f"{logits.shape} and {None if seen is None else seen.shape}"
-            raise JropeError(f"Sampler: logits and seen are {got}, wanted [B, V] each")
-        x = logits.astype(jnp.float32)
-        t, k, p, m, r = (_column(self, f.name, len(x)) for f in fields(self))
-        hot = t > 0  # greedy rows skip the filters: the best token passes them all
-        if seen is not None:
-            x = lax.cond(jnp.any(r != 1), _penalize, lambda x, *_: x, x, seen, r)
-
-        def filters(x: Array) -> Array:
-            x = x / jnp.where(hot, t, 1)
-            x = _filter(hot & (k > 0), lambda x: _best(x, jnp.ones_like(x), k), x)
-            x = _filter(hot & (p < 1), lambda x: _best(x, jax.nn.softmax(x), p), x)
-            return _filter(hot & (m > 0), lambda x: _min_p(x, m), x)
-
-        return lax.cond(jnp.any(hot), filters, lambda x: x, x)
+        x = self._penalized(logits, seen)
+        return lax.switch(self._mode(len(x)), [lambda x: x, *self._stages(len(x))], x)
 
     @jax.jit
     def __call__(self, logits: Array, keys: Array, seen: Array | None = None) -> Array:
@@ -100,11 +89,59 @@ class Sampler:
         if keys.shape != logits.shape[:1]:
             got = f"{keys.shape} for logits {logits.shape}"
             raise JropeError(f"Sampler: keys are {got}, wanted [B]: jax.random.split")
-        x = self.warp(logits, seen)
-        draw, best = jax.vmap(jax.random.categorical), jnp.argmax(x, axis=-1)
+        x = self._penalized(logits, seen)
         hot = _column(self, "temperature", len(x))[:, 0] > 0
-        drawn = lax.cond(jnp.any(hot), lambda: draw(keys, x), lambda: best)
-        return jnp.where(hot, drawn, best).astype(jnp.int32)
+
+        def greedy(x: Array) -> Array:
+            return jnp.argmax(x, axis=-1).astype(jnp.int32)
+
+        def drawing(stage: Stage) -> Stage:
+            def draw(x: Array) -> Array:
+                drawn = jax.vmap(jax.random.categorical)(keys, stage(x))
+                return jnp.where(hot, drawn.astype(jnp.int32), greedy(x))
+
+            return draw
+
+        # One switch, not a condition for each stage: a GPU asks the host about each.
+        stages = [drawing(stage) for stage in self._stages(len(x))]
+        return lax.switch(self._mode(len(x)), [greedy, *stages], x)
+
+    def _penalized(self, logits: Array, seen: Array | None) -> Array:
+        if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
+            got = f"{logits.shape} and {None if seen is None else seen.shape}"
+            raise JropeError(f"Sampler: logits and seen are {got}, wanted [B, V] each")
+        x = logits.astype(jnp.float32)
+        if seen is None:
+            return x
+        r = _column(self, "repetition_penalty", len(x))
+        return jnp.where(seen, jnp.where(x < 0, x * r, x / r), x)
+
+    def _mode(self, batch: int) -> Array:
+        """0: every row is greedy; else 1 + the number of the stage that is needed."""
+        hot, k, p = (_column(self, n, batch) for n in ("temperature", "top_k", "top_p"))
+        hot = hot > 0
+        search_k, search_p = jnp.any(hot & (k > 0)), jnp.any(hot & (p < 1))
+        mode = 1 + search_k.astype(jnp.int32) + 2 * search_p.astype(jnp.int32)
+        return jnp.where(jnp.any(hot), mode, 0)
+
+    def _stages(self, batch: int) -> list[Stage]:
+        """Temperature and min-p, with no search, top-k's, top-p's, or both."""
+        t, k, p, m, _ = (_column(self, f.name, batch) for f in fields(self))
+        hot = t > 0  # greedy rows skip the filters: the best token passes them all
+
+        def stage(with_k: bool, with_p: bool) -> Stage:
+            def warp(x: Array) -> Array:
+                x = x / jnp.where(hot, t, 1)
+                if with_k:
+                    x = _drop(hot & (k > 0) & ~_best(x, jnp.ones_like(x), k), x)
+                if with_p:
+                    x = _drop(hot & (p < 1) & ~_best(x, jax.nn.softmax(x), p), x)
+                likely = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)) >= m
+                return _drop(hot & (m > 0) & ~likely, x)
+
+            return warp
+
+        return [stage(k, p) for p in (False, True) for k in (False, True)]
 
 
 def log_probs(logits: Array, tokens: Array) -> Array:
@@ -120,30 +157,25 @@ def _column(sampler: Sampler, name: str, batch: int) -> Array:
     return jnp.broadcast_to(value, (batch,))[:, None]
 
 
-def _filter(on: Array, keep: Callable[[Array], Array], x: Array) -> Array:
-    return lax.cond(
-        jnp.any(on), lambda: jnp.where(on & ~keep(x), -jnp.inf, x), lambda: x
-    )
-
-
-def _penalize(x: Array, seen: Array, r: Array) -> Array:
-    return jnp.where(seen, jnp.where(x < 0, x * r, x / r), x)
-
-
-def _min_p(x: Array, m: Array) -> Array:
-    return jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)) >= m
+def _drop(out: Array, x: Array) -> Array:
+    return jnp.where(out, -jnp.inf, x)
 
 
 def _best(x: Array, weight: Array, wanted: Array) -> Array:
-    """x >= t, for the largest float t that keeps weights of sum >= `wanted`, or all."""
+    """x >= t, with the largest float t that keeps weights of sum `wanted`, or all."""
     target = jnp.minimum(wanted, jnp.sum(weight, axis=-1, keepdims=True))
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # no -0.0
     image = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # keeps order
+    step = 1 if jax.default_backend() == "cpu" else 4  # fewer passes, more sums in each
+    digits = jnp.arange(1 << step, dtype=jnp.uint32)[None, :]
 
-    def decide_bit(i: Array, t: Array) -> Array:
-        trial = t | (jnp.uint32(1) << (31 - i))
-        total = jnp.sum(jnp.where(image >= trial, weight, 0), -1, keepdims=True)
-        return jnp.where(total >= target, trial, t)
+    def decide_digit(i: Array, t: Array) -> Array:
+        trials = t | (digits << (jnp.uint32(32 - step) - i * jnp.uint32(step)))
+        above = image[:, None, :] >= trials[:, :, None]
+        totals = jnp.sum(jnp.where(above, weight[:, None, :], 0), axis=-1)
+        enough = jnp.sum(totals >= target, axis=-1, keepdims=True, dtype=jnp.int32)
+        return jnp.take_along_axis(trials, jnp.maximum(enough - 1, 0), axis=1)
 
-    t = lax.fori_loop(jnp.uint32(0), jnp.uint32(32), decide_bit, 0 * image[:, :1])
+    none, passes = jnp.zeros_like(image[:, :1]), jnp.uint32(32 // step)
+    t = lax.fori_loop(jnp.uint32(0), passes, decide_digit, none)
     return image >= jnp.minimum(t, jnp.max(image, axis=-1, keepdims=True))

@@ -269,11 +269,15 @@ class LongRope:
 
     def __post_init__(self) -> None:
         for name in ("short_factor", "long_factor"):
-            values = tuple(getattr(self, name))
+            given = getattr(self, name)
+            check(isinstance(given, list | tuple), name, given, "a list of numbers")
+            values = tuple(given)
             for i, value in enumerate(values):
                 check(is_positive(value), f"{name}[{i}]", value, "a number > 0")
             object.__setattr__(self, name, values)
         _check_length(self)
+        length = self.original_length
+        check(length > 1, "original_length", length, "more than 1 for longrope")
         wanted = "given when attention_factor is not (it is max length / original)"
         given = self.factor is not None or self.attention_factor is not None
         check(given, "factor", self.factor, wanted)
@@ -358,9 +362,10 @@ def check(good: bool, name: str, got: object, wanted: str) -> None:
 
 
 def is_positive(value: object) -> bool:
-    """Whether value is a finite number above 0 (a boolean is not a number)."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value) and value > 0
+    """Whether value is a number above 0 that float32 can hold; booleans are not."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return 0 < value < 1e30  # NaN is not
 
 
 def _like_rows(values: np.ndarray, ndim: int) -> np.ndarray:

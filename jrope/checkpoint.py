@@ -1,0 +1,268 @@
+"""Hugging Face folders in and out: weights, config.json, and what lies beside them.
+
+Loading checks every name, shape and dtype before it reads a byte of data; then it reads
+one tensor at a time, straight to the device, so that host memory beyond the parameters
+stays at one tensor.  Saving is a stream as well, and the folder appears whole or not at
+all.  No torch.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
+from jrope.errors import JropeError
+from jrope.folders import (
+    CONFIG,
+    GENERATION,
+    PathLike,
+    check_extras,
+    check_target,
+    differences,
+    find_folder,
+    read_json,
+)
+from jrope.hf import config_from_hf, config_to_hf
+from jrope.safetensors_read import DTYPES, Tensors, open_tensors
+from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
+
+__all__ = [
+    "Tensors",
+    "check_tensors",
+    "checked_names",
+    "load",
+    "open_tensors",
+    "read_config",
+    "read_llama_config",
+    "save",
+    "write_folder",
+]
+
+Progress: TypeAlias = Callable[[str, int], None]
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+SHARD_SIZE = 5 * 2**30
+
+
+def load(
+    path_or_repo: PathLike,
+    dtype: Any = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> tuple[Tree, LlamaConfig]:
+    """Load a LLaMA from a Hugging Face folder or hub repository.
+
+    Host memory beyond the parameters: 32 MiB, and one tensor where JAX must copy it.
+
+    Args:
+      path_or_repo: a folder with config.json and safetensors, or a hub id.
+      dtype: float32, bfloat16 or float16 (a name or a dtype) to cast to; None keeps
+        each tensor's own.
+      revision: branch, tag or commit of a hub repository.
+      progress: called with the name and bytes of each tensor that has arrived.
+
+    Returns:
+      The parameter tree, of jax arrays, and the configuration.  Where
+      generation_config.json names eos ids, they are the configuration's.
+
+    Raises:
+      JropeError: anything missing, left over, damaged, or not understood.
+
+    >>> params, config = load("path/to/hf-folder", dtype="bfloat16")  # doctest: +SKIP
+    """
+    wanted = _dtype(dtype)
+    folder = find_folder(path_or_repo, revision)
+    config = read_llama_config(folder)
+    tensors = open_tensors(folder)
+    params: dict[str, jax.Array] = {}
+    for name in checked_names(folder, tensors, config):
+        array = jax.device_put(tensors.read(name, wanted))
+        params[name] = array.block_until_ready()
+        jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
+        if progress is not None:
+            progress(name, array.nbytes)
+    return nest(params), config
+
+
+def save(
+    folder: PathLike,
+    params: Mapping[str, Any],
+    config: LlamaConfig,
+    *,
+    max_shard_size: int = SHARD_SIZE,
+    extra_files: Iterable[PathLike] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Write a Hugging Face folder that transformers 4.57 and 5 and `load` read.
+
+    Args:
+      folder: must not exist, be empty, or hold a checkpoint, which is then replaced.
+      params: the parameter tree; every array keeps its dtype.
+      config: says which arrays, of which shapes, there must be.
+      max_shard_size: bytes of one file, unless a single tensor has more.
+      extra_files: copied beside the weights: tokenizer, generation_config.json.
+      progress: called with the name and bytes of each tensor that was written.
+
+    Returns:
+      The folder.
+
+    Raises:
+      JropeError: arrays missing, left over, of wrong shape or dtype, all at once; a
+        configuration without words in Hugging Face; a folder with other files in it.
+    """
+    flat = flatten(params)
+    shapes = {name: tuple(np.shape(array)) for name, array in flat.items()}
+    dtypes = {name: np.dtype(array.dtype) for name, array in flat.items()}
+    codes = {name: CODES.get(d, str(d)) for name, d in dtypes.items()}
+    check_tensors(f"cannot save {folder}", config, shapes, codes)
+    kinds = {dtype.name for dtype in dtypes.values()}
+    return write_folder(
+        folder,
+        config_to_hf(config, dtype=kinds.pop() if len(kinds) == 1 else "float32"),
+        ((name, _on_host(flat[name])) for name in parameter_shapes(config)),
+        max_shard_size=max_shard_size,
+        extra_files=extra_files,
+        progress=progress,
+    )
+
+
+def write_folder(
+    folder: PathLike,
+    config_json: Mapping[str, Any],
+    tensors: Iterable[tuple[str, np.ndarray]],
+    *,
+    max_shard_size: int = SHARD_SIZE,
+    extra_files: Iterable[PathLike] = (),
+    progress: Progress | None = None,
+) -> Path:
+    """Write a Hugging Face folder from a stream of tensors, holding one at a time.
+
+    Args:
+      folder, max_shard_size, extra_files, progress: as in `save`.
+      config_json: the config.json, which must describe a LLaMA that we can read.
+      tensors: Hugging Face's names and float32, float16 or bfloat16 arrays, in any
+        order.
+
+    Returns:
+      The folder.
+
+    Raises:
+      JropeError: as `save`; tensors missing or left over are found at the end, and then
+        nothing is written.
+    """
+    config = config_from_hf(config_json)
+    target = Path(folder).expanduser().resolve()
+    extras = [Path(path).expanduser() for path in extra_files]
+    if max_shard_size < 1:
+        raise JropeError(f"max_shard_size is {max_shard_size}, want bytes, at least 1")
+    check_extras(extras)
+    check_target(target, {path.name for path in extras})
+    with replacing(target) as fresh, ShardWriter(fresh, max_shard_size) as writer:
+        for name, array in tensors:
+            writer.add(name, array)
+            if progress is not None:
+                progress(name, array.nbytes)
+            del array  # before the next one is made
+        check_tensors(f"cannot write {target}", config, writer.shapes)
+        writer.finish()
+        write_json(fresh / CONFIG, config_json)
+        for path in extras:
+            shutil.copyfile(path, fresh / path.name)
+    return target
+
+
+def read_config(folder: PathLike) -> dict[str, Any]:
+    """Read a folder's config.json as it stands.
+
+    Raises:
+      JropeError: there is none, or it is not a JSON object.
+    """
+    return read_json(Path(folder) / CONFIG)
+
+
+def read_llama_config(folder: PathLike) -> LlamaConfig:
+    """Read config.json, and the stop ids of generation_config.json where it has them.
+
+    Raises:
+      JropeError: as `read_config` and `hf.config_from_hf`, naming the file.
+    """
+    folder = Path(folder)
+    config, extra = read_config(folder), folder / GENERATION
+    if extra.is_file() and (eos := read_json(extra).get("eos_token_id")) is not None:
+        config["eos_token_id"] = eos
+    try:
+        return config_from_hf(config)
+    except JropeError as error:
+        raise JropeError(f"{folder / CONFIG}: {error}") from None
+
+
+def _dtype(dtype: Any) -> np.dtype[Any] | None:
+    if dtype is None:
+        return None
+    known = {dtype.name: dtype for dtype in DTYPES.values()}
+    try:
+        return known[jnp.dtype(dtype).name]
+    except (TypeError, KeyError):
+        wanted = ", ".join(known)
+        raise JropeError(f"dtype is {dtype!r}, want None or one of {wanted}") from None
+
+
+def checked_names(folder: Path, tensors: Tensors, config: LlamaConfig) -> list[str]:
+    """The tensors to load from a folder, once its headers agree with `config`.
+
+    Left out are tables of rotary frequencies, and the head of a tied checkpoint, which
+    must equal the embedding: that alone is data, and is read.
+
+    Raises:
+      JropeError: tensors missing, left over, of wrong shape or dtype, all at once.
+    """
+    shapes, codes = tensors.shapes, tensors.dtypes
+    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
+        if not tensors.same(EMBEDDING, HEAD):
+            raise JropeError(
+                f"{folder}: tie_word_embeddings is true but {HEAD} differs from "
+                f"{EMBEDDING}; set it to false, or delete the tensor"
+            )
+        del shapes[HEAD]
+    # Old checkpoints carry tables of frequencies, often rounded: never used.
+    for name in [name for name in shapes if name.endswith(".rotary_emb.inv_freq")]:
+        del shapes[name]
+    check_tensors(str(folder), config, shapes, codes)
+    return [*shapes]
+
+
+def check_tensors(
+    where: str,
+    config: LlamaConfig,
+    shapes: Mapping[str, tuple[int, ...]],
+    codes: Mapping[str, str] | None = None,
+) -> None:
+    """Compare tensors with what a configuration asks for.
+
+    Args:
+      where: begins the message.
+      config: names and shapes derive from it.
+      shapes: name -> shape of what there is.
+      codes: name -> dtype code, where dtypes are to be checked too.
+
+    Raises:
+      JropeError: one, that lists all that differs.
+    """
+    wanted = parameter_shapes(config)
+    odd = {n: c for n, c in (codes or {}).items() if n in shapes and c not in DTYPES}
+    if found := differences(wanted, shapes, odd):
+        counts = f"{len(shapes)} tensors, config.json asks for {len(wanted)}"
+        raise JropeError("; ".join([f"{where}: {counts}", *found]))
+
+
+def _on_host(array: Any) -> np.ndarray:
+    """One array's values; a copy on an accelerator, for the original keeps a cache."""
+    if isinstance(array, jax.Array) and jax.default_backend() != "cpu":
+        array = jnp.copy(array)
+    return np.asarray(array)

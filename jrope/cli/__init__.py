@@ -1,0 +1,125 @@
+"""The `jrope` command: one file per subcommand, and one line per error.
+
+A subcommand's file has `add_arguments(parser)` and `run(args) -> int`.  Exit status: 0,
+2 for errors, 130 after Ctrl-C, 141 when the reader of standard output has gone; a
+subcommand may return others and says so in its help.
+"""
+
+import argparse
+import importlib
+import io
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any, NoReturn
+
+from jrope.errors import JropeError
+
+COMMANDS = {
+    "generate": "continue prompts with a model",
+    "inspect": "tell what a folder holds, without reading its weights",
+    "convert": "rewrite a folder: dtype, shards, rotary embedding",
+    "parity": "compare a model with PyTorch, stage by stage",
+}
+_COMPILING = ("generate", "parity")
+_LONGEST = 2000  # characters of an error line
+
+
+class _Parser(argparse.ArgumentParser):
+    """Wrong usage is an error like others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise JropeError(f"{message} (see '{self.prog} --help')")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Args:
+      argv: the words after `jrope`; None: those of this process.
+
+    Returns:
+      The exit status.  With JROPE_DEBUG in the environment, errors are raised instead.
+    """
+    try:
+        status = _dispatch([*(sys.argv[1:] if argv is None else argv)])
+        sys.stdout.flush()
+        return status
+    except SystemExit as stop:  # --help, --version
+        return int(stop.code or 0)
+    except BrokenPipeError:  # `jrope ... | head`
+        _discard_output()
+        return 141
+    except KeyboardInterrupt:
+        return _failed("interrupted", 130)
+    except JropeError as error:
+        return _failed(str(error))
+    except OSError as error:
+        file = f"{error.filename}: " if error.filename is not None else ""
+        return _failed(f"{file}{error.strerror or error}")
+    except Exception as error:
+        kind, hint = type(error).__name__, "JROPE_DEBUG=1 shows where"
+        return _failed(f"unexpected {kind}: {str(error)[:300]} ({hint})")
+
+
+def _dispatch(words: list[str]) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # terminals that lack a character
+            stream.reconfigure(errors="replace")
+    if not words or words[0] not in COMMANDS:
+        parser = _top_parser()
+        parser.parse_args(words[:1])
+        parser.print_help(sys.stderr)
+        return 2
+    name = words[0]
+    module: Any = importlib.import_module(f"jrope.cli.{name}")
+    text = COMMANDS[name]
+    parser = _Parser(prog=f"jrope {name}", description=f"{text}.".capitalize())
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    module.add_arguments(parser)
+    if name in _COMPILING:
+        text = "compile anew, and do not keep what was compiled for the next run"
+        parser.add_argument("--no-compile-cache", action="store_true", help=text)
+    args = parser.parse_intermixed_args(words[1:])
+    if name in _COMPILING and not args.no_compile_cache:
+        from jrope.cli.common import enable_compile_cache
+
+        enable_compile_cache()
+    return module.run(args)
+
+
+def _top_parser() -> argparse.ArgumentParser:
+    rows = "\n".join(f"  {name:<10} {text}" for name, text in COMMANDS.items())
+    parser = _Parser(
+        prog="jrope",
+        usage="jrope [--help] [--version] COMMAND ...",
+        description="LLaMA in JAX, with every RoPE extension as PyTorch computes it.",
+        epilog=f"commands:\n{rows}\n\n'jrope COMMAND --help' tells more about one.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version", action="version", version=f"jrope {version('jrope')}"
+    )
+    # Reached with an unknown command only: known ones have parsers of their own.
+    parser.add_argument(
+        "command", nargs="?", choices=[*COMMANDS], help=argparse.SUPPRESS
+    )
+    return parser
+
+
+def _failed(message: str, status: int = 2) -> int:
+    """Tell what is wrong in one line, or raise for whoever debugs."""
+    if os.environ.get("JROPE_DEBUG") and sys.exc_info()[1] is not None:
+        raise
+    line = " ".join(message.split())[:_LONGEST]
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    print(f"jrope: error: {line}", file=sys.stderr)
+    return status
+
+
+def _discard_output() -> None:
+    """Point standard output nowhere, so that flushing it at exit does not fail."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)

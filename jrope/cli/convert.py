@@ -1,0 +1,146 @@
+"""`jrope convert`: a Hugging Face folder into another one, tensor by tensor."""
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jrope.checkpoint import (
+    SHARD_SIZE,
+    Tensors,
+    checked_names,
+    open_tensors,
+    read_config,
+    write_folder,
+)
+from jrope.cli.common import (
+    add_dtype_argument,
+    add_rope_arguments,
+    apply_rope,
+    rope_name,
+    size,
+)
+from jrope.cli.terminal import Progress, bytes_text
+from jrope.errors import JropeError
+from jrope.folders import find_folder
+from jrope.hf import config_from_hf, config_to_hf
+from jrope.safetensors_read import DTYPES
+
+_COMPANIONS = (  # what lies beside weights and goes with them
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.*",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+_SCRIPTS = {  # files of other formats -> what turns them into a folder
+    ".gguf": "gguf_to_hf.py",
+    ".pth": "meta_to_hf.py",
+    ".bin": "pytorch_bin_to_hf.py",
+    ".pt": "pytorch_bin_to_hf.py",
+    ".msgpack": "flax_msgpack_to_hf.py",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `jrope convert` takes."""
+    add = parser.add_argument
+    add("source", metavar="SRC", help="a Hugging Face folder or hub id")
+    add("target", metavar="DST", help="the folder to write")
+    add(
+        "--max-shard-size",
+        metavar="SIZE",
+        type=size,
+        default=SHARD_SIZE,
+        help="split the weights into files of at most this, such as 500MB (5GiB)",
+    )
+    add("--force", action="store_true", help="replace a checkpoint in DST")
+    add_dtype_argument(parser)
+    add_rope_arguments(parser, precision=False)
+    scripts = "\n".join(f"  convert/{name}" for name in sorted({*_SCRIPTS.values()}))
+    parser.description = (
+        "Rewrite a Hugging Face folder: cast, reshard, set the rotary embedding.\n"
+        "config.json is written in both of its schemas, tokenizer files are copied.\n"
+        f"Scripts turn other formats into a folder:\n{scripts}"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything, then stream the tensors from one folder to the other."""
+    _refuse_foreign(Path(args.source).expanduser())
+    source, target = find_folder(args.source, None), Path(args.target).expanduser()
+    _check_target(source, target, force=args.force)
+    config_json = read_config(source)
+    try:
+        config = config_from_hf(config_json)
+    except JropeError as error:
+        raise JropeError(f"{source / 'config.json'}: {error}") from None
+    config = apply_rope(config, args)
+    tensors = open_tensors(source)
+    names = checked_names(source, tensors, config)
+    kinds = {args.dtype or DTYPES[tensors.dtypes[name]].name for name in names}
+    dtype = kinds.pop() if len(kinds) == 1 else None
+    written = config_to_hf(config, dtype=dtype or "float32")
+    extras = [path for glob in _COMPANIONS for path in sorted(source.glob(glob))]
+    extras = [path for path in extras if path.is_file()]
+    cast = None if args.dtype is None else _dtype(args.dtype)
+    total = sum(_bytes(tensors, name, cast) for name in names)
+    with Progress("writing", total) as progress:
+        write_folder(
+            target,
+            written,
+            _stream(tensors, names, cast),
+            max_shard_size=args.max_shard_size,
+            extra_files=extras,
+            progress=progress,
+        )
+    shards = len([*target.glob("model*.safetensors")])
+    copied = ", ".join(path.name for path in extras) or "nothing"
+    print(
+        f"wrote {target}: {len(names)} tensors, {bytes_text(total)}, "
+        f"{dtype or 'mixed dtypes'}, {shards} file{'s' * (shards > 1)}, "
+        f"rope {rope_name(config.rope)}; copied {copied}"
+    )
+    return 0
+
+
+def _refuse_foreign(source: Path) -> None:
+    """Raise for a file; folders of other formats are told by the loader."""
+    if not source.is_file():
+        return
+    script = _SCRIPTS.get(source.suffix)
+    hint = f"convert/{script} reads this format" if script else "give a folder"
+    raise JropeError(f"{source} is a file, want a Hugging Face folder; {hint}")
+
+
+def _check_target(source: Path, target: Path, *, force: bool) -> None:
+    if target.resolve() == source.resolve():
+        raise JropeError(f"SRC and DST are the same folder, {target}; write elsewhere")
+    if not force and target.is_dir() and any(target.iterdir()):
+        raise JropeError(f"{target} is not empty; --force replaces a checkpoint there")
+
+
+def _dtype(name: str) -> np.dtype[Any]:
+    return next(dtype for dtype in DTYPES.values() if dtype.name == name)
+
+
+def _bytes(tensors: Tensors, name: str, dtype: np.dtype[Any] | None) -> int:
+    slot = tensors.slots[name]
+    if dtype is None:
+        return slot.stop - slot.start
+    return int(np.prod(slot.shape)) * dtype.itemsize
+
+
+def _stream(
+    tensors: Tensors, names: list[str], dtype: np.dtype[Any] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    for name in names:
+        yield name, tensors.read(name, dtype)

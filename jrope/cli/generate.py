@@ -1,0 +1,190 @@
+"""`jrope generate`: continue prompts; text on standard output, figures on the other."""
+
+import argparse
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jrope.checkpoint import load, open_tensors, read_llama_config
+from jrope.cli.common import (
+    add_dtype_argument,
+    add_rope_arguments,
+    apply_rope,
+    number,
+    reach,
+    whole,
+)
+from jrope.cli.report import Timing, print_figures, print_json, print_texts
+from jrope.cli.terminal import Progress, warn
+from jrope.cli.text import (
+    Answer,
+    encode,
+    load_tokenizer,
+    read_prompts,
+    vocabulary,
+)
+from jrope.config import LlamaConfig
+from jrope.errors import JropeError
+from jrope.folders import find_folder
+from jrope.generate import stream
+from jrope.request import Options, prepare
+from jrope.sample import Sampler
+
+_LIMIT = 256
+_LIMIT_HELP = f"at most this many ({_LIMIT}, less where the model's length ends)"
+_FILTERS = ("top_k", "top_p", "min_p", "seed")
+_SAMPLING = {
+    "temperature": "0, the default, takes the best token",
+    "top-k": "draw from the k best tokens",
+    "top-p": "draw from the best tokens whose probabilities sum to p",
+    "min-p": "draw from tokens at least this times as likely as the best",
+    "repetition-penalty": "make tokens that already stand there less likely",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `jrope generate` takes."""
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", help="a Hugging Face folder or hub id")
+    add("prompt", metavar="PROMPT", nargs="*", help="texts; several make a batch")
+    add("--file", metavar="F", help="one prompt, the whole file; - is standard input")
+    add("--raw", action="store_true", help="continue the text, without chat template")
+    add("--system", metavar="TEXT", help="the system's turn of the chat")
+    add("--max-new-tokens", metavar="N", type=whole(0), help=_LIMIT_HELP)
+    for name, text in _SAMPLING.items():
+        kind = whole(0) if name == "top-k" else number
+        add(f"--{name}", metavar="X", type=kind, help=text)
+    add("--seed", metavar="N", type=whole(0), help="of the random numbers (0)")
+    add("--stop", metavar="TEXT", action="append", default=[], help="end before it")
+    add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
+    add("--json", action="store_true", help="one JSON object instead of text")
+    add_dtype_argument(parser)
+    add_rope_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check everything that is cheap, load the weights, and generate."""
+    prompts, sampler = read_prompts(args.prompt, args.file), _sampler(args)
+    folder = find_folder(args.folder, None)
+    config = apply_rope(read_llama_config(folder), args)
+    tokenizer = load_tokenizer(folder)
+    ids = _encoded(tokenizer, prompts, config, args)
+    width = max(map(len, ids))
+    prompt = np.array([row + [0] * (width - len(row)) for row in ids], np.int32)
+    lengths = np.array([len(row) for row in ids], np.int32)
+    new = _limit(width, config) if args.max_new_tokens is None else args.max_new_tokens
+    options: Options = {
+        "sampler": sampler,
+        "key": jax.random.key(args.seed or 0),
+        "max_new_tokens": new,
+        "prefill_chunk": args.prefill_chunk,
+    }
+    prepare(prompt, lengths, config, **options)  # finds what is wrong with them
+    _warn(tokenizer, width + new, config)
+    params, timing = _load(folder, args.dtype)
+    stops = [text for text in args.stop if text]
+    answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]
+    blocks = stream(params, prompt, lengths, config=config, **options)
+    live = len(prompts) == 1 and not args.json
+    _follow(blocks, answers, timing, live=live)
+    if args.json:
+        print_json(args.folder, prompts, lengths, answers, timing)
+        return 0
+    if not live:
+        print_texts(prompts, answers)
+    print_figures(lengths, answers, timing)
+    return 0
+
+
+def _sampler(args: argparse.Namespace) -> Sampler:
+    names = [name.replace("-", "_") for name in _SAMPLING]
+    given = {name: getattr(args, name) for name in names}
+    if not args.temperature:
+        idle = [name for name in _FILTERS if getattr(args, name) is not None]
+        if idle:
+            words = ", ".join("--" + name.replace("_", "-") for name in idle)
+            warn(f"{words} without --temperature above 0: the best token is taken")
+    return Sampler(**{name: x for name, x in given.items() if x is not None})
+
+
+def _encoded(
+    tokenizer: Any, prompts: Sequence[str], config: LlamaConfig, args: Any
+) -> list[list[int]]:
+    chat = bool(tokenizer.chat_template) and not args.raw
+    if args.system is not None and not chat:
+        why = "--raw was given" if args.raw else "this tokenizer has none"
+        raise JropeError(f"--system needs a chat template, but {why}")
+    bos = config.bos_token_id
+    return [
+        encode(tokenizer, text, bos, chat=chat, system=args.system) for text in prompts
+    ]
+
+
+def _limit(width: int, config: LlamaConfig) -> int:
+    """New tokens when nobody says how many: what the model's length has room for."""
+    longest = reach(config)
+    room = _LIMIT if longest is None else longest - width
+    return min(_LIMIT, room) if room > 0 else _LIMIT
+
+
+def _warn(tokenizer: Any, total: int, config: LlamaConfig) -> None:
+    known, size = vocabulary(tokenizer), config.vocab_size
+    if known > size or known < size * 0.9:
+        warn(
+            f"the tokenizer has {known} ids, the model {size}: do they belong together?"
+        )
+    longest = reach(config)
+    if longest is not None and total > longest:
+        factor = -(-total // longest)
+        plain = config.rope.scaling is None and config.rope.condense == 1
+        hint = f"; --rope yarn:{factor} or dynamic:{factor} stretch it" if plain else ""
+        warn(
+            f"prompt and new tokens may reach {total}, the model is meant for "
+            f"{longest}: text past that is likely nonsense{hint}"
+        )
+
+
+def _load(folder: Path, dtype: str | None) -> tuple[Any, Timing]:
+    start = time.perf_counter()
+    slots = open_tensors(folder).slots.values()
+    size = sum(slot.stop - slot.start for slot in slots)
+    if dtype is not None:
+        width = 4 if dtype == "float32" else 2
+        size = sum(width * int(np.prod(slot.shape)) for slot in slots)
+    with Progress("loading", size) as progress:
+        params, _ = load(folder, dtype, progress=progress)
+    return params, Timing(load=time.perf_counter() - start)
+
+
+def _follow(
+    blocks: Iterator[np.ndarray],
+    answers: Sequence[Answer],
+    timing: Timing,
+    *,
+    live: bool,
+) -> None:
+    """Feed the blocks to the answers; print the only one as it comes if `live`."""
+
+    def tell(texts: Iterable[str]) -> None:
+        for text in texts:
+            if live and text:
+                print(text, end="", flush=True)
+
+    start = time.perf_counter()
+    try:
+        for block in blocks:
+            timing.total = time.perf_counter() - start
+            tell([a.push(row.tolist()) for a, row in zip(answers, block, strict=True)])
+            if timing.first is None:
+                timing.first = timing.total
+                timing.early = sum(answer.count for answer in answers)
+            if all(answer.finish == "stop" for answer in answers):
+                break
+        tell([answer.end() for answer in answers])
+    finally:
+        if live:  # after Ctrl-C too
+            print(flush=True)

@@ -1,0 +1,105 @@
+"""Parameters arranged for speed: the same numbers, fewer and better placed matrices.
+
+`fuse` joins q, k, v and gate, up into one matrix each: one product instead of three or
+two.  It may also turn every layer's matrices from a `weight` [out, in], which is what
+checkpoints hold and what suits the batch-1 matrix-vector product, into a `kernel`
+[in, out], which suits larger batches.
+"""
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+from jrope.config import LlamaConfig, Tree
+from jrope.model import FUSED
+
+Order = Literal["out_in", "in_out"]
+
+
+def fuse(params: Mapping[str, Any], order: Order = "out_in") -> Tree:
+    """Join the projections that read the same input; the given tree stays as it is.
+
+    `forward`, `generate` and `score` take either tree; `unfuse` gives the first back.
+
+    Args:
+      params: a parameter tree.
+      order: of the layers' matrices: "out_in" for one row, "in_out" for batches.
+    """
+
+    def change(block: Mapping[str, Any]) -> Tree:
+        block = _join(block)
+        if order == "out_in":
+            return block
+        return {
+            name: _turn(leaves, "weight", "kernel") for name, leaves in block.items()
+        }
+
+    return _each_block(params, change)
+
+
+def unfuse(params: Mapping[str, Any], config: LlamaConfig) -> Tree:
+    """Split what `fuse` joined, bit for bit."""
+    heads = config.num_attention_heads * config.head_dim
+    kv_heads = config.num_key_value_heads * config.head_dim
+    sizes = {
+        "q_proj": heads,
+        "k_proj": kv_heads,
+        "v_proj": kv_heads,
+        "gate_proj": config.intermediate_size,
+        "up_proj": config.intermediate_size,
+    }
+
+    def change(block: Mapping[str, Any]) -> Tree:
+        turned = {n: _turn(leaves, "kernel", "weight") for n, leaves in block.items()}
+        return _split(turned, sizes)
+
+    return _each_block(params, change)
+
+
+def _turn(leaves: Mapping[str, Any], old: str, new: str) -> Tree:
+    """Transpose the matrix called `old` and call it `new`; biases stay."""
+    turned = {name: leaf for name, leaf in leaves.items() if name != old}
+    return turned | {new: leaves[old].T} if old in leaves else turned
+
+
+def _each_block(params: Mapping[str, Any], change: Any) -> Tree:
+    """Apply `change` to the attention and MLP subtree of every layer."""
+    model = params["model"]
+    layers = {
+        index: {
+            name: change(block) if name in FUSED else block
+            for name, block in layer.items()
+        }
+        for index, layer in model["layers"].items()
+    }
+    return {**params, "model": {**model, "layers": layers}}
+
+
+def _join(block: Mapping[str, Any]) -> Tree:
+    for joined, names in FUSED.values():
+        if joined in block or names[0] not in block:
+            continue
+        parts = [block[name] for name in names]
+        rest = {name: leaf for name, leaf in block.items() if name not in names}
+        keys = parts[0].keys()
+        return rest | {
+            joined: {
+                key: jnp.concatenate([part[key] for part in parts]) for key in keys
+            }
+        }
+    return dict(block)
+
+
+def _split(block: Mapping[str, Any], sizes: Mapping[str, int]) -> Tree:
+    for joined, names in FUSED.values():
+        if joined not in block:
+            continue
+        rest = {name: leaf for name, leaf in block.items() if name != joined}
+        start = 0
+        for name in names:
+            end = start + sizes[name]
+            rest[name] = {key: leaf[start:end] for key, leaf in block[joined].items()}
+            start = end
+        return rest
+    return dict(block)

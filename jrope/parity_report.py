@@ -1,0 +1,230 @@
+"""What a parity run found: errors per stage and per segment, judged and printed."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, final
+
+import numpy as np
+
+YARDSTICK = 1.10
+NEAR = 8192
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Error:
+    """How far an array is from the right one.
+
+    Args:
+      max_abs: largest difference.
+      of_max: the same as a part of the largest right number.
+      rms: root mean square of the difference as a part of the right one's.
+      typical: the same for every token by itself, geometric mean over tokens.
+    """
+
+    max_abs: float
+    of_max: float
+    rms: float
+    typical: float
+
+    @classmethod
+    def of(cls, got: np.ndarray, want: np.ndarray) -> "Error":
+        """Compare [..., T, V] in float64."""
+        gap = got.astype(np.float64) - want
+        powers, of_powers = (
+            np.square(x, dtype=np.float64).mean(axis=-1) for x in (gap, want)
+        )
+        least = np.finfo(np.float64).tiny  # a token without an error
+        logs = np.log(np.maximum(powers, least) / np.maximum(of_powers, least))
+        top = float(np.abs(gap).max())
+        return cls(
+            max_abs=top,
+            of_max=_ratio(top, float(np.abs(want).max())),
+            rms=math.sqrt(_ratio(float(powers.mean()), float(of_powers.mean()))),
+            typical=math.exp(float(logs.mean()) / 2) if top else 0.0,
+        )
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """A stage of the model, all segments together, or the logits of one segment.
+
+    Args:
+      name: "embeddings", "layer 0", ..., "final norm", "logits"; or where a segment
+        lies: "inside", "at" or "past" the trained length, or "spread" over all.
+      jrope: jrope's error.
+      torch: PyTorch's error; None when PyTorch is what is right.
+    """
+
+    name: str
+    jrope: Error
+    torch: Error | None
+
+    @property
+    def ratio(self) -> float | None:
+        """jrope's typical error as a multiple of PyTorch's."""
+        torch = self.torch
+        return None if torch is None else _ratio(self.jrope.typical, torch.typical)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Segment:
+    """The logits at some positions.
+
+    Args:
+      first, last: the positions.
+      logits: the errors there.
+      top1: part of the tokens after which both hold the same token for likeliest.
+      kl: Kullback-Leibler divergence of jrope from what is right, nats a token.
+    """
+
+    first: int
+    last: int
+    logits: Stage
+    top1: float
+    kl: float
+
+    @property
+    def slack(self) -> float:
+        """What the threshold is multiplied by: position / 8192, at least 1.
+
+        The last bit of PyTorch's own frequencies depends on its build (AVX2, AVX512);
+        it moves an angle by position * frequency * 6e-8.
+        """
+        return max(1.0, (self.last + 1) / NEAR)
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What `compare` found.
+
+    Args:
+      model: the folder.
+      dtype: of weights and activations.
+      rope: the rotary embedding in words.
+      trained_length: where "past" begins.
+      stages: the stages, logits last.
+      segments: the logits again, by position.
+      threshold: for float32.
+    """
+
+    model: str
+    dtype: str
+    rope: str
+    trained_length: int
+    stages: tuple[Stage, ...]
+    segments: tuple[Segment, ...]
+    threshold: float
+
+    @property
+    def figure(self) -> float:
+        """The number that is judged: see the module `parity`."""
+        if (ratio := self.stages[-1].ratio) is not None:
+            return ratio
+        return float(np.max([s.logits.jrope.of_max / s.slack for s in self.segments]))
+
+    @property
+    def limit(self) -> float:
+        """What `figure` may be at most."""
+        return self.threshold if self.dtype == "float32" else YARDSTICK
+
+    @property
+    def ok(self) -> bool:
+        """Whether jrope passes; NaN does not."""
+        return self.figure <= self.limit
+
+    def to_json(self) -> str:
+        """Everything as a JSON object; numbers that are not finite are null."""
+        judged = {"figure": self.figure, "limit": self.limit, "ok": self.ok}
+        return json.dumps(_finite({**dataclasses.asdict(self), **judged}))
+
+    def table(self) -> str:
+        """Everything, for reading."""
+        alone = self.stages[-1].torch is None
+        heads = ["max abs", "of max", "rel RMS"]
+        heads += [] if alone else ["typical", "PyTorch's", "ratio"]
+        rows = [["stage", *heads]]
+        rows += [[stage.name, *_figures(stage)] for stage in self.stages]
+        rows += [[], ["logits at", *heads, "top-1", "KL"]]
+        for part in self.segments:
+            place = f"{part.first}..{part.last} {part.logits.name}"
+            ends = f"{part.top1:.2%}", f"{part.kl:.1e}"
+            rows.append([place, *_figures(part.logits), *ends])
+        widest = max(len(row[0]) for row in rows if row)
+        title = f"{self.model} in {self.dtype}, {self.rope}"
+        unit = "of the largest" if alone else "times PyTorch's"
+        verdict = (
+            f"{'ok' if self.ok else 'FAILED'}: error of a logit {self.figure:.3g} "
+            f"{unit}, allowed {self.limit:g}"
+        )
+        if alone and any(part.slack > 1 for part in self.segments):
+            verdict += f" (both x position / {NEAR} past {NEAR})"
+        lines = [
+            " ".join([row[0].ljust(widest), *(cell.rjust(9) for cell in row[1:])])
+            for row in ([*row] or [""] for row in rows)
+        ]
+        return "\n".join([title, *(line.rstrip() for line in lines), "", verdict])
+
+
+def stage(
+    name: str, ours: np.ndarray, want: np.ndarray, theirs: np.ndarray | None
+) -> Stage:
+    """Compare arrays of one shape: jrope's, the right one, PyTorch's if another."""
+    torch = None if theirs is None else Error.of(theirs, want)
+    return Stage(name=name, jrope=Error.of(ours, want), torch=torch)
+
+
+def segment(
+    trained: int,
+    positions: np.ndarray,
+    ours: np.ndarray,
+    want: np.ndarray,
+    theirs: np.ndarray | None,
+) -> Segment:
+    """Compare the logits [T, V] of one row at `positions` [T]; arrays as in `stage`."""
+    first, last = int(positions[0]), int(positions[-1])
+    name = "inside" if last < trained else "past" if first >= trained else "at"
+    if last - first >= positions.size:
+        name = "spread"
+    p, q = _log_softmax(want), _log_softmax(ours)
+    return Segment(
+        first=first,
+        last=last,
+        logits=stage(name, ours, want, theirs),
+        top1=float(np.mean(ours.argmax(-1) == want.argmax(-1))),
+        kl=float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))),
+    )
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=-1, keepdims=True)
+    return wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+
+
+def _ratio(part: float, whole: float) -> float:
+    if whole == 0:
+        return 0.0 if part == 0 else math.inf
+    return part / whole
+
+
+def _figures(stage: Stage) -> list[str]:
+    ours, torch = stage.jrope, stage.torch
+    cells = [f"{x:.2e}" for x in (ours.max_abs, ours.of_max, ours.rms)]
+    if torch is not None:
+        cells += [f"{ours.typical:.2e}", f"{torch.typical:.2e}", f"{stage.ratio:.3f}"]
+    return cells
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}  # pyright: ignore
+    if isinstance(value, tuple):
+        return [_finite(x) for x in value]  # pyright: ignore
+    bad = isinstance(value, float) and not math.isfinite(value)
+    return None if bad else value

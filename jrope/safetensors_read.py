@@ -1,0 +1,288 @@
+"""Folders of safetensors files: their headers checked, then one tensor at a time.
+
+The format: 8 bytes, the header's length (little-endian); the header, a JSON object
+`{name: {"dtype", "shape", "data_offsets"}}`; the tensors' bytes, one after another.  A
+sharded folder has an index, `{"weight_map": {name: file}}`.
+
+Everything that a header can get wrong is found before a byte of data is read.  Tensors
+are read by plain reads, not mapped, so that memory is what is asked for and no more.
+
+Source: https://huggingface.co/docs/safetensors, "Format".
+"""
+
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import ml_dtypes
+import numpy as np
+
+from jrope.errors import JropeError
+from jrope.folders import (
+    INDEX,
+    PICKLE,
+    SINGLE,
+    other_weights,
+    parse_json,
+    read_json,
+    some,
+)
+
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+# Bytes per element, those included that we name in errors but do not read.
+_SIZES = {
+    **{code: dtype.itemsize for code, dtype in DTYPES.items()},
+    **{"F64": 8, "I64": 8, "U64": 8, "I32": 4, "U32": 4, "I16": 2, "U16": 2},
+    **{"I8": 1, "U8": 1, "BOOL": 1, "F8_E4M3": 1, "F8_E5M2": 1},
+}
+_CHUNK = 16 * 2**20
+_LONGEST_HEADER = 100 * 10**6  # the reference implementation's limit
+
+_FOREIGN = {  # how a file begins -> what it is
+    b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull'",
+    b"PK\x03\x04": f"a zip or PyTorch pickle, not safetensors; {PICKLE}",
+    b"\x80\x02": f"a pickle, not safetensors; {PICKLE}",
+    b"GGUF": "GGUF, not safetensors; convert it with convert/gguf_to_hf.py",
+}
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies: dtype code, shape, file, and its bytes in that file."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    path: Path
+    start: int
+    stop: int
+
+
+class Tensors:
+    """The tensors of a folder: names, shapes, dtypes; data only when asked.
+
+    Attributes:
+      slots: name -> where it lies.
+    """
+
+    def __init__(self, slots: Mapping[str, Slot]) -> None:
+        self.slots = dict(slots)
+
+    @property
+    def names(self) -> list[str]:
+        """All names, in the files' order."""
+        return list(self.slots)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape."""
+        return {name: slot.shape for name, slot in self.slots.items()}
+
+    @property
+    def dtypes(self) -> dict[str, str]:
+        """Name -> dtype code, such as "BF16"; those in DTYPES can be read."""
+        return {name: slot.dtype for name, slot in self.slots.items()}
+
+    def read(self, name: str, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+        """Read one tensor, cast piece by piece, into memory of its own.
+
+        Args:
+          name: one of `names`.
+          dtype: float32, float16 or bfloat16; None keeps the file's.
+
+        Raises:
+          JropeError: a dtype that is not read, a value too large for `dtype`, or a
+            file that changed since its header was read.
+        """
+        slot = self.slots[name]
+        if slot.dtype not in DTYPES:
+            wanted = ", ".join(DTYPES)
+            raise JropeError(f"{name}: dtype {slot.dtype}, want one of {wanted}")
+        stored = DTYPES[slot.dtype]
+        out = _aligned(slot.shape, dtype or stored)
+        flat, done = out.reshape(-1), 0
+        for piece in _pieces(slot):
+            values = piece.view(stored)
+            with np.errstate(all="ignore"):
+                flat[done : done + values.size] = values
+                _check_range(name, values, flat[done : done + values.size])
+            done += values.size
+        return out
+
+    def same(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal bit for bit; reads both piece by piece."""
+        a, b = self.slots[first], self.slots[second]
+        if (a.dtype, a.shape) != (b.dtype, b.shape):
+            return False
+        pairs = zip(_pieces(a), _pieces(b), strict=True)
+        return all(np.array_equal(x, y) for x, y in pairs)
+
+
+def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
+    """Read and check the headers of a folder's safetensors files.
+
+    Args:
+      folder: holds model.safetensors, or shards and model.safetensors.index.json.
+
+    Raises:
+      JropeError: no such files, or damaged, contradictory or foreign ones.
+    """
+    folder = Path(folder)
+    single, index = folder / SINGLE, folder / INDEX
+    if single.exists() and index.exists():
+        raise JropeError(
+            f"{folder} has both {SINGLE} and {INDEX}; remove the stale one"
+        )
+    if index.exists():
+        return Tensors(_sharded(index))
+    if not single.exists() and not single.is_symlink():
+        raise JropeError(f"no {SINGLE} in {folder}{other_weights(folder)}")
+    return Tensors(_header(inside(folder, SINGLE, folder)))
+
+
+def inside(folder: Path, name: str, where: Path) -> Path:
+    """Return folder / name, a file that must not lead out of the folder.
+
+    Symbolic links may lead to the blobs beside the snapshots of the hub's own cache.
+    """
+    path, root = folder / name, folder.resolve()
+    roots = [root]
+    if root.parent.name == "snapshots":
+        roots.append(root.parent.parent / "blobs")
+    target = path.resolve()
+    if not any(target.is_relative_to(root) for root in roots):
+        raise JropeError(f"{where}: {name!r} leads out of the folder, to {target}")
+    if not target.is_file():
+        raise JropeError(f"{where}: {name!r} is missing")
+    return path
+
+
+def _sharded(index: Path) -> dict[str, Slot]:
+    places: dict[str, Any] = read_json(index).get("weight_map") or {}
+    listed = [*places.values()] if isinstance(cast(Any, places), dict) else []
+    if not listed or not all(isinstance(file, str) for file in listed):
+        raise JropeError(f"{index}: weight_map must map tensor names to file names")
+    slots: dict[str, Slot] = {}
+    problems: list[str] = []
+    for file in dict.fromkeys(places.values()):
+        try:
+            header = _header(inside(index.parent, file, index))
+        except JropeError as error:
+            problems.append(str(error))
+            continue
+        for name, slot in header.items():
+            if places.get(name) == file:
+                slots[name] = slot
+            else:
+                listed = f"in {places[name]}" if name in places else "nowhere"
+                problems.append(f"{file} holds {name}, which {INDEX} lists {listed}")
+        lacking = [n for n, f in places.items() if f == file and n not in header]
+        if lacking:
+            problems.append(f"{file} lacks {some(lacking)}, which {INDEX} lists there")
+    if problems:
+        raise JropeError(f"{index.parent}: {some(problems, '; ')}")
+    return slots
+
+
+def _header(path: Path) -> dict[str, Slot]:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(32)
+        for magic, kind in _FOREIGN.items():
+            if start.startswith(magic):
+                raise JropeError(f"{path} is {kind}")
+        if size == 0:
+            raise JropeError(f"{path} is empty; download it again")
+        length = int.from_bytes(start[:8], "little")
+        if size < 8 or length > _LONGEST_HEADER or start[8:9] not in (b"{", b""):
+            raise JropeError(f"{path} is not a safetensors file: its header is garbage")
+        if 8 + length > size:
+            raise JropeError(
+                f"{path} is truncated: its header has {length} bytes, the file {size}; "
+                "download it again"
+            )
+        file.seek(8)
+        entries = parse_json(file.read(length), f"the header of {path}")
+    entries.pop("__metadata__", None)
+    slots = {n: _slot(path, n, entry, 8 + length) for n, entry in entries.items()}
+    _check_layout(path, slots, 8 + length, size)
+    return slots
+
+
+def _slot(path: Path, name: str, entry: Any, base: int) -> Slot:
+    try:
+        dtype, shape, (start, stop) = (
+            entry[key] for key in ("dtype", "shape", "data_offsets")
+        )
+        numbers = [*shape, start, stop]
+    except (KeyError, TypeError, ValueError):
+        raise JropeError(f"{path}: the header's entry for {name} is garbage") from None
+    whole = all(type(n) is int and n >= 0 for n in numbers) and isinstance(dtype, str)
+    if not whole or start > stop:
+        raise JropeError(f"{path}: the header's entry for {name} is garbage: {entry}")
+    wanted = math.prod(shape) * _SIZES.get(dtype, 0)
+    if dtype in _SIZES and stop - start != wanted:
+        raise JropeError(
+            f"{path}: {name} has {stop - start} bytes, want {wanted} for {dtype} "
+            f"{shape}"
+        )
+    return Slot(dtype, tuple(shape), path, base + start, base + stop)
+
+
+def _check_layout(path: Path, slots: Mapping[str, Slot], base: int, size: int) -> None:
+    end, last = base, "the header"
+    for name, slot in sorted(
+        slots.items(), key=lambda item: (item[1].start, item[1].stop)
+    ):
+        if slot.start != end:
+            fault = "overlaps" if slot.start < end else "leaves a gap after"
+            raise JropeError(f"{path}: {name} {fault} {last}; the file is damaged")
+        end, last = slot.stop, name
+    if end > size:
+        raise JropeError(
+            f"{path} is truncated: its header promises {end} bytes, the file has "
+            f"{size}; download it again"
+        )
+    if end < size:
+        raise JropeError(f"{path}: {size - end} bytes follow the last tensor, {last}")
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+    """Memory that JAX on a CPU takes over as it is: at a multiple of 64 bytes."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + 64, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def _pieces(slot: Slot) -> Iterator[np.ndarray]:
+    """The bytes of a tensor, uint8, in pieces of a whole number of elements."""
+    buffer = np.empty(min(_CHUNK, slot.stop - slot.start), np.uint8)
+    with slot.path.open("rb", buffering=0) as file:
+        for at in range(slot.start, slot.stop, _CHUNK):
+            piece = buffer[: min(_CHUNK, slot.stop - at)]
+            file.seek(at)
+            filled = 0
+            while filled < piece.size:
+                count = file.readinto(piece.data[filled:])
+                if not count:
+                    raise JropeError(f"{slot.path} became shorter while it was read")
+                filled += count
+            yield piece
+
+
+def _check_range(name: str, values: np.ndarray, narrow: np.ndarray) -> None:
+    if values.dtype == narrow.dtype or not np.isinf(narrow).any():
+        return
+    lost = values[np.isinf(narrow) & np.isfinite(values)]
+    if lost.size:
+        raise JropeError(
+            f"{name}: {lost[0]} is too large for {narrow.dtype}; ask for float32, or "
+            "None to keep the file's dtype"
+        )
