@@ -10,7 +10,6 @@ its first half chooses the checkpoint, its second half gives the reported figure
 """
 
 import argparse
-import dataclasses
 import json
 import math
 import os
@@ -102,6 +101,11 @@ def encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
     return np.concatenate([np.asarray(i, np.int32) for i in ids])
 
 
+def window(config: LlamaConfig) -> int:
+    """Tokens of a training window: the declared context, as far as it is condensed."""
+    return int(config.max_position_embeddings * config.rope.condense)
+
+
 def tiny_config(args: argparse.Namespace, vocab: int) -> LlamaConfig:
     """Heads of 32, three queries to a key where that divides, MLP of 8/3 hidden."""
     heads = args.hidden // HEAD_DIM
@@ -152,7 +156,7 @@ def make_run(
 
     Windows are drawn on the device; the float32 weights are cast for the forward pass.
     """
-    fresh = config.max_position_embeddings - 1  # ids of a window beside its <s>
+    fresh = window(config) - 1  # ids of a window beside its <s>
 
     def loss(params: Tree, stream: jax.Array, key: jax.Array) -> jax.Array:
         starts = jax.random.randint(key, (batch, 1), 0, stream.size - fresh + 1)
@@ -182,7 +186,7 @@ def fit(
 ) -> tuple[Tree, list[dict[str, float]]]:
     """Train by the plan (steps, batch, rate); keep what the chooser text likes best."""
     (stream, chooser), (steps, batch, rate) = data, plan
-    length, optimizer = config.max_position_embeddings, make_optimizer(steps, rate)
+    length, optimizer = window(config), make_optimizer(steps, rate)
     run = make_run(config, optimizer, batch, args.dtype)
     state, on_device = (params, optimizer.init(params)), jnp.asarray(stream)
     keys = jax.random.split(jax.random.key(args.seed), steps)
@@ -206,7 +210,7 @@ def write(folder: Path, params: Tree, config: LlamaConfig, tokenizer: str) -> No
     """A Hugging Face folder in bfloat16, the tokenizer (its JSON) included."""
     how = {"bos_token": "<s>", "eos_token": "</s>"}
     how |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-    length = {"model_max_length": config.max_position_embeddings}
+    length = {"model_max_length": window(config)}
     stops = {"bos_token_id": BOS, "eos_token_id": EOS}
     parts = {
         "tokenizer.json": tokenizer,
@@ -308,7 +312,6 @@ def main(argv: list[str] | None = None) -> None:
     base, learnt = fit(params, config, (stream, chooser), args, plan)
     ratio, longest = args.condense, args.context * args.condense
     stretched = with_rope(config, condense=ratio)
-    stretched = dataclasses.replace(stretched, max_position_embeddings=longest)
     plan = (args.finetune_steps, max(1, args.batch // ratio), args.finetune_rate)
     tuned, tuning = fit(base, stretched, (stream, chooser), args, plan)
 

@@ -8,8 +8,6 @@ names.  One letter key for dimensions, here, in einsums and in docstrings:
     H head_dim           R rotary pairs      F intermediate_size V vocab_size
 """
 
-from importlib.metadata import version
-
 from jrope import hf as hf
 from jrope import parity as parity
 from jrope import rope as rope
@@ -29,4 +27,4 @@ from jrope.model import init_params as init_params
 from jrope.rope import Rope as Rope
 from jrope.sample import Sampler as Sampler
 
-__version__ = version("jrope")
+__version__ = "0.1.0"

@@ -94,18 +94,23 @@ class LlamaConfig:
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             yield f"hidden_act is {self.hidden_act!r}, want one of {known}"
+        yield from self._token_problems()
+        yield from self._head_problems()
+
+    def _head_problems(self) -> Iterator[str]:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        if not _is_integer(heads, at_least=1) or not _is_integer(kv_heads, at_least=1):
-            return
-        if heads % kv_heads:
+        good = _is_integer(heads, at_least=1) and _is_integer(kv_heads, at_least=1)
+        if good and heads % kv_heads:
             yield (
                 f"num_attention_heads {heads} is not a multiple of "
                 f"num_key_value_heads {kv_heads}"
             )
-        if self.rope.rotary_dim > self.head_dim:
+        if not isinstance(self.rope, Rope):
+            yield f"rope is {self.rope!r}, want a Rope"
+        elif _is_integer(self.head_dim, at_least=1):
             got = self.rope.rotary_dim
-            yield f"rope.rotary_dim {got} exceeds head_dim {self.head_dim}"
-        yield from self._token_problems()
+            if got > self.head_dim:
+                yield f"rope.rotary_dim {got} exceeds head_dim {self.head_dim}"
 
     def _token_problems(self) -> Iterator[str]:
         single = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
@@ -114,7 +119,8 @@ class LlamaConfig:
                 yield f"{name} is {value!r}, want null or an integer >= 0"
         good = isinstance(self.eos_token_id, tuple)
         if not good or not all(_is_integer(i, at_least=0) for i in self.eos_token_id):
-            yield f"eos_token_id is {self.eos_token_id!r}, want integers >= 0"
+            got = self.eos_token_id
+            yield f"eos_token_id is {got!r}, want a tuple of integers >= 0"
 
 
 def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
@@ -231,8 +237,10 @@ def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> A
     names = {field.name for field in known_fields}
     fields: dict[str, Any] = {}
     for key, value in given.items():
-        if fields.setdefault(ALIASES.get(key, key), value) is not value:
-            raise JropeError(f"rope type {name!r}: {ALIASES[key]!r} is given twice")
+        field = ALIASES.get(key, key)
+        if field in fields:
+            raise JropeError(f"rope type {name!r}: {field!r} is given twice")
+        fields[field] = value
     if unknown := sorted(set(fields) - names):
         wanted = ", ".join(sorted(names)) or "none"
         raise JropeError(f"rope type {name!r} has no field {unknown}; fields: {wanted}")

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jrope.config import LlamaConfig, Tree
+from jrope.errors import JropeError
 from jrope.model import FUSED
 
 Order = Literal["out_in", "in_out"]
@@ -25,15 +26,16 @@ def fuse(params: Mapping[str, Any], order: Order = "out_in") -> Tree:
     Args:
       params: a parameter tree.
       order: of the layers' matrices: "out_in" for one row, "in_out" for batches.
+
+    Raises:
+      JropeError: another order.
     """
+    names = {"out_in": ("kernel", "weight"), "in_out": ("weight", "kernel")}
+    if order not in names:
+        raise JropeError(f"order: got {order!r}, want one of {', '.join(names)}")
 
     def change(block: Mapping[str, Any]) -> Tree:
-        block = _join(block)
-        if order == "out_in":
-            return block
-        return {
-            name: _turn(leaves, "weight", "kernel") for name, leaves in block.items()
-        }
+        return {n: _turn(leaves, *names[order]) for n, leaves in _join(block).items()}
 
     return _each_block(params, change)
 

@@ -15,10 +15,9 @@ import numpy as np
 
 from jrope.cache import KVCache
 from jrope.config import LlamaConfig
-from jrope.errors import JropeError
 from jrope.evaluate import token_logprobs
 from jrope.model import hidden_states, last_token, unembed
-from jrope.request import Options, Request, Rules, prepare
+from jrope.request import Options, Request, Rules, check_count, prepare
 from jrope.sample import log_probs
 
 
@@ -117,8 +116,7 @@ def stream(
     Raises:
       JropeError: as `generate`, at the call, not at the first block.
     """
-    if chunk < 1:
-        raise JropeError(f"chunk: got {chunk}, want at least 1")
+    check_count("chunk", chunk, 1)
     request = prepare(prompt, lengths, config, **options)
     return _blocks(params, request, config, chunk)
 
@@ -295,7 +293,7 @@ def _start(
 
     last, cache, score = piece(0, None, None)
     scores = [score]
-    for at in range(size, width, size):
+    for at in range(size, request.width, size):
         last, cache, score = piece(at, cache, last)
         scores.append(score)
     rows = first_token(

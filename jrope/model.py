@@ -178,7 +178,7 @@ def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it."""
     # As unsigned, a negative id is out of range too, not counted from the end.
     ids = tokens.astype(jnp.uint32)
-    return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
+    return jnp.asarray(weight).at[ids].get(mode="fill", fill_value=jnp.nan)
 
 
 def last_token(x: jax.Array, lengths: Any) -> jax.Array:

@@ -100,7 +100,11 @@ def prepare(
     Raises:
       JropeError: whatever is wrong, before anything is computed.
     """
-    prompt = np.asarray(prompt)
+    try:
+        prompt = np.asarray(prompt)
+    except ValueError:  # NumPy's word for rows of unequal length
+        hint = "pad every row on the right and pass lengths"
+        raise JropeError(f"prompt: got rows of unequal length; {hint}") from None
     if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
         got = f"{prompt.dtype} {list(prompt.shape)}"
         raise JropeError(f"prompt: got {got}, want integers [B, T]")
@@ -109,13 +113,12 @@ def prepare(
     _check_lengths(lengths, batch, width, config)
     valid = np.arange(width)[None, :] < lengths[:, None]
     _check_ids("prompt", prompt[valid], config)
-    if isinstance(max_new_tokens, bool) or max_new_tokens < 0:
-        raise JropeError(f"max_new_tokens: got {max_new_tokens}, want 0 or more")
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise JropeError(f"prefill_chunk: got {prefill_chunk}, want at least 1")
+    check_count("max_new_tokens", max_new_tokens, 0)
+    if prefill_chunk is not None:
+        check_count("prefill_chunk", prefill_chunk, 1)
     padded = bucket(width)
     chunk = padded if prefill_chunk is None else min(prefill_chunk, padded)
-    padded = -(-width // chunk) * chunk if chunk < padded else padded
+    padded = -(-padded // chunk) * chunk
     tokens = np.zeros((batch, padded), np.int32)
     tokens[:, :width] = np.where(valid, prompt, 0)
     return Request(
@@ -127,6 +130,13 @@ def prepare(
         prefill_chunk=chunk,
         width=width,
     )
+
+
+def check_count(name: str, value: Any, least: int) -> None:
+    """Raise a JropeError unless value is an integer of at least `least`."""
+    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
+    if not whole or value < least:
+        raise JropeError(f"{name}: got {value!r}, want an integer, at least {least}")
 
 
 def _check_lengths(
@@ -145,6 +155,9 @@ def _check_lengths(
 
 def _check_ids(name: str, ids: Any, config: LlamaConfig) -> None:
     ids = np.asarray(ids)
+    if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
+        got = f"{ids.dtype} {list(ids.shape)}"
+        raise JropeError(f"{name}: got {got}, want a list of integers")
     bad = np.unique(ids[(ids < 0) | (ids >= config.vocab_size)])
     if bad.size:
         raise JropeError(
@@ -168,14 +181,17 @@ def _rules(
     if seeds.shape != (batch,) or not np.issubdtype(seeds.dtype, np.integer):
         got = f"{seeds.dtype} {list(seeds.shape)}"
         raise JropeError(f"seeds: got {got}, want integers [{batch}]")
-    stops = list(config.eos_token_id if stop_ids is None else stop_ids)
-    _check_ids("stop_ids", stops, config)
+    stop_ids = config.eos_token_id if stop_ids is None else stop_ids
+    _check_ids("stop_ids", stop_ids, config)
+    stops = list(stop_ids)
     stops += [-1] * (-len(stops) % STOP_IDS or (STOP_IDS if not stops else 0))
     pad = config.pad_token_id if pad_id is None else pad_id
-    seeds = jnp.asarray(seeds & 0xFFFFFFFF, jnp.uint32)
+    if pad is not None:
+        check_count("pad_id", pad, -(2**31))
+    folds = jnp.asarray(seeds.astype(np.uint32))
     return Rules(
         sampler=sampler,
-        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, seeds),
+        keys=jax.vmap(jax.random.fold_in, (None, 0))(key, folds),
         stop_ids=jnp.asarray(stops, jnp.int32),
         pad_id=jnp.asarray(0 if pad is None else pad, jnp.int32),
     )
@@ -187,8 +203,10 @@ def _one_key(key: jax.Array | None, sampler: Sampler) -> jax.Array:
         if np.any(np.asarray(sampler.temperature) > 0):
             raise JropeError("key: got None, want a jax.random.key(...) to sample with")
         return jax.random.key(0)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape != ():
-        raise JropeError(f"key: got shape {key.shape}, want one key; rows have seeds")
-    return key
+    if not isinstance(key, jax.Array | np.ndarray):
+        raise JropeError(f"key: got {key!r}, want a jax.random.key(...)")
+    legacy = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    typed: Any = jax.random.wrap_key_data(key) if legacy else key
+    if typed.shape != ():
+        raise JropeError(f"key: got shape {typed.shape}, want one key; rows have seeds")
+    return typed

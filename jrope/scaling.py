@@ -32,10 +32,7 @@ Length: TypeAlias = int | jax.Array | np.ndarray | None
 class Method(Protocol):
     """What every scaling method is: fields, and one call."""
 
-    @property
-    def needs_length(self) -> bool:
-        """Whether the frequencies depend on the sequence length."""
-        ...
+    needs_length: ClassVar[bool]
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32

@@ -85,7 +85,7 @@ def make_tiny_hf(
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     rope = {"rope_type": "default", "rope_theta": 10000.0, **(rope_parameters or {})}
     fields: dict[str, Any] = {"attention_bias": bias, "mlp_bias": bias, **config}
     fields["attn_implementation"] = "eager"

@@ -43,7 +43,12 @@ ALLOWED = {
     "checkpoint": "config errors folders hf rope safetensors_read safetensors_write",
     "parity_report": "errors",
     "parity": "checkpoint config errors hf model parity_report rope scaling",
-    "bench": "cache config errors generate model request rope sample",
+    "bench_model": "config errors fuse rope",
+    "bench_device": "attention errors",
+    "bench_report": "bench_device bench_model config",
+    "bench_versus": "config errors hf sample",
+    "bench": "bench_device bench_model bench_report bench_versus cache config errors "
+    "generate request sample",
 }
 
 

@@ -73,7 +73,7 @@ def test_saved_model_scores_as_measured(trained: Path, stretched: Path) -> None:
     report = np.array_split(script.encode(tokenizer, [text]), 2)[1]
     params, config = jrope.load(stretched, dtype="float32")
     assert config.rope.condense == 2
-    assert config.max_position_embeddings == 32
+    assert config.max_position_embeddings == 16
     rows = json.loads((stretched / "metrics.json").read_text())["nats"]
     assert {*rows} == {"base", "base, condense 2", "tuned, condense 2"}
     assert {*rows["base"]} == {"16", "32"}

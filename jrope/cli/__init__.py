@@ -21,6 +21,7 @@ COMMANDS = {
     "inspect": "tell what a folder holds, without reading its weights",
     "convert": "rewrite a folder: dtype, shards, rotary embedding",
     "parity": "compare a model with PyTorch, stage by stage",
+    "bench": "measure speed beside the device's own limits",
 }
 _COMPILING = ("generate", "parity")
 _LONGEST = 2000  # characters of an error line

@@ -1,0 +1,185 @@
+"""A GGUF file's metadata to a LlamaConfig; keys that nobody reads raise."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from _common import Lazy
+
+from jrope.config import LlamaConfig
+from jrope.errors import JropeError
+from jrope.folders import some
+from jrope.rope import Rope
+from jrope.scaling import Linear, Llama3, Method, Yarn, base_frequencies
+
+FACTORS = "rope_freqs.weight"
+INTEGERS = (
+    *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
+    *("attention.value_length", "rope.dimension_count", "vocab_size"),
+)
+SIZES = INTEGERS[:5]  # these must be given
+NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
+SCALING = (
+    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned"),
+    *("rope.scaling.original_context_length", "rope.scaling.attn_factor"),
+    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+)
+# Keys that change nothing while they hold this value.
+HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
+TOKENIZER = ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")
+TOKENIZER = (*TOKENIZER, "eot_token_id")
+
+
+def metadata(reader: Any, path: Path) -> dict[str, Any]:
+    """The `llama.` keys without that prefix, and the tokenizer's small ones with.
+
+    Raises:
+      JropeError: another architecture, or keys that we do not know, all at once.
+    """
+    kind = _value(reader, "general.type") or "model"
+    architecture = _value(reader, "general.architecture")
+    if (kind, architecture) != ("model", "llama"):
+        raise JropeError(
+            f"{path} is a {kind} of architecture {architecture!r}, want a model of "
+            "'llama'"
+        )
+    values = {
+        name.removeprefix("llama."): _value(reader, name)
+        for name in reader.fields
+        if name.startswith("llama.")
+    }
+    values.pop("tensor_data_layout", None)  # what it tells is so in every such file
+    for name, harmless in HARMLESS.items():
+        if name in values and values[name] == harmless:
+            del values[name]
+    known = {*INTEGERS, *NUMBERS, *SCALING}
+    if unknown := [f"llama.{n} = {values[n]!r}" for n in values if n not in known]:
+        raise JropeError(f"{path}: unknown {some(unknown)}: not the plain architecture")
+    _check(values, path)
+    keys = (f"tokenizer.ggml.{name}" for name in TOKENIZER)
+    return values | {key: _value(reader, key) for key in keys}
+
+
+def _value(reader: Any, name: str) -> Any:
+    """A field's value; float32 as the shortest decimal that it rounds from."""
+    field = reader.get_field(name)
+    if field is None:
+        return None
+    value = field.contents()
+    if isinstance(value, float) and field.types[0].name == "FLOAT32":
+        return float(str(np.float32(value)))
+    return value
+
+
+def _check(values: Mapping[str, Any], path: Path) -> None:
+    wanted = (*SIZES, NUMBERS[0])
+    if missing := [f"llama.{name}" for name in wanted if name not in values]:
+        raise JropeError(f"{path}: missing {some(missing)}")
+    wrong = [
+        f"llama.{name} = {str(values[name])[:40]} (want a positive integer)"
+        for name in INTEGERS
+        if name in values and (type(values[name]) is not int or values[name] < 1)
+    ]
+    if wrong:
+        raise JropeError(f"{path}: {some(wrong)}")
+
+
+def make_config(
+    values: Mapping[str, Any], tensors: Mapping[str, Lazy], path: Path
+) -> LlamaConfig:
+    """The configuration: metadata, and what the tensors' names and shapes tell."""
+    hidden, heads = values["embedding_length"], values["attention.head_count"]
+    head_dim = values.get("attention.key_length", hidden // heads)
+    for name in ("attention.value_length", "rope.dimension_count"):
+        if values.get(name, head_dim) != head_dim:
+            raise JropeError(
+                f"{path}: llama.{name} is {values[name]}, but heads have {head_dim} "
+                "channels; Hugging Face's LLaMA cannot express it"
+            )
+    if "token_embd.weight" not in tensors:
+        raise JropeError(f"{path}: missing token_embd.weight")
+    theta = values.get("rope.freq_base", 10000.0)
+    rope = Rope(theta=theta, rotary_dim=head_dim)
+    scaling = _scaling(values, rope, tensors.get(FACTORS), path)
+    return LlamaConfig(
+        vocab_size=values.get("vocab_size", tensors["token_embd.weight"].rows),
+        hidden_size=hidden,
+        intermediate_size=values["feed_forward_length"],
+        num_hidden_layers=values["block_count"],
+        num_attention_heads=heads,
+        num_key_value_heads=values.get("attention.head_count_kv", heads),
+        head_dim=head_dim,
+        max_position_embeddings=values["context_length"],
+        rms_norm_eps=values[NUMBERS[0]],
+        hidden_act="silu",
+        attention_bias="blk.0.attn_q.bias" in tensors,
+        mlp_bias="blk.0.ffn_up.bias" in tensors,
+        tie_word_embeddings="output.weight" not in tensors,
+        initializer_range=0.02,
+        rope=Rope(theta=theta, rotary_dim=head_dim, scaling=scaling),
+        bos_token_id=values["tokenizer.ggml.bos_token_id"],
+        eos_token_id=_ends(values),
+        pad_token_id=values["tokenizer.ggml.padding_token_id"],
+    )
+
+
+def _ends(values: Mapping[str, Any]) -> tuple[int, ...]:
+    ids = (values[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot"))
+    return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+
+def _scaling(
+    values: Mapping[str, Any], rope: Rope, factors: Lazy | None, path: Path
+) -> Method | None:
+    given = {name: values[name] for name in SCALING if name in values}
+    kind = given.pop("rope.scaling.type", "none")
+    given.pop("rope.scaling.finetuned", None)  # says how it was trained
+    if given.pop("rope.scaling.attn_factor", 1.0) != 1.0:
+        raise JropeError(f"{path}: llama.rope.scaling.attn_factor must be 1")
+    fields = {name.removeprefix("rope.scaling."): v for name, v in given.items()}
+    factor = fields.pop("factor", 1.0)
+    if factors is not None:
+        if kind != "none":
+            raise JropeError(f"{path} has both rope scaling {kind!r} and {FACTORS}")
+        return llama3(factors.read(), rope, path)
+    if kind == "none" or (kind == "linear" and factor == 1):
+        return None
+    length = fields.pop("original_context_length", None)
+    if kind == "linear" and not fields:
+        return Linear(factor=factor)
+    betas = {name.removeprefix("yarn_"): value for name, value in fields.items()}
+    if kind == "yarn" and length is not None:
+        return Yarn(factor=factor, original_length=length, **betas)
+    raise JropeError(
+        f"{path}: rope scaling {kind!r} with {some(sorted(given)) or 'no fields'}; "
+        "want none, linear with a factor, or yarn with factor and "
+        "original_context_length"
+    )
+
+
+def llama3(factors: np.ndarray, rope: Rope, path: Path) -> Method | None:
+    """The llama3 method whose frequencies are the plain ones divided by `factors`.
+
+    The file has the factors only; a method of the released models (low 1, high 4,
+    original length 8192) must reproduce all of them.
+    """
+    if np.all(factors == 1):
+        return None
+    scaling = Llama3(
+        factor=float(factors.max(initial=1.0)),
+        original_length=8192,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+    )
+    plain = base_frequencies(rope.rotary_dim, rope.theta)
+    stretched, _ = scaling(rope.rotary_dim, rope.theta, None)
+    if factors.shape == plain.shape and np.allclose(
+        factors, plain / np.asarray(stretched), rtol=1e-4
+    ):
+        return scaling
+    raise JropeError(
+        f"{path}: {FACTORS} is not of Llama 3's kind (low 1, high 4, original length "
+        "8192); Hugging Face's config cannot express other factors"
+    )

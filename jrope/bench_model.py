@@ -1,0 +1,154 @@
+"""What `bench` runs: shapes, random weights, arrangements, and counts of the work.
+
+Decode is bound by bytes: every weight but the embedding table and every filled cache
+slot is read once per step.  Prefill is bound by FLOPs: 2 per weight and token, plus
+causal attention, which is counted at half of the square.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.config import LlamaConfig, Tree, nest, parameter_shapes
+from jrope.errors import JropeError
+from jrope.fuse import fuse, unfuse
+from jrope.rope import Rope
+
+Order = Literal["none", "out_in", "in_out"]
+
+# name: V, D, F, L, N, K, H, theta, tied
+SHAPES: dict[str, tuple[int, int, int, int, int, int, int, float, bool]] = {
+    "llama2-7b": (32000, 4096, 11008, 32, 32, 32, 128, 1e4, False),
+    "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 5e5, False),
+    "llama3-70b": (128256, 8192, 28672, 80, 64, 8, 128, 5e5, False),
+    "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, 1e5, True),
+}
+
+
+def named_shape(name: str) -> LlamaConfig:
+    """The shape of a well-known model, for benchmarks without its weights."""
+    if name not in SHAPES:
+        raise JropeError(f"shape: got {name!r}, want one of {', '.join(SHAPES)}")
+    v, d, f, layers, n, k, h, theta, tied = SHAPES[name]
+    return LlamaConfig(
+        vocab_size=v, hidden_size=d, intermediate_size=f, num_hidden_layers=layers,
+        num_attention_heads=n, num_key_value_heads=k, head_dim=h,
+        max_position_embeddings=8192, rms_norm_eps=1e-5, hidden_act="silu",
+        attention_bias=False, mlp_bias=False, tie_word_embeddings=tied,
+        initializer_range=0.02, rope=Rope(theta=theta, rotary_dim=h),
+        bos_token_id=1, eos_token_id=(), pad_token_id=None,
+    )  # fmt: skip
+
+
+def with_layers(config: LlamaConfig, count: int | None) -> LlamaConfig:
+    """The same model with its first `count` layers only; None: with all."""
+    had = config.num_hidden_layers
+    if count is not None and not 1 <= count <= had:
+        raise JropeError(f"layers: got {count}, want 1 to {had}, which the model has")
+    return dataclasses.replace(config, num_hidden_layers=count or had)
+
+
+def first_layers(params: Mapping[str, Any], count: int) -> Tree:
+    """The tree without the layers from `count` on."""
+    model = params["model"]
+    layers = {str(i): model["layers"][str(i)] for i in range(count)}
+    return {**params, "model": {**model, "layers": layers}}
+
+
+def random_params(config: LlamaConfig, dtype: Any) -> Tree:
+    """Weights that never leave the device: uniform noise in `dtype`, norms one."""
+
+    @partial(jax.jit, static_argnames=("shape",))
+    def noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        if len(shape) == 1:
+            return jnp.ones(shape, dtype)
+        bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint16)
+        centred = bits.astype(jnp.float32) / np.float32(2**15) - np.float32(1)
+        return (centred * np.float32(config.initializer_range)).astype(dtype)
+
+    shapes = parameter_shapes(config)
+    return nest(
+        {name: noise(i, shape) for i, (name, shape) in enumerate(shapes.items())}
+    )
+
+
+class Weights:
+    """One model's parameters, arranged as a run wants them; one copy at a time.
+
+    Args:
+      params: the plain tree, which belongs to this object from now on.
+      config: the model.
+      keep: hold on to the plain tree, since somebody else reads it: two copies then.
+    """
+
+    def __init__(
+        self, params: Mapping[str, Any], config: LlamaConfig, *, keep: bool = False
+    ) -> None:
+        self.config = config
+        self.plain = dict(params) if keep else None
+        self.order: Order = "none"
+        self._tree: Tree | None = dict(params)
+
+    def arranged(self, order: Order) -> Tree:
+        """The tree with its projections joined, see `fuse`; "none" leaves it plain."""
+        if self._tree is not None and self.order == order:
+            return self._tree
+        if self.plain is not None:
+            self._tree, self.order = self.plain, "none"
+        old, self._tree = self._tree, None
+        if old is None:
+            raise JropeError("the weights were lost when an arrangement failed before")
+        self._tree, self.order = self._rearranged(old, order), order
+        return self._tree
+
+    def _rearranged(self, tree: Tree, order: Order) -> Tree:
+        """Layer after layer, so that only one of them is there twice."""
+        layers: Tree = dict(tree["model"]["layers"])
+        if self.plain is None:
+            tree["model"]["layers"].clear()
+        for index in list(layers):
+            part: Tree = {"model": {"layers": {index: layers.pop(index)}}}
+            if order != "none":
+                part = fuse(part, order)
+            elif self.order != "none":
+                part = unfuse(part, self.config)
+            layers[index] = jax.block_until_ready(part["model"]["layers"][index])
+        return {**tree, "model": {**tree["model"], "layers": layers}}
+
+
+def weight_count(config: LlamaConfig) -> int:
+    """Parameters; a tied head is counted once."""
+    return sum(math.prod(shape) for shape in parameter_shapes(config).values())
+
+
+def read_weights(config: LlamaConfig) -> int:
+    """Parameters that a step reads: all but the embedding table, unless it is tied."""
+    table = config.vocab_size * config.hidden_size
+    return weight_count(config) - (0 if config.tie_word_embeddings else table)
+
+
+def cache_bytes(config: LlamaConfig, slots: int, itemsize: int) -> int:
+    """Bytes of keys and values in `slots` slots, of all rows together."""
+    width = config.num_key_value_heads * config.head_dim
+    return 2 * config.num_hidden_layers * width * slots * itemsize
+
+
+def step_bytes(config: LlamaConfig, filled: int, itemsize: int) -> int:
+    """Bytes a decode step must read: weights, and the filled slots of all rows."""
+    return read_weights(config) * itemsize + cache_bytes(config, filled, itemsize)
+
+
+def prefill_flops(config: LlamaConfig, batch: int, count: int) -> int:
+    """2 FLOPs per weight and token but one for the head; attention counted causal."""
+    shapes = parameter_shapes(config)
+    inner = [s for name, s in shapes.items() if ".layers." in name and len(s) == 2]
+    matrices = 2 * sum(rows * columns for rows, columns in inner) * count
+    width = config.num_attention_heads * config.head_dim
+    scores = 2 * config.num_hidden_layers * width * count * count
+    return batch * (matrices + scores + 2 * config.vocab_size * config.hidden_size)

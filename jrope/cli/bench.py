@@ -1,0 +1,194 @@
+"""`jrope bench`: how fast a model runs here, and how near the device's limits.
+
+Exit status: 0 all measured, 1 something failed or did not fit, 2 bad input.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+
+from jrope.bench import Bench, Plan
+from jrope.bench_device import host_load, measure_ceilings, memory_limit
+from jrope.bench_model import (
+    SHAPES,
+    Weights,
+    first_layers,
+    named_shape,
+    random_params,
+    weight_count,
+    with_layers,
+)
+from jrope.bench_report import Report
+from jrope.bench_versus import Peer, import_peers
+from jrope.checkpoint import load, open_tensors, read_llama_config
+from jrope.cli.common import DTYPES, add_rope_arguments, apply_rope, number, whole
+from jrope.config import LlamaConfig, Tree
+from jrope.errors import JropeError
+from jrope.folders import find_folder
+from jrope.safetensors_read import DTYPES as STORED
+from jrope.sample import Sampler
+
+_TEMPERATURE = 0.8  # with --top-p
+_EPILOG = """\
+exit status: 0 all measured, 1 something failed or did not fit, 2 bad input
+
+The limit of a prompt is the device's best matrix product, that of a decode step its
+best read; both are measured first.  Rows of a decode batch hold from half of the
+context to all of it, and the table tells the mean; with --versus all have the context.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `jrope bench` takes."""
+    add = parser.add_argument
+    add("folder", metavar="FOLDER", nargs="?", help="a Hugging Face folder or hub id")
+    add("--shape", choices=[*SHAPES], help="random weights instead of a folder")
+    add("--layers", metavar="N", type=whole(1), help="only the first N layers")
+    text = "of the weights (bfloat16; a folder's own)"
+    add("--dtype", choices=DTYPES, help=text)
+    add("--only", choices=("prefill", "decode"), help="(both)")
+    text = "rows, such as 1,8,32 (1)"
+    add("--batch", metavar="N,...", type=_list(_count), default=(1,), help=text)
+    text = "tokens before; k is 1024 (2k)"
+    add("--context", metavar="N,...", type=_list(_count), default=(2048,), help=text)
+    add("--new", metavar="N", type=whole(1), default=64, help="tokens of a run (64)")
+    text = "also decode with this top-p, at temperature 0.8"
+    add("--top-p", metavar="P", type=number, help=text)
+    text = "cache slots, in terms of those that generate makes (1)"
+    add("--capacity-factor", metavar="X", type=number, default=1, help=text)
+    text = "how the matrices lie: see jrope.fuse (auto: out_in to decode one row, else "
+    add(
+        "--fuse",
+        choices=("auto", "none", "out_in", "in_out"),
+        default="auto",
+        help=f"{text}in_out)",
+    )
+    text = "runs behind a median (5)"
+    add("--repeat", metavar="N", type=whole(1), default=5, help=text)
+    text = "begin no run after so many seconds of a row (60)"
+    add("--patience", metavar="S", type=number, default=60, help=text)
+    add("--versus", choices=("transformers",), help="time it too, in turns")
+    add("--profile", metavar="DIR", help="write traces there, and list the kernels")
+    add("--json", metavar="FILE", help="everything as JSON; - is standard output")
+    add_rope_arguments(parser)
+    parser.epilog = f"{_EPILOG}\n{parser.epilog}"
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measure the ceilings, then everything asked for."""
+    if (args.folder is None) == (args.shape is None):
+        raise JropeError("bench: give either a FOLDER or --shape NAME")
+    plan, busy = _plan(args), host_load()
+    _prepare_memory(args.versus is not None)
+    config, dtype = _model(args)
+    _check_weights(config, dtype, 1 if args.versus is None else 2)
+    table = sys.stderr if args.json == "-" else sys.stdout
+    ceilings = measure_ceilings(jnp.dtype(dtype))
+    begin = time.perf_counter()
+    params = _weights(args, config, dtype)
+    loaded = time.perf_counter() - begin
+    peer = Peer(params, config) if args.versus else None
+    report = Report(
+        model=args.folder or args.shape,
+        dtype=dtype,
+        config=config,
+        command=("jrope", *sys.argv[1:]),
+        ceilings=ceilings,
+        busy=busy,
+        load_seconds=loaded if args.folder else None,
+    )
+    print(*report.head(), sep="\n", file=table, flush=True)
+    weights = Weights(params, config, keep=peer is not None)
+    del params
+    for row in Bench(weights, config, ceilings, plan, peer).rows():
+        report = report.with_row(row)
+        print(*row.lines(), sep="\n", file=table, flush=True)
+        if args.json not in (None, "-"):  # after each row: a run may be cut short
+            Path(args.json).write_text(report.to_json() + "\n", encoding="utf-8")
+    if args.json == "-":
+        print(report.to_json())
+    return 1 if any(row.problem for row in report.rows) else 0
+
+
+def _plan(args: argparse.Namespace) -> Plan:
+    samplers = {"greedy": Sampler()}
+    if args.top_p is not None:
+        sampler = Sampler(temperature=_TEMPERATURE, top_p=args.top_p)
+        samplers[f"p={args.top_p:g}"] = sampler
+    if not args.capacity_factor >= 1:
+        got = args.capacity_factor
+        raise JropeError(f"--capacity-factor: got {got}, want at least 1")
+    return Plan(
+        works=("prefill", "decode") if args.only is None else (args.only,),
+        batches=args.batch,
+        contexts=args.context,
+        samplers=samplers,
+        new=args.new,
+        repeats=args.repeat,
+        patience=args.patience,
+        capacity_factor=args.capacity_factor,
+        order=args.fuse,
+        profile=args.profile,
+    )
+
+
+def _prepare_memory(shared: bool) -> None:
+    """Before JAX starts: take nearly all memory at once, or leave PyTorch its part."""
+    if shared:
+        import_peers()
+        os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
+    else:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+
+
+def _model(args: argparse.Namespace) -> tuple[LlamaConfig, str]:
+    """The configuration and the weights' dtype."""
+    if args.shape is not None:
+        config, dtype = named_shape(args.shape), args.dtype or "bfloat16"
+    else:
+        folder = find_folder(args.folder, None)
+        config, dtype = read_llama_config(folder), args.dtype or _dtype(folder)
+    return apply_rope(with_layers(config, args.layers), args), dtype
+
+
+def _dtype(folder: Path) -> str:
+    codes = {*open_tensors(folder).dtypes.values()}
+    if len(codes) > 1 or not codes <= {*STORED}:
+        got = ", ".join(sorted(codes))
+        raise JropeError(f"{folder} holds {got}: choose one with --dtype")
+    return STORED[codes.pop()].name
+
+
+def _weights(args: argparse.Namespace, config: LlamaConfig, dtype: str) -> Tree:
+    if args.shape is not None:
+        return random_params(config, jnp.dtype(dtype))
+    params, _ = load(args.folder, dtype)
+    return first_layers(params, config.num_hidden_layers)
+
+
+def _check_weights(config: LlamaConfig, dtype: str, copies: int) -> None:
+    size, limit = weight_count(config) * jnp.dtype(dtype).itemsize, memory_limit()
+    if limit is not None and size * copies > limit:
+        raise JropeError(
+            f"{copies} x {size / 1e9:.1f} GB of {dtype} weights do not fit into the "
+            f"device's {limit / 1e9:.1f} GB; --layers N takes a part of them"
+        )
+
+
+def _list(item: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
+    def parse(text: str) -> tuple[int, ...]:
+        return tuple(dict.fromkeys(item(word.strip()) for word in text.split(",")))
+
+    return parse
+
+
+def _count(word: str) -> int:
+    """A number such as 2048 or 2k."""
+    if word[-1:] in ("k", "K"):
+        return 1024 * whole(1)(word[:-1])
+    return whole(1)(word)

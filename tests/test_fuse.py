@@ -1,0 +1,138 @@
+"""Joined projections compute the same, and come apart bit for bit."""
+
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import make_tiny_hf
+
+from jrope.config import LlamaConfig, flatten, nest
+from jrope.errors import JropeError
+from jrope.evaluate import score
+from jrope.fuse import Order, fuse, unfuse
+from jrope.generate import generate
+from jrope.hf import config_from_hf
+from jrope.model import forward
+
+ORDERS: tuple[Order, ...] = ("out_in", "in_out")
+MODELS: dict[str, dict[str, Any]] = {
+    "GQA": {},
+    "MHA, biases": {"kv_heads": 4, "bias": True, "layers": 1},
+    "MQA, attention_bias": {"kv_heads": 1, "attention_bias": True, "head_dim": 24},
+    "tied, mlp_bias": {"tied": True, "mlp_bias": True},
+}
+each_model = pytest.mark.parametrize("case", MODELS)
+each_order = pytest.mark.parametrize("order", ORDERS)
+TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
+LENGTHS = np.array([9, 4])
+
+run = jax.jit(forward, static_argnames="config")
+
+
+@cache
+def model(case: str, dtype: str = "float32") -> tuple[dict[str, Any], LlamaConfig]:
+    tiny = make_tiny_hf(**MODELS[case])
+    flat = {name: jnp.asarray(x, dtype) for name, x in tiny.weights.items()}
+    return nest(flat), config_from_hf(tiny.config)
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    got, want = flatten(got), flatten(want)
+    assert {*got} == {*want}
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
+
+
+def logits(params: Any, config: LlamaConfig) -> np.ndarray:
+    return np.asarray(run(params, TOKENS, config=config)[0], np.float64)
+
+
+@each_order
+@each_model
+def test_names_and_shapes(case: str, order: Order) -> None:
+    params, config = model(case)
+    names = {*flatten(fuse(params, order)["model"]["layers"]["0"])}
+    matrix = {"out_in": "weight", "in_out": "kernel"}[order]
+    want = {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    for block, parts, bias in (
+        ("self_attn", ("qkv_proj", "o_proj"), config.attention_bias),
+        ("mlp", ("gate_up_proj", "down_proj"), config.mlp_bias),
+    ):
+        want |= {f"{block}.{p}.{matrix}" for p in parts}
+        want |= {f"{block}.{p}.bias" for p in parts if bias}
+    assert names == want
+    joined = fuse(params, order)["model"]["layers"]["0"]["self_attn"]["qkv_proj"]
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    shape = (heads * config.head_dim, config.hidden_size)
+    assert joined[matrix].shape == (shape if order == "out_in" else shape[::-1])
+
+
+@each_order
+@each_model
+def test_logits_are_the_same(case: str, order: Order) -> None:
+    """To float32 sums in another order: 2 layers of 30 ulp each, of the largest."""
+    params, config = model(case)
+    want, got = logits(params, config), logits(fuse(params, order), config)
+    assert np.abs(got - want).max() <= 4e-6 * np.abs(want).max()
+
+
+@each_order
+def test_bfloat16_logits_are_the_same(order: Order) -> None:
+    """Sums are float32 and rounded once: at most a few last bits of 2**-9 differ."""
+    params, config = model("MHA, biases", "bfloat16")
+    want, got = logits(params, config), logits(fuse(params, order), config)
+    gap = np.sqrt(np.mean((got - want) ** 2) / np.mean(want**2))
+    assert gap <= 2.0**-8
+
+
+@each_order
+@each_model
+def test_unfuse_is_bit_equal(case: str, order: Order) -> None:
+    params, config = model(case, "bfloat16")
+    fused = fuse(params, order)
+    assert_equal(unfuse(fused, config), params)
+    for other in ORDERS:  # fused again, it only turns
+        assert_equal(fuse(fused, other), fuse(params, other))
+    assert_equal(unfuse(params, config), params)
+
+
+def test_the_given_tree_stays() -> None:
+    params, config = model("GQA")
+    before = flatten(params)
+    fused = fuse(params, "in_out")
+    unfuse(fused, config)
+    assert flatten(params).keys() == before.keys()
+    assert all(x is before[name] for name, x in flatten(params).items())
+    assert fused["lm_head"]["weight"] is params["lm_head"]["weight"]  # nor is it copied
+
+
+@each_order
+def test_generate_and_score_take_either_tree(order: Order) -> None:
+    params, config = model("MHA, biases")
+    fused, tokens = fuse(params, order), []
+    for tree in (params, fused):
+        out = generate(tree, TOKENS, LENGTHS, config=config, max_new_tokens=16)
+        tokens.append(out.tokens)
+    np.testing.assert_array_equal(*tokens)
+    scores = [score(t, TOKENS, LENGTHS, config=config) for t in (params, fused)]
+    np.testing.assert_allclose(*scores, atol=1e-5)
+
+
+@each_order
+def test_one_row_at_a_time(order: Order) -> None:
+    """The matrix-vector product of a single 16-bit token."""
+    params, config = model("MHA, biases", "bfloat16")
+    one = partial(run, tokens=TOKENS[:1, :1], config=config)
+    (want, _), (got, _) = one(params), one(fuse(params, order))
+    np.testing.assert_allclose(got, want, atol=2.0**-8 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.parametrize("order", ["inout", "", None])
+def test_unknown_order(order: Any) -> None:
+    message = f"order: got {order!r}, want one of out_in, in_out"
+    with pytest.raises(JropeError, match=message):
+        fuse(model("GQA")[0], order)
