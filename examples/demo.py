@@ -1,8 +1,7 @@
 """A Hugging Face folder in, text out: within the trained context and far past it.
 
-`python examples/demo.py [FOLDER]`: train_tiny.py writes such folders.  FOLDER has a
-model of a short context; FOLDER-condensed-8, beside it, the same model after a short
-fine-tune with positions divided by 8, as in the paper (arXiv:2306.15595).
+Run `python examples/demo.py [FOLDER]`.  Beside it lies FOLDER-condensed-8: the model
+after a short fine-tune with positions divided by 8 (arXiv:2306.15595; train_tiny.py).
 """
 
 import sys
@@ -37,7 +36,7 @@ base, config = jrope.load(folder, dtype="float32")
 tuned, condensed = jrope.load(f"{folder}-condensed-8", dtype="float32")
 tokenizer = AutoTokenizer.from_pretrained(folder)
 size, count = config.max_position_embeddings, sum(x.size for x in jax.tree.leaves(base))
-print(f"{folder.name}: a LLaMA of {count:,} parameters, trained on {size} tokens\n")
+print(f"{folder.name}: {count:,} parameters, trained on windows of {size} tokens\n")
 print("== Within the trained context: When the letter came, she ...")
 tell(base, config, np.array([tokenizer("When the letter came, she").input_ids]))
 text = (folder / "held_out.txt").read_text("utf-8")
@@ -45,19 +44,16 @@ passage = np.array([tokenizer(text, verbose=False).input_ids[: 8 * size]])
 spans = [(size * a, size * b) for a, b in ((0, 1), (1, 2), (2, 4), (4, 8))]
 print("== Perplexity at     ", *(f"{f'{a}-{b}':>11}" for a, b in spans))
 rows = {"as trained": (base, config), "condensed, fine-tuned": (tuned, condensed)}
-rows["condensed, untuned"] = base, jrope.with_rope(config, condense=8)
 for name, (params, how) in rows.items():
     nats = -np.asarray(jrope.score(params, passage, config=how))[0]
     rows[name] = [float(np.exp(nats[a:b].mean())) for a, b in spans]
     print(f"{name:21}", *(f"{x:11.1f}" for x in rows[name]), flush=True)
+
 long = passage[:, : 6 * size]
-print(
-    f"\n== After {long.size} tokens, condensed: ...{tokenizer.decode(long[0, -16:])} ..."
-)
+tail = tokenizer.decode(long[0, -16:])
+print(f"\n== After {long.size} tokens, condensed and fine-tuned: ...{tail} ...")
 tell(tuned, condensed, long)
 print("== The same, as trained: ...")
 tell(base, config, long)
-plain, held, _ = (row[-1] for row in rows.values())
-print(
-    f"Perplexity past {4 * size} tokens: {plain:.0f} as trained, {held:.0f} condensed."
-)
+plain, held = (row[-1] for row in rows.values())
+print(f"Past token {4 * size}: perplexity {plain:.0f} as trained, {held:.0f} condensed")

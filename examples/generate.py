@@ -1,6 +1,6 @@
 """Load a Hugging Face folder and continue a prompt.
 
-Run `python examples/generate.py [FOLDER]`, a Hugging Face folder; the embedded model if none is given.
+Run `python examples/generate.py [FOLDER]`.
 """
 
 import sys

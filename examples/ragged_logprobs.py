@@ -1,6 +1,6 @@
 """A ragged batch with log-probabilities: every row is what it would be alone.
 
-Run `python examples/ragged_logprobs.py [FOLDER]`, a Hugging Face folder; the embedded model if none is given.
+Run `python examples/ragged_logprobs.py [FOLDER]`.
 """
 
 import sys

@@ -165,6 +165,20 @@ class Report:
         """The report with one more row."""
         return replace(self, rows=(*self.rows, row))
 
+    def with_ceilings(self, again: Ceilings) -> "Report":
+        """The report with the better of two measurements, every row beside it."""
+        best, rows = self.ceilings.better_of(again), list(self.rows)
+        for i, row in enumerate(rows):
+            if row.counted is not None and row.seconds is not None:
+                limit = best.matmul if row.work == "prefill" else best.read
+                part = row.counted / row.seconds / limit
+                rows[i] = replace(row, of_ceiling=part)
+        return replace(self, ceilings=best, rows=tuple(rows))
+
+    def table(self) -> list[str]:
+        """Every row of the table, once all is known."""
+        return [line for row in self.rows for line in row.lines()]
+
     def to_json(self) -> str:
         """Everything; kernels of a profile in full."""
         config, itemsize = self.config, _itemsize(self.dtype)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jrope.config import LlamaConfig, Tree
 from jrope.errors import JropeError
-from jrope.model import FUSED
+from jrope.layers import FUSED
 
 Order = Literal["out_in", "in_out"]
 

@@ -6,12 +6,10 @@ The parameter tree is Hugging Face's tensor names split at the dots, every matri
 Layers are separate subtrees, each run through one jitted function that is traced once
 and called L times: a scan over stacked weights would copy a layer's weights each step.
 
-Sources: Touvron et al. 2023 (arXiv:2302.13971); RMSNorm, Zhang and Sennrich 2019;
-SwiGLU, Shazeer 2020; grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
+Source: Touvron et al. 2023 (arXiv:2302.13971, 2307.09288).
 """
 
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import chex
@@ -20,18 +18,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.activations import ACTIVATIONS
-from jrope.attention import attend, matmul_precision
-from jrope.cache import KVCache, grow, per_row, write
+from jrope.cache import KVCache, per_row
 from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
 from jrope.errors import JropeError
-from jrope.rope import rotate, table
-
-# block: (name when joined by `fuse`, the projections in it)
-FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
-    "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
-    "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
-}
+from jrope.layers import decoder_layer, linear, rms_norm
+from jrope.rope import table
 
 
 def forward(
@@ -52,8 +43,8 @@ def forward(
 
     Args:
       params: the parameter tree, see `config.parameter_shapes`.
-      tokens: integers [B, T], rows padded on the right.  An id outside the vocabulary
-        gives NaN.
+      tokens: integers [B, T], rows padded on the right with anything.  An id outside
+        the vocabulary makes its row NaN.
       positions: integers [B, T] for the rotary embedding; None: count on from the
         cache.  They order nothing: attention is causal in the order given.
       cache: what earlier tokens left; None: there are none.
@@ -101,6 +92,9 @@ def hidden_states(
     cos, sin, rope_lengths = _rotary_table(
         config, tokens, positions, cache, lengths, rope_lengths, capacity
     )
+    if lengths is not None:  # what stands in the padding must not matter, NaN neither
+        steps = jnp.arange(count, dtype=jnp.int32)[None, :]
+        tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
     x = embed(model["embed_tokens"]["weight"], tokens)
     starts = None if cache is None else cache.lengths
     room = (
@@ -197,156 +191,6 @@ def unembed(
     head = params["model"]["embed_tokens"] if tied else params["lm_head"]
     with jax.named_scope("lm_head"):
         return linear(head, x, dtype=jnp.float32)
-
-
-@partial(jax.jit, static_argnames=("config", "capacity"))
-def decoder_layer(
-    weights: Mapping[str, Any],
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slots: tuple[jax.Array, jax.Array] | None,
-    starts: jax.Array | None,
-    *,
-    config: LlamaConfig,
-    capacity: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
-
-    Args:
-      weights: the layer's subtree.
-      x: [B, T, D].
-      cos, sin: float32 [B, T, R].
-      slots: keys and values [B, S, K, H] to write into; None: there are none yet.
-      starts: int32 [B], filled slots of each row, given with `slots`.
-      config: the model's.
-      capacity: S.
-
-    Returns:
-      x [B, T, D], and keys and values with the new tokens in them.
-    """
-    eps = config.rms_norm_eps
-    with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["input_layernorm"]["weight"], eps)
-        y, filled = attention(
-            weights["self_attn"], normed, cos, sin, slots, starts, config, capacity
-        )
-        x = x + y
-    with jax.named_scope("mlp"):
-        normed = rms_norm(x, weights["post_attention_layernorm"]["weight"], eps)
-        x = x + mlp(weights["mlp"], normed, config=config)
-    if x.shape[1] > 1:
-        # Else XLA puts the cache writes of all layers off, and keeps their inputs.
-        x, filled = jax.lax.optimization_barrier((x, filled))
-    return x, filled
-
-
-def attention(
-    weights: Mapping[str, Any],
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slots: tuple[jax.Array, jax.Array] | None,
-    starts: jax.Array | None,
-    config: LlamaConfig,
-    capacity: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Project, rotate, remember, attend, project back; arguments as `decoder_layer`."""
-    batch, count, _ = x.shape
-    heads = (batch, count, -1, config.head_dim)
-    width, kv_width = (
-        n * config.head_dim
-        for n in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    sizes = (width, kv_width, kv_width)
-    q, k, v = (y.reshape(heads) for y in linears(weights, "self_attn", x, sizes))
-    turn = partial(
-        rotate,
-        cos=cos,
-        sin=sin,
-        layout=config.rope.layout,
-        precision=config.rope.precision,
-    )
-    q, k = turn(q), turn(k)
-    if slots is None or starts is None:
-        y = attend(q, k, v)
-        slots = grow(k, capacity), grow(v, capacity)
-    else:
-        slots = (write(slots[0], k, starts), write(slots[1], v, starts))
-        y = attend(q, *slots, starts)
-    return linear(weights["o_proj"], y.reshape(batch, count, -1)), slots
-
-
-def mlp(weights: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig) -> jax.Array:
-    """down(act(gate(x)) * up(x))."""
-    sizes = (config.intermediate_size, config.intermediate_size)
-    gate, up = linears(weights, "mlp", x, sizes)
-    return linear(weights["down_proj"], ACTIVATIONS[config.hidden_act](gate) * up)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """weight * x / sqrt(mean(x^2) + eps), float32 inside, rounded before the weight."""
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(mean + np.float32(eps))).astype(x.dtype)
-    return normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
-
-
-def linears(
-    weights: Mapping[str, Any], block: str, x: jax.Array, sizes: Sequence[int]
-) -> list[jax.Array]:
-    """The block's projections of one input, in one product where `fuse` joined them."""
-    joined, names = FUSED[block]
-    if joined not in weights:
-        return [linear(weights[name], x) for name in names]
-    ends = np.cumsum(sizes).tolist()
-    y = linear(weights[joined], x)
-    return [y[..., e - size : e] for e, size in zip(ends, sizes, strict=True)]
-
-
-def linear(
-    weights: Mapping[str, jax.Array], x: jax.Array, *, dtype: Any = None
-) -> jax.Array:
-    """x W^T + b for W [out, in], accumulated in float32, rounded once to `dtype`.
-
-    A single 16-bit token is a multiply and a reduction: on GPU and CPU it streams the
-    weights faster than a matrix product of one row.  `fuse` may hold W as a `kernel`
-    [in, out] instead, which suits larger batches.
-    """
-    bias = weights.get("bias")
-    dtype = x.dtype if dtype is None else dtype
-    if "kernel" in weights:
-        y = _product(x, weights["kernel"], 0, dtype if bias is None else jnp.float32)
-    elif x.size == x.shape[-1] and jnp.dtype(x.dtype).itemsize == 2:
-        y = _row_product(x, weights["weight"])
-    else:
-        y = _product(x, weights["weight"], 1, dtype if bias is None else jnp.float32)
-    if bias is not None:
-        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-        y = y + bias.astype(jnp.float32)
-    return y.astype(dtype)
-
-
-def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """x [..., in] times w, whose `axis` is `in`; float32 sums on every backend."""
-    # A GPU rounds its float32 sums to a 16-bit result for free; XLA's CPU backend is
-    # three times faster when asked for float32 and rounded after.
-    asked = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    contract = (((x.ndim - 1,), (axis,)), ((), ()))
-    precision = matmul_precision(x.dtype)
-    return jax.lax.dot_general(
-        x, w, contract, precision=precision, preferred_element_type=asked
-    )
-
-
-def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., in] of one row times w [out, in]: float32 [..., out]."""
-    if jax.default_backend() == "cpu":
-        # XLA's CPU backend would widen all weights once, ahead of a decode loop.
-        w, x = jax.lax.optimization_barrier((w, x))
-    row = x.reshape(1, -1).astype(jnp.float32)
-    y = jnp.sum(w.astype(jnp.float32) * row, axis=1)
-    return y.reshape(*x.shape[:-1], -1)
 
 
 def init_params(key: jax.Array, config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:

@@ -35,7 +35,8 @@ from jrope.checkpoint import load
 from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
-from jrope.model import decoder_layer, embed, forward, rms_norm
+from jrope.layers import decoder_layer, rms_norm
+from jrope.model import embed, forward
 from jrope.parity_report import Report, segment, stage
 from jrope.rope import table
 from jrope.scaling import Method

@@ -211,6 +211,10 @@ def test_every_command_has_help(capsys: Any, name: str):
     assert out.startswith(f"usage: jrope {name} ") and "folder" in out.lower()
 
 
+def test_help_keeps_names(capsys: Any):
+    assert "Compare a model with PyTorch" in succeed(capsys, "parity", "--help")[0]
+
+
 def test_runs_as_a_module_and_imports_little():
     code = (
         "import sys; sys.argv[1:] = ['--help']\n"

@@ -30,8 +30,9 @@ ALLOWED = {
     "attention": "errors",
     "sample": "errors",
     "cache": "config errors",
-    "model": "activations attention cache config errors rope",
-    "fuse": "config errors model",
+    "layers": "activations attention cache config rope",
+    "model": "cache config errors layers rope",
+    "fuse": "config errors layers",
     "evaluate": "cache config errors model rope",
     "request": "config errors sample",
     "generate": "cache config errors evaluate fuse model request rope sample",
@@ -42,13 +43,15 @@ ALLOWED = {
     "safetensors_write": "errors folders safetensors_read",
     "checkpoint": "config errors folders hf rope safetensors_read safetensors_write",
     "parity_report": "errors",
-    "parity": "checkpoint config errors hf model parity_report rope scaling",
+    "parity": "checkpoint config errors hf layers model parity_report rope scaling",
     "bench_model": "config errors fuse rope",
     "bench_device": "attention errors",
     "bench_report": "bench_device bench_model config",
     "bench_versus": "config errors hf sample",
-    "bench": "bench_device bench_model bench_report bench_versus cache config errors "
-    "generate request sample",
+    "bench_runs": "bench_device bench_versus cache config errors generate request "
+    "sample",
+    "bench": "bench_device bench_model bench_report bench_runs bench_versus config "
+    "errors request sample",
 }
 
 
@@ -238,9 +241,10 @@ def test_public_names_have_docstrings():
 
 
 def test_version_is_the_installed_one():
-    assert jrope.__version__ == metadata.version("jrope")
-    project = tomllib.loads(repository("pyproject.toml").read_text("utf-8"))["project"]
-    assert jrope.__version__ == project["version"], "install again: pip install -e ."
+    installed = metadata.version("jrope")
+    assert jrope.__version__ == installed, "install again: pip install -e ."
+    text = (PACKAGE / "CHANGELOG.md").read_text("utf-8")
+    assert f"\n## {jrope.__version__}\n" in text, "say in CHANGELOG.md what is new"
 
 
 def test_command_is_installed():

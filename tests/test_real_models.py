@@ -29,7 +29,7 @@ needs_stories = pytest.mark.skipif(
     reason="no stories260K folder: set JROPE_STORIES260K to one",
 )
 
-# What the model's authors print for it at temperature 0, up to the next story's BOS.
+# What the model's page shows for temperature 0: 256 tokens.
 PUBLISHED = """\
 Once upon a time, there was a little girl named Lily. She loved to play outside in \
 the park. One day, she saw a big, red ball. She wanted to play with it, but it was too \
@@ -45,12 +45,10 @@ do." Her mom said, "Don't worry, Lily. We can help you."""
 @needs_stories
 def test_stories_are_the_published_ones() -> None:
     params, config = load(STORIES, "float32")
-    bos = config.bos_token_id
-    assert bos is not None
-    out = generate(params, [[bos]], config=config, max_new_tokens=300, stop_ids=[bos])
-    *story, end = out.tokens[0, : int(out.lengths[0])].tolist()
+    bos = [[config.bos_token_id]]
+    out = generate(params, bos, config=config, max_new_tokens=256, stop_ids=[])
+    story = out.tokens[0].tolist()
     assert AutoTokenizer.from_pretrained(STORIES).decode(story) == PUBLISHED
-    assert end == bos
 
 
 @needs_stories
@@ -58,17 +56,16 @@ def test_stories_in_a_stream() -> None:
     """Block by block, decoded as a reader sees it grow."""
     params, config = load(STORIES, "float32")
     tokenizer = AutoTokenizer.from_pretrained(STORIES)
-    ids: list[int] = []
-    for block in stream(params, [[1]], config=config, max_new_tokens=24):
+    ids, text = list[int](), ""
+    for block in stream(params, [[1]], config=config, max_new_tokens=256):
         ids += block[0].tolist()
         text = tokenizer.decode(ids)
         assert text and PUBLISHED.startswith(text)
-    assert len(ids) == 24
+    assert text == PUBLISHED
 
 
 # --- SmolLM2-135M-Instruct
 
-VARIANTS = ("", "-sharded", "-legacy")
 DIARY = "".join(
     f"Day {day}. The wind came from the north again, and we kept {day + 3} miles off "
     "the coast. In the afternoon the cook caught a fish as long as his arm; nobody "
@@ -113,10 +110,9 @@ def transformers_answers() -> tuple[list[list[int]], list[list[int]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS, ids=["plain", "sharded", "legacy"])
-def test_smollm2_says_what_transformers_says(variant: str) -> None:
+def test_smollm2_says_what_transformers_says() -> None:
     """Three prompts in one batch, one of them longer than 512 tokens."""
-    params, config = load(folder(variant), "float32")
+    params, config = load(folder(""), "float32")
     prompts, want = transformers_answers()
     lengths = np.array([len(ids) for ids in prompts])
     assert lengths.max() > 512
@@ -127,8 +123,9 @@ def test_smollm2_says_what_transformers_says(variant: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS[1:])
+@pytest.mark.parametrize("variant", ["-sharded", "-legacy"])
 def test_smollm2_s_variants_are_one_model(variant: str) -> None:
+    """Equal numbers and an equal configuration, hence equal text."""
     (params, config), (other, twin) = load(folder("")), load(folder(variant))
     assert twin == config
     assert flatten(other).keys() == flatten(params).keys()

@@ -76,7 +76,8 @@ def _dispatch(words: list[str]) -> int:
     name = words[0]
     module: Any = importlib.import_module(f"jrope.cli.{name}")
     text = COMMANDS[name]
-    parser = _Parser(prog=f"jrope {name}", description=f"{text}.".capitalize())
+    about = f"{text[0].upper()}{text[1:]}."
+    parser = _Parser(prog=f"jrope {name}", description=about)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     module.add_arguments(parser)
     if name in _COMPILING:

@@ -1,0 +1,166 @@
+"""Programs compiled once and timed many times, in turns with others."""
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.bench_device import memory_limit
+from jrope.bench_versus import COMPILED
+from jrope.cache import KVCache
+from jrope.config import LlamaConfig
+from jrope.errors import JropeError
+from jrope.generate import decode, first_token, prefill
+from jrope.request import prepare
+from jrope.sample import Sampler
+
+Runner = Callable[[], float]
+
+
+class Program:
+    """A compiled program and what is known of it."""
+
+    def __init__(self, function: Any, *args: Any, **static: Any) -> None:
+        begin = time.perf_counter()
+        self.call: Any = function.lower(*args, **static).compile()
+        self.compile_seconds = time.perf_counter() - begin
+        sizes = self.call.memory_analysis()
+        self.temp: int = sizes.temp_size_in_bytes
+        self.alias: int = sizes.alias_size_in_bytes
+        used = sizes.argument_size_in_bytes + sizes.output_size_in_bytes
+        self.memory: int = used - self.alias + self.temp
+        check_fits(self.memory, "the compiled program takes")
+
+
+class Decode:
+    """The whole decode loop, sampling included, from `lengths` filled slots on."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: LlamaConfig,
+        lengths: np.ndarray,
+        new: int,
+        capacity: int,
+    ) -> None:
+        batch, dtype = len(lengths), params["model"]["embed_tokens"]["weight"].dtype
+        prompt = np.ones((batch, 1), np.int32)
+        request = prepare(prompt, None, config, max_new_tokens=new + 1, stop_ids=())
+        self.params, self.rules, self.new = params, request.rules, new
+        self.lengths = jnp.asarray(lengths, jnp.int32)
+        self.cache = KVCache.empty(config, batch, capacity, dtype)
+        self.rows = first_token(
+            params,
+            jnp.ones((batch, config.hidden_size), dtype),
+            jnp.asarray(request.prompt),
+            jnp.asarray(request.lengths),
+            request.rules,
+            config=config,
+            room=request.room,
+            scored=False,
+        )
+        self.limit = jnp.asarray(new + 1, jnp.int32)
+        args = (params, self.cache, self.rows, self.rules, self.limit)
+        self.program = Program(decode, *args, config=config)
+
+    def run(self, sampler: Sampler) -> float:
+        """Seconds of a step."""
+        rules = replace(self.rules, sampler=sampler)
+        cache = replace(self.cache, lengths=self.lengths + 0)  # it will be donated
+        jax.block_until_ready((cache, self.rows))
+        begin = time.perf_counter()
+        self.cache, rows = self.program.call(
+            self.params, cache, self.rows, rules, self.limit
+        )
+        jax.block_until_ready(rows)
+        return (time.perf_counter() - begin) / self.new
+
+
+class Prefill:
+    """A prompt of `context` tokens into a fresh cache, and the first new token."""
+
+    def __init__(
+        self,
+        params: Mapping[str, Any],
+        config: LlamaConfig,
+        batch: int,
+        context: int,
+        capacity: int,
+    ) -> None:
+        shape, key = (batch, context + 1), jax.random.key(1)
+        tokens = jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32)
+        prompt = np.asarray(tokens[:, :-1])
+        request = prepare(prompt, None, config, max_new_tokens=1, stop_ids=())
+        lengths = jnp.asarray(request.lengths)
+        self.args = (params, tokens, lengths, lengths, None, None)
+        static = {"config": config, "capacity": capacity, "scored": False}
+        self.program = Program(prefill, *self.args, **static)
+        last, _, _ = self.program.call(*self.args)
+        self.first_args = (tokens[:, :-1], lengths, request.rules)
+        static = {"config": config, "room": request.room, "scored": False}
+        self.first = Program(first_token, params, last, *self.first_args, **static)
+        self.program.compile_seconds += self.first.compile_seconds
+
+    def run(self) -> float:
+        """Seconds of a prompt."""
+        begin = time.perf_counter()
+        last, cache, _ = self.program.call(*self.args)
+        rows = self.first.call(self.args[0], last, *self.first_args)
+        jax.block_until_ready(rows)
+        seconds = time.perf_counter() - begin
+        del cache
+        return seconds
+
+
+def in_turns(
+    runners: Mapping[str, Runner], repeats: int, patience: float
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time everyone in turns, after warming up; who fails is out, with the reason.
+
+    Args:
+      runners: functions that return seconds, by name.
+      repeats: rounds.
+      patience: seconds after which no new round begins.
+
+    Returns:
+      Times of those that work, problems of the others.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    problems: dict[str, str] = {}
+    warm = [name for name in runners for _ in range(3 if name == COMPILED else 1)]
+    rounds = [warm, *[list(runners)] * repeats]
+    begin = time.perf_counter()
+    for number, names in enumerate(rounds):
+        begin = time.perf_counter() if number == 1 else begin
+        if number > 1 and time.perf_counter() - begin > patience:
+            break
+        for name in (name for name in names if name not in problems):
+            try:
+                seconds = runners[name]()
+            except Exception as error:  # whatever a device or compiler says
+                problems[name] = told(error)
+            else:
+                times[name] += [seconds] if number else []
+    return {name: found for name, found in times.items() if found}, problems
+
+
+def check_fits(size: int, what: str) -> None:
+    """Raise a JropeError if `size` bytes are more than the device has."""
+    limit = memory_limit()
+    if limit is not None and size > limit:
+        text = f"{what} {size / 1e9:.2f} GB, the device has {limit / 1e9:.2f}"
+        raise JropeError(f"too large: {text}")
+
+
+def told(error: Exception) -> str:
+    """One line of what went wrong."""
+    text = " ".join(str(error).split())[:200]
+    if isinstance(error, JropeError):
+        return text
+    if "RESOURCE_EXHAUSTED" in text or "out of memory" in text.lower():
+        return f"out of memory: {text}"
+    return f"failed: {type(error).__name__}: {text}"
