@@ -72,8 +72,8 @@ def grow(new: jax.Array, capacity: int) -> jax.Array:
 def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """Put `new` [B, T, K, H] into `slots` [B, S, K, H] from each row's start on.
 
-    What would fall past the end is dropped (one token of one row overwrites the last
-    slot; `forward` makes a row that overflows NaN).  In a donated loop this is in place.
+    What would fall past the end is dropped, but one token of one row overwrites the
+    last slot (`forward` makes a row that overflows NaN).  Donated, this is in place.
     """
     batch, tokens = new.shape[:2]
     if batch == tokens == 1:  # one row: a plain update, which XLA fuses
