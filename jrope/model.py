@@ -172,7 +172,11 @@ def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it."""
     # As unsigned, a negative id is out of range too, not counted from the end.
     ids = tokens.astype(jnp.uint32)
-    return jnp.asarray(weight).at[ids].get(mode="fill", fill_value=jnp.nan)
+    weight = jnp.asarray(weight)
+    if jax.default_backend() == "cpu" and weight.dtype.itemsize == 2:
+        # XLA's CPU backend would widen the whole table once, ahead of a decode loop.
+        weight, ids = jax.lax.optimization_barrier((weight, ids))
+    return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
 
 
 def last_token(x: jax.Array, lengths: Any) -> jax.Array:

@@ -31,19 +31,18 @@ class Error:
 
     @classmethod
     def of(cls, got: np.ndarray, want: np.ndarray) -> "Error":
-        """Compare [..., T, V] in float64."""
-        gap = got.astype(np.float64) - want
-        powers, of_powers = (
-            np.square(x, dtype=np.float64).mean(axis=-1) for x in (gap, want)
-        )
+        """Compare [..., T, V] in float64, some tokens at a time."""
+        flat = [x.reshape(-1, x.shape[-1]) for x in (got, want)]
+        blocks = range(0, len(flat[0]), 64)
+        parts = [_per_token(*(x[at : at + 64] for x in flat)) for at in blocks]
+        powers, of_powers, top, of_top = np.concatenate(parts, axis=1)
         least = np.finfo(np.float64).tiny  # a token without an error
         logs = np.log(np.maximum(powers, least) / np.maximum(of_powers, least))
-        top = float(np.abs(gap).max())
         return cls(
-            max_abs=top,
-            of_max=_ratio(top, float(np.abs(want).max())),
+            max_abs=float(top.max()),
+            of_max=_ratio(float(top.max()), float(of_top.max())),
             rms=math.sqrt(_ratio(float(powers.mean()), float(of_powers.mean()))),
-            typical=math.exp(float(logs.mean()) / 2) if top else 0.0,
+            typical=0.0 if top.max() == 0 else math.exp(float(logs.mean()) / 2),
         )
 
 
@@ -186,7 +185,7 @@ def segment(
     want: np.ndarray,
     theirs: np.ndarray | None,
 ) -> Segment:
-    """Compare the logits [T, V] of one row at `positions` [T]; arrays as in `stage`."""
+    """Compare logits [..., T, V] at `positions` [T]; arrays as in `stage`."""
     first, last = int(positions[0]), int(positions[-1])
     name = "inside" if last < trained else "past" if first >= trained else "at"
     if last - first >= positions.size:
@@ -199,6 +198,13 @@ def segment(
         top1=float(np.mean(ours.argmax(-1) == want.argmax(-1))),
         kl=float(np.mean(np.sum(np.exp(p) * (p - q), axis=-1))),
     )
+
+
+def _per_token(got: np.ndarray, want: np.ndarray) -> np.ndarray:
+    """Mean square and largest magnitude of error and reference: [4, tokens]."""
+    gap, want = got.astype(np.float64) - want, want.astype(np.float64)
+    powers = [np.square(x).mean(axis=-1) for x in (gap, want)]
+    return np.stack([*powers, *(np.abs(x).max(axis=-1) for x in (gap, want))])
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

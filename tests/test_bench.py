@@ -256,13 +256,19 @@ def test_decode_copies_no_weights(dtype, order, batch):
     assert sum(sizes) > 10 * program.temp
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decode_writes_into_the_cache_it_is_given(dtype):
-    config, params = middling(dtype, layers=2)
-    loop = Decode(params, config, np.full(2, 32), 4, 512)
-    cache = cache_bytes(config, 2 * 512, jnp.dtype(dtype).itemsize)
-    assert loop.program.alias >= cache
-    assert loop.program.temp < 2 * cache
+def test_decode_writes_into_the_cache_it_is_given():
+    """No second cache: temporaries are one layer's at most, however many there are.
+
+    In float32: XLA's CPU backend, not its others, holds a 16-bit cache widened.
+    """
+    temps = []
+    for layers in (2, 6):
+        config, params = middling("float32", layers=layers)
+        loop = Decode(params, config, np.full(2, 32), 4, 512)
+        assert loop.program.alias >= cache_bytes(config, 2 * 512, 4)
+        temps.append(loop.program.temp)
+    layer = cache_bytes(config, 2 * 512, 4) / 6
+    assert temps[1] - temps[0] < layer
     old = loop.cache.keys[0]
     loop.run(Sampler())
     assert old.is_deleted()

@@ -194,15 +194,21 @@ def test_stop_ids_come_in_blocks(count: int, room: int) -> None:
     assert got.tolist() == [*range(count), *[-1] * (room - count)]
 
 
-def test_the_loop_ends_with_the_last_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    steps: list[int] = []
+@pytest.fixture
+def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The columns that are filled after each call of `decode`."""
+    seen: list[int] = []
 
     def watched(*args: Any, **options: Any) -> Any:
         cache, rows = decode(*args, **options)
-        steps.append(int(rows.step))
+        seen.append(int(rows.step))
         return cache, rows
 
     monkeypatch.setattr(MODULE, "decode", watched)
+    return seen
+
+
+def test_the_loop_ends_with_the_last_row(steps: list[int]) -> None:
     ends = [int(t) for t in greedy()[:, 3]]
     longest = max(stopped(ends, 0)[1])
     assert longest < NEW / 2
@@ -389,8 +395,10 @@ def test_stream_ends_with_the_last_row(chunk: int) -> None:
     np.testing.assert_array_equal(got, tokens[:, : max(lengths)])
 
 
-def test_stream_that_stops_at_once() -> None:
-    (only,) = blocks(stop_ids=greedy()[:, 0].tolist())
+def test_stream_that_stops_at_once(steps: list[int]) -> None:
+    """One block, and nothing asked of the device but what was already on its way."""
+    (only,) = blocks(stop_ids=greedy()[:, 0].tolist(), chunk=1)
+    assert steps == [1]
     np.testing.assert_array_equal(only, greedy()[:, :1])
 
 

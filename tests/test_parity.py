@@ -329,6 +329,24 @@ def test_16_bit_yardstick(folder: Path, dtype: str) -> None:
     assert last is not None and 1e-4 < last.typical < 0.05
 
 
+def test_16_bit_segments_are_run_with_other_tokens(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def watched(params: Any, config: Any, ids: Any, places: Any) -> Any:
+        seen.append((ids, places))
+        return jrope_stages(params, config, ids, places)
+
+    monkeypatch.setattr(jrope.parity, "jrope_stages", watched)
+    report = compare(folder, dtype="bfloat16", count=4, positions=[0, 9])
+    ((ids, places),) = seen
+    assert ids.shape == places.shape == (16, 4)
+    assert places[:, 0].tolist() == [0] * 8 + [9] * 8
+    assert len({tuple(row) for row in ids.tolist()}) == 16
+    assert [part.first for part in report.segments] == [0, 9]
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_wrong_weights_are_found(
     folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
