@@ -467,6 +467,12 @@ def test_far_positions_have_slack() -> None:
     )
 
 
+def test_one_segment_that_is_nan_fails() -> None:
+    good, bad = (report_of(size, None, "float32") for size in (1e-6, np.nan))
+    for segments in (good.segments + bad.segments, bad.segments + good.segments):
+        assert not dataclasses.replace(good, segments=segments).ok
+
+
 def test_errors_in_numbers() -> None:
     want = np.array([[[3.0, 4.0], [0.0, 10.0]]], np.float32)
     got = want + np.array([[[0.3, -0.4], [0.0, 0.1]]], np.float32)
