@@ -180,11 +180,9 @@ class Greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-# Each method once, and the heads and the output matrix in turn.
-GREEDY = [(name, [*KINDS][i % 3], i % 2 == 0) for i, name in enumerate(METHODS)]
-
-
-@pytest.mark.parametrize(("method", "kind", "tied"), GREEDY, ids=METHODS)
+@each_tied
+@each_kind
+@each_method
 def test_greedy_tokens(make: Any, method: str, kind: str, tied: bool) -> None:
     """From past the trained length, across it, and inside."""
     model, params, config = make(method, kind, tied)
