@@ -25,11 +25,6 @@ from jrope.safetensors_read import DTYPES, inside
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 CODES = {dtype.name: code for code, dtype in DTYPES.items()}
-COMPANIONS = (  # what lies beside weights and goes with them
-    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt"),
-    *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*"),
-)
 
 
 @dataclass(frozen=True)
@@ -177,12 +172,6 @@ def same_bits(first: Lazy, second: Lazy) -> bool:
     pair = (np.ascontiguousarray(lazy.read()) for lazy in (first, second))
     a, b = (array.reshape(-1).view(np.uint8) for array in pair)
     return np.array_equal(a, b)
-
-
-def companions(folder: Path) -> list[Path]:
-    """The tokenizer's files and others that go with the weights."""
-    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
-    return sorted(path for path in found if path.is_file())
 
 
 def write_hf(

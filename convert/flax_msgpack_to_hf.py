@@ -22,7 +22,6 @@ import numpy as np
 from _common import (
     Lazy,
     check_file,
-    companions,
     make_parser,
     open_weights,
     run,
@@ -34,7 +33,7 @@ from flax.serialization import msgpack_restore
 from jrope.checkpoint import read_llama_config
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
-from jrope.folders import some
+from jrope.folders import companions, some
 from jrope.rope import Rope
 
 FLAX_THETA = 10000.0

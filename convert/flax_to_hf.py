@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 from _common import (
     Lazy,
-    companions,
     make_parser,
     require,
     run,
@@ -27,7 +26,7 @@ from _common import (
 from jrope.checkpoint import read_llama_config
 from jrope.config import flatten, nest
 from jrope.errors import JropeError
-from jrope.folders import some
+from jrope.folders import companions, some
 
 PARAMS = "params"
 

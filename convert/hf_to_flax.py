@@ -22,12 +22,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from _common import companions, end_line, make_parser, require, run
+from _common import end_line, make_parser, require, run
 
 from jrope.checkpoint import load
 from jrope.cli.terminal import Progress
 from jrope.config import LlamaConfig, flatten
-from jrope.folders import CONFIG, check_target, find_folder
+from jrope.folders import CONFIG, check_target, companions, find_folder
 from jrope.hf import config_to_hf
 from jrope.safetensors_write import replacing, write_json
 

@@ -10,7 +10,6 @@ from argparse import Namespace
 from collections.abc import Sequence
 
 from _common import (
-    companions,
     make_parser,
     open_weights,
     run,
@@ -19,6 +18,7 @@ from _common import (
 from _torch import open_pickle
 
 from jrope.checkpoint import read_llama_config
+from jrope.folders import companions
 
 
 def convert(args: Namespace) -> None:

@@ -15,6 +15,11 @@ PathLike: TypeAlias = str | os.PathLike[str]
 CONFIG, GENERATION = "config.json", "generation_config.json"
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
+COMPANIONS = (  # what lies beside weights and goes with them
+    *("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "merges.txt"),
+    *("special_tokens_map.json", "added_tokens.json", "vocab.json"),
+    *("chat_template.*", "generation_config.json", "LICENSE*", "NOTICE*"),
+)
 PICKLE = "convert it with convert/pytorch_bin_to_hf.py"
 
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
@@ -178,3 +183,9 @@ def check_target(target: Path, extras: set[str]) -> None:
             f"{target} holds {some(foreign or names)}, which would be lost; name them "
             "in extra_files if they belong to the checkpoint, or save elsewhere"
         )
+
+
+def companions(folder: Path) -> list[Path]:
+    """What lies beside the weights and goes with them: tokenizer, template, licence."""
+    found = {path for pattern in COMPANIONS for path in folder.glob(pattern)}
+    return sorted(path for path in found if path.is_file())

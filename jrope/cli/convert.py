@@ -24,23 +24,10 @@ from jrope.cli.common import (
 )
 from jrope.cli.terminal import Progress, bytes_text
 from jrope.errors import JropeError
-from jrope.folders import find_folder
+from jrope.folders import companions, find_folder
 from jrope.hf import config_from_hf, config_to_hf
 from jrope.safetensors_read import DTYPES
 
-_COMPANIONS = (  # what lies beside weights and goes with them
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.*",
-    "generation_config.json",
-    "LICENSE*",
-    "NOTICE*",
-)
 _SCRIPTS = {  # files of other formats -> what turns them into a folder
     ".gguf": "gguf_to_hf.py",
     ".pth": "meta_to_hf.py",
@@ -89,8 +76,7 @@ def run(args: argparse.Namespace) -> int:
     kinds = {args.dtype or DTYPES[tensors.dtypes[name]].name for name in names}
     dtype = kinds.pop() if len(kinds) == 1 else None
     written = config_to_hf(config, dtype=dtype or "float32")
-    extras = [path for glob in _COMPANIONS for path in sorted(source.glob(glob))]
-    extras = [path for path in extras if path.is_file()]
+    extras = companions(source)
     cast = None if args.dtype is None else _dtype(args.dtype)
     total = sum(_bytes(tensors, name, cast) for name in names)
     with Progress("writing", total) as progress:
