@@ -125,18 +125,17 @@ def linears(
 ) -> list[jax.Array]:
     """The block's projections of norm(x), in one product where `fuse` joined them.
 
-    For a single token the factor 1 / rms comes after the sum, where it is free: a
-    kernel less and a rounding less than the norm by itself.
+    For a single token in bfloat16 the factor 1 / rms comes after the sum, where it is
+    free: a kernel less and a rounding less than the norm by itself.  (In float16 the
+    input without the factor might overflow.)
     """
     joined, names = FUSED[block]
     parts = [weights[name] for name in ([joined] if joined in weights else names)]
-    if all(_is_row(part, x) for part in parts):
-        row = x.astype(jnp.float32) * _like(norm[0], x).astype(jnp.float32)
-        factor = _inverse_rms(x, norm[1])
-        ys = [linear(part, row, factor=factor, dtype=x.dtype) for part in parts]
+    if x.dtype == jnp.bfloat16 and all(_is_row(part, x) for part in parts):
+        x, factor = x * _like(norm[0], x), _inverse_rms(x, norm[1])
     else:
-        x = rms_norm(x, *norm)
-        ys = [linear(part, x) for part in parts]
+        x, factor = rms_norm(x, *norm), None
+    ys = [linear(part, x, factor=factor) for part in parts]
     if joined not in weights:
         return ys
     ends = np.cumsum(sizes).tolist()
