@@ -14,6 +14,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ class Tensors:
         return {name: slot.dtype for name, slot in self.slots.items()}
 
     def read(self, name: str, dtype: np.dtype[Any] | None = None) -> np.ndarray:
-        """Read one tensor, cast piece by piece, into memory of its own.
+        """Read one tensor into memory of its own, cast piece by piece.
 
         Args:
           name: one of `names`.
@@ -107,9 +108,13 @@ class Tensors:
         stored = DTYPES[slot.dtype]
         out = _aligned(slot.shape, dtype or stored)
         flat, done = out.reshape(-1), 0
+        if out.dtype == stored:
+            with slot.path.open("rb", buffering=0) as file:
+                _fill(file, slot.start, flat.view(np.uint8))
+            return out
         for piece in _pieces(slot):
             values = piece.view(stored)
-            with np.errstate(all="ignore"):
+            with np.errstate(all="ignore"):  # too large is found below
                 flat[done : done + values.size] = values
                 _check_range(name, values, flat[done : done + values.size])
             done += values.size
@@ -267,14 +272,19 @@ def _pieces(slot: Slot) -> Iterator[np.ndarray]:
     with slot.path.open("rb", buffering=0) as file:
         for at in range(slot.start, slot.stop, _CHUNK):
             piece = buffer[: min(_CHUNK, slot.stop - at)]
-            file.seek(at)
-            filled = 0
-            while filled < piece.size:
-                count = file.readinto(piece.data[filled:])
-                if not count:
-                    raise JropeError(f"{slot.path} became shorter while it was read")
-                filled += count
+            _fill(file, at, piece)
             yield piece
+
+
+def _fill(file: FileIO, start: int, out: np.ndarray) -> None:
+    """The file's bytes from `start` on, as many as `out` (uint8) holds."""
+    file.seek(start)
+    filled = 0
+    while filled < out.size:
+        count = file.readinto(out.data[filled:])
+        if not count:
+            raise JropeError(f"{file.name} became shorter while it was read")
+        filled += count
 
 
 def _check_range(name: str, values: np.ndarray, narrow: np.ndarray) -> None:
