@@ -7,6 +7,7 @@ import argparse
 import datetime
 import importlib
 import importlib.util
+import math
 import shlex
 import sys
 from importlib.metadata import version
@@ -43,6 +44,7 @@ from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.folders import find_folder
 from jrope.lab.journal import Journal, current
+from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW
 
 _EPILOG = f"""\
@@ -185,8 +187,12 @@ def _dtype(folder: Path) -> str:
 
 
 def _weights(folder: Path, dtype: str | None) -> Any:
-    slots = open_tensors(folder).slots.values()
-    size = sum(slot.stop - slot.start for slot in slots)
+    tensors = open_tensors(folder)
+    size = sum(slot.stop - slot.start for slot in tensors.slots.values())
+    if dtype is not None:
+        width = 4 if dtype == "float32" else 2
+        size = sum(width * math.prod(s.shape) for s in tensors.slots.values())
+    check_weights(size)
     with Progress("loading", size) as progress:
         params, _ = load(folder, dtype, progress=progress)
     return params

@@ -233,9 +233,5 @@ def check_settings(args: argparse.Namespace) -> None:
 
 def plan_of(args: argparse.Namespace, new: int) -> Mapping[str, Any]:
     """The settings that a journal's records depend on, by name."""
-    plan: dict[str, Any] = {"precision": args.precision, "tokens": args.tokens}
-    plan |= {"stride": args.stride}
-    if args.passkey:
-        plan |= {"trials": args.trials, "seed": args.seed, "filler": args.filler}
-        plan |= {"answer_tokens": new}
-    return plan
+    names = ("precision", "tokens", "stride", "trials", "seed", "filler")
+    return {**{name: getattr(args, name) for name in names}, "answer_tokens": new}

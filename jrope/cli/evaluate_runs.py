@@ -115,22 +115,26 @@ class Laboratory:
     def _describe(self, label: str, config: LlamaConfig) -> None:
         """Record the method's frequencies, for each context if they depend on it."""
         rope = config.rope
-        lengths = self.contexts if rope.needs_length else self.contexts[-1:]
+        records = [r for r in self.journal.records if r["kind"] == "method"]
+        known = {r["length"] for r in records if r["rope"] == label}
+        lengths = {*self.contexts} - known
+        if not rope.needs_length:
+            lengths = set[int]() if known else {max(self.contexts)}
         base = base_frequencies(rope.rotary_dim, rope.theta, np.float64)
-        for length in lengths:
+        for length in sorted(lengths):
             inv_freq, scaling = rope.frequencies(length, np.float64)
-            record = {
-                "kind": "method",
-                "rope": label,
-                "label": label,
-                "inv_freq": np.asarray(inv_freq).tolist(),
-                "base_inv_freq": base.tolist(),
-                "attention_scaling": float(scaling),
-                "condense": float(rope.condense),
-                "length": length,
-            }
-            if not self.journal.has(record):
-                self.journal.add(record)
+            self.journal.add(
+                {
+                    "kind": "method",
+                    "rope": label,
+                    "label": label,
+                    "inv_freq": np.asarray(inv_freq).tolist(),
+                    "base_inv_freq": base.tolist(),
+                    "attention_scaling": float(scaling),
+                    "condense": float(rope.condense),
+                    "length": length,
+                }
+            )
 
     def _works(self, methods: Mapping[str, LlamaConfig]) -> Iterator[Work]:
         """Cheap contexts first; all methods at one before the next."""

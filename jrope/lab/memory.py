@@ -65,6 +65,16 @@ def check_fits(what: str, held: int, new: int) -> None:
         )
 
 
+def check_weights(size: int) -> None:
+    """Raise a JropeError when weights of so many bytes do not fit."""
+    free = free_bytes()
+    if free is not None and size > free:
+        raise JropeError(
+            f"the weights need {_gigabytes(size)}, but only {_gigabytes(free)} are "
+            "free; a 16-bit --dtype takes half of float32"
+        )
+
+
 def free_bytes() -> int | None:
     """Bytes that programs may still allocate; None where nobody tells."""
     stats = jax.devices()[0].memory_stats() or {}
