@@ -8,13 +8,14 @@ softmax are float32; a long prompt never builds a T x S matrix for all heads.
 
 import math
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-QUERY_BLOCK = 512
-KEY_BLOCK = 1024
+BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
+WHOLE = 2**16  # scores a head, up to which they are computed at once
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
@@ -33,7 +34,9 @@ def attend(
     """
     if _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
         return _cudnn(q, k, v, starts)
-    if (q.shape[1] <= QUERY_BLOCK and k.shape[1] <= 4 * KEY_BLOCK) or q.shape[1] == 1:
+    if q.shape[1] == 1:
+        return _one_query(q, k, v, _slots(q, starts))
+    if q.shape[1] * k.shape[1] <= WHOLE:
         return _whole(q, k, v, _slots(q, starts))
     return _blockwise(q, k, v, _slots(q, starts))
 
@@ -72,7 +75,11 @@ def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
     """q [B, T, K, G, H], k [B, S, K, H] -> float32 [B, K, G, T, S], scaled."""
     dot = partial(jnp.einsum, precision=matmul_precision(q.dtype))
     scores = dot("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    return scores * np.float32(1 / math.sqrt(q.shape[-1]))
+    return scores * _scale(q)
+
+
+def _scale(q: jax.Array) -> np.float32:
+    return np.float32(1 / math.sqrt(q.shape[-1]))
 
 
 def _weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
@@ -83,9 +90,9 @@ def _weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _hidden(slots: jax.Array, first_key: int | jax.Array, keys: int) -> jax.Array:
-    """Which keys a query may not see: bool [B, 1, 1, T, S]."""
+    """Which keys a query may not see: bool [B, 1, T, S]."""
     key_slots = first_key + jnp.arange(keys, dtype=jnp.int32)
-    return (key_slots[None, None, :] > slots[:, :, None])[:, None, None]
+    return (key_slots[None, None, :] > slots[:, :, None])[:, None]
 
 
 def _split_groups(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -94,11 +101,34 @@ def _split_groups(q: jax.Array, k: jax.Array) -> jax.Array:
 
 
 def _whole(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
-    """All T x S scores at once: short prompts, decode steps."""
+    """All T x S scores at once: short prompts."""
     scores = _scores(_split_groups(q, k), k)
-    scores = jnp.where(_hidden(slots, 0, k.shape[1]), -jnp.inf, scores)
+    hidden = _hidden(slots, 0, k.shape[1])[:, None]
+    scores = jnp.where(hidden, -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1)
     return _weigh(weights, v).astype(q.dtype).reshape(q.shape)
+
+
+def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+    """A decode step, which reads keys and values where they lie.
+
+    The query heads stand in a matrix [N, K x H] that is zero outside their own key
+    head: K times the arithmetic of `_whole`, which would transpose all slots first.
+    """
+    batch, _, heads, head_dim = q.shape
+    kv_heads = k.shape[2]
+    own = np.repeat(np.eye(kv_heads, dtype=bool), heads // kv_heads, axis=0)
+    own = own[None, :, :, None]  # [1, N, K, 1]
+    spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
+    k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
+    dot = partial(jnp.einsum, precision=matmul_precision(q.dtype))
+    dot = partial(dot, preferred_element_type=jnp.float32)
+    scores = dot("BNX,BSX->BNS", spread, k) * _scale(q)
+    scores = jnp.where(_hidden(slots, 0, k.shape[1])[:, 0], -jnp.inf, scores)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = dot("BNS,BSX->BNX", weights, v).reshape(batch, heads, kv_heads, head_dim)
+    y = jnp.sum(jnp.where(own, y, 0), axis=2)
+    return y.astype(q.dtype).reshape(q.shape)
 
 
 def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
@@ -106,68 +136,74 @@ def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> ja
 
     Milakov and Gimelshein 2018 (arXiv:1805.02867); Rabe and Staats 2021
     (arXiv:2112.05682).  Blocks that lie in every query's future are skipped, and the
-    backward pass computes a query block's scores anew.
+    backward pass computes a query block's scores anew.  Key/value heads come first and
+    their query heads are rows of one matrix: plain matrix products on every backend.
     """
     batch, tokens, heads, head_dim = q.shape
-    block = min(QUERY_BLOCK, tokens)
-    pad = -tokens % block
-    q = jnp.pad(_split_groups(q, k), ((0, 0), (0, pad), (0, 0), (0, 0), (0, 0)))
-    slots = jnp.pad(slots, ((0, 0), (0, pad)), mode="edge")
-    k, v = (_pad_keys(x) for x in (k, v))
+    kv_heads, block = k.shape[2], min(BLOCK, tokens)
+    q, slots = _pad(q, block), _pad(slots, block, mode="edge")
+    k, v = (jnp.moveaxis(_pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
+    k = jnp.swapaxes(k, 2, 3)
+    # [B, blocks x block, K x G, H] -> [blocks, B, K, G x block, H]
+    count = q.shape[1] // block
+    queries = q.reshape(batch, count, block, kv_heads, -1, head_dim)
+    queries = queries.transpose(1, 0, 3, 4, 2, 5)
+    queries = queries.reshape(count, batch, kv_heads, -1, head_dim)
+    rows = jnp.tile(slots.reshape(batch, count, block), (1, 1, heads // kv_heads))
+    rows = jnp.moveaxis(rows, 1, 0)
 
     @jax.checkpoint
     def one_block(
         carry: None, inputs: tuple[jax.Array, jax.Array]
     ) -> tuple[None, jax.Array]:
-        queries, query_slots = inputs
-        return carry, _attend_block(queries, k, v, query_slots)
+        return carry, _attend_block(inputs[0], k, v, inputs[1])
 
-    blocks = (_blocks(q, block), _blocks(slots, block))
-    _, out = jax.lax.scan(one_block, None, blocks)
-    out = jnp.moveaxis(out, 0, 1).reshape(batch, tokens + pad, heads, head_dim)
-    return out[:, :tokens]
+    _, out = jax.lax.scan(one_block, None, (queries, rows))
+    out = out.reshape(count, batch, kv_heads, -1, block, head_dim)
+    return out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)[:, :tokens]
 
 
-def _pad_keys(x: jax.Array) -> jax.Array:
-    """Slots up to a multiple of the key block; zeros, which no query sees."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % KEY_BLOCK), (0, 0), (0, 0)))
-
-
-def _blocks(x: jax.Array, block: int) -> jax.Array:
-    """[B, T, ...] -> [T / block, B, block, ...]."""
-    x = x.reshape(x.shape[0], x.shape[1] // block, block, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+def _pad(x: jax.Array, block: int, **how: Any) -> jax.Array:
+    """Axis 1 up to a multiple of the block; by zeros, which no query sees."""
+    widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
+    return jnp.pad(x, widths, **how)
 
 
 def _attend_block(
     q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
 ) -> jax.Array:
-    """q [B, block, K, G, H] over all keys -> [B, block, K, G, H] in q's dtype."""
+    """Queries of one block over all keys.
+
+    Args:
+      q: [B, K, rows, H], the block's queries of every head in the group.
+      k, v: [B, K, H, S] and [B, K, S, H].
+      slots: int32 [B, rows].
+
+    Returns:
+      [B, K, rows, H] in q's dtype.
+    """
     last = jnp.max(slots)
-    batch, block, kv_heads, group, head_dim = q.shape
     zeros = partial(jnp.zeros, dtype=jnp.float32)
-    rows = (batch, kv_heads, group, block)
     start = (
-        jnp.full(rows, -jnp.inf, jnp.float32),  # running maximum
-        zeros(rows),  # running sum of exponentials
-        zeros((batch, block, kv_heads, group, head_dim)),  # running weighted values
+        jnp.full(q.shape[:3], -jnp.inf, jnp.float32),  # running maximum
+        zeros(q.shape[:3]),  # running sum of exponentials
+        zeros(q.shape),  # running weighted values
     )
 
     def see(
         carry: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = carry
-        keys, values = (
-            jax.lax.dynamic_slice_in_dim(x, first, KEY_BLOCK, axis=1) for x in (k, v)
-        )
-        hidden = _hidden(slots, first, KEY_BLOCK)
-        scores = jnp.where(hidden, -jnp.inf, _scores(q, keys))
+        keys = jax.lax.dynamic_slice_in_dim(k, first, BLOCK, axis=3)
+        values = jax.lax.dynamic_slice_in_dim(v, first, BLOCK, axis=2)
+        scores = _matmul(q, keys) * _scale(q)
+        scores = jnp.where(_hidden(slots, first, BLOCK), -jnp.inf, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # Block 0 holds a visible key for every query, so new_top is never -inf.
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-        acc = acc * _to_btkg(shrink)[..., None] + _weigh(weights, values)
+        acc = acc * shrink[..., None] + _matmul(weights.astype(v.dtype), values)
         return new_top, total, acc
 
     def step(
@@ -175,11 +211,12 @@ def _attend_block(
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
         return jax.lax.cond(first <= last, see, lambda c, _: c, carry, first), None
 
-    firsts = jnp.arange(0, k.shape[1], KEY_BLOCK, dtype=jnp.int32)
+    firsts = jnp.arange(0, v.shape[2], BLOCK, dtype=jnp.int32)
     (_, total, acc), _ = jax.lax.scan(step, start, firsts)
-    return (acc / _to_btkg(total)[..., None]).astype(q.dtype)
+    return (acc / total[..., None]).astype(q.dtype)
 
 
-def _to_btkg(x: jax.Array) -> jax.Array:
-    """[B, K, G, T] -> [B, T, K, G]."""
-    return jnp.moveaxis(x, 3, 1)
+def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
+    """[..., x, y] times [..., y, z], summed in float32."""
+    precision = matmul_precision(a.dtype)
+    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)

@@ -51,16 +51,11 @@ def decoder_layer(
     Returns:
       x [B, T, D], and keys and values with the new tokens in them.
     """
-    eps = config.rms_norm_eps
     with jax.named_scope("attention"):
-        normed = rms_norm(x, weights["input_layernorm"]["weight"], eps)
-        y, filled = attention(
-            weights["self_attn"], normed, cos, sin, slots, starts, config, capacity
-        )
+        y, filled = attention(weights, x, cos, sin, slots, starts, config, capacity)
         x = x + y
     with jax.named_scope("mlp"):
-        normed = rms_norm(x, weights["post_attention_layernorm"]["weight"], eps)
-        x = x + mlp(weights["mlp"], normed, config=config)
+        x = x + mlp(weights, x, config)
     if x.shape[1] > 1:
         # Else XLA puts the cache writes of all layers off, and keeps their inputs.
         x, filled = jax.lax.optimization_barrier((x, filled))
@@ -77,7 +72,7 @@ def attention(
     config: LlamaConfig,
     capacity: int,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """Project, rotate, remember, attend, project back; arguments as `decoder_layer`."""
+    """Norm, project, rotate, remember, attend, project back; see `decoder_layer`."""
     batch, count, _ = x.shape
     heads = (batch, count, -1, config.head_dim)
     width, kv_width = (
@@ -85,7 +80,9 @@ def attention(
         for n in (config.num_attention_heads, config.num_key_value_heads)
     )
     sizes = (width, kv_width, kv_width)
-    q, k, v = (y.reshape(heads) for y in linears(weights, "self_attn", x, sizes))
+    norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
+    projected = linears(weights["self_attn"], "self_attn", x, norm, sizes)
+    q, k, v = (y.reshape(heads) for y in projected)
     turn = partial(
         rotate,
         cos=cos,
@@ -100,40 +97,59 @@ def attention(
     else:
         slots = (write(slots[0], k, starts), write(slots[1], v, starts))
         y = attend(q, *slots, starts)
-    return linear(weights["o_proj"], y.reshape(batch, count, -1)), slots
+    y = y.reshape(batch, count, -1)
+    return linear(weights["self_attn"]["o_proj"], y), slots
 
 
-def mlp(weights: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig) -> jax.Array:
-    """down(act(gate(x)) * up(x))."""
+def mlp(weights: Mapping[str, Any], x: jax.Array, config: LlamaConfig) -> jax.Array:
+    """down(act(gate(h)) * up(h)), h = norm(x)."""
+    norm = weights["post_attention_layernorm"]["weight"], config.rms_norm_eps
     sizes = (config.intermediate_size, config.intermediate_size)
-    gate, up = linears(weights, "mlp", x, sizes)
-    return linear(weights["down_proj"], ACTIVATIONS[config.hidden_act](gate) * up)
+    gate, up = linears(weights["mlp"], "mlp", x, norm, sizes)
+    inner = ACTIVATIONS[config.hidden_act](gate) * up
+    return linear(weights["mlp"]["down_proj"], inner)
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """weight * x / sqrt(mean(x^2) + eps), float32 inside, rounded before the weight."""
-    wide = x.astype(jnp.float32)
-    mean = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-    normed = (wide * jax.lax.rsqrt(mean + np.float32(eps))).astype(x.dtype)
-    return normed * weight.reshape((1,) * (x.ndim - 1) + weight.shape)
+    normed = (x.astype(jnp.float32) * _inverse_rms(x, eps)).astype(x.dtype)
+    return normed * _like(weight, x)
 
 
 def linears(
-    weights: Mapping[str, Any], block: str, x: jax.Array, sizes: Sequence[int]
+    weights: Mapping[str, Any],
+    block: str,
+    x: jax.Array,
+    norm: tuple[jax.Array, float],
+    sizes: Sequence[int],
 ) -> list[jax.Array]:
-    """The block's projections of one input, in one product where `fuse` joined them."""
+    """The block's projections of norm(x), in one product where `fuse` joined them.
+
+    For a single token in bfloat16 the factor 1 / rms comes after the sum, where it is
+    free: a kernel less and a rounding less than the norm by itself.  (In float16 the
+    input without the factor might overflow.)
+    """
     joined, names = FUSED[block]
+    parts = [weights[name] for name in ([joined] if joined in weights else names)]
+    if x.dtype == jnp.bfloat16 and all(_is_row(part, x) for part in parts):
+        x, factor = x * _like(norm[0], x), _inverse_rms(x, norm[1])
+    else:
+        x, factor = rms_norm(x, *norm), None
+    ys = [linear(part, x, factor=factor) for part in parts]
     if joined not in weights:
-        return [linear(weights[name], x) for name in names]
+        return ys
     ends = np.cumsum(sizes).tolist()
-    y = linear(weights[joined], x)
-    return [y[..., e - size : e] for e, size in zip(ends, sizes, strict=True)]
+    return [ys[0][..., e - size : e] for e, size in zip(ends, sizes, strict=True)]
 
 
 def linear(
-    weights: Mapping[str, jax.Array], x: jax.Array, *, dtype: Any = None
+    weights: Mapping[str, jax.Array],
+    x: jax.Array,
+    *,
+    factor: jax.Array | None = None,
+    dtype: Any = None,
 ) -> jax.Array:
-    """x W^T + b for W [out, in], accumulated in float32, rounded once to `dtype`.
+    """factor * x W^T + b for W [out, in], summed in float32, rounded once to `dtype`.
 
     A single 16-bit token is a multiply and a reduction: on GPU and CPU it streams the
     weights faster than a matrix product of one row.  `fuse` may hold W as a `kernel`
@@ -141,16 +157,36 @@ def linear(
     """
     bias = weights.get("bias")
     dtype = x.dtype if dtype is None else dtype
-    if "kernel" in weights:
-        y = _product(x, weights["kernel"], 0, dtype if bias is None else jnp.float32)
-    elif x.size == x.shape[-1] and jnp.dtype(x.dtype).itemsize == 2:
+    exact = dtype if bias is None and factor is None else jnp.float32
+    if _is_row(weights, x):
         y = _row_product(x, weights["weight"])
+    elif "kernel" in weights:
+        y = _product(x, weights["kernel"], 0, exact)
     else:
-        y = _product(x, weights["weight"], 1, dtype if bias is None else jnp.float32)
+        y = _product(x, weights["weight"], 1, exact)
+    if factor is not None:
+        y = y * factor
     if bias is not None:
-        bias = bias.reshape((1,) * (x.ndim - 1) + bias.shape)
-        y = y + bias.astype(jnp.float32)
+        y = y + _like(bias, y).astype(jnp.float32)
     return y.astype(dtype)
+
+
+def _is_row(weights: Mapping[str, jax.Array], x: jax.Array) -> bool:
+    """Whether x is a single token to meet 16-bit weights [out, in]."""
+    single = x.size == x.shape[-1] and "weight" in weights
+    return single and jnp.dtype(weights["weight"].dtype).itemsize == 2
+
+
+def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
+    """1 / sqrt(mean(x^2) + eps) over the last axis: float32 [..., 1]."""
+    square = jnp.square(x.astype(jnp.float32))
+    mean = jnp.mean(square, axis=-1, keepdims=True)
+    return jax.lax.rsqrt(mean + np.float32(eps))
+
+
+def _like(weight: jax.Array, x: jax.Array) -> jax.Array:
+    """[D] to the rank of x [..., D]."""
+    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:

@@ -46,10 +46,9 @@ def random(
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Blocks of 8 queries and 16 keys: short prompts go the long prompts' way."""
-    monkeypatch.setattr(jrope.attention, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(jrope.attention, "KEY_BLOCK", 16)
-    monkeypatch.setattr(jrope.attention, "_whole", None)
+    """Blocks of 8: short prompts go the long prompts' way."""
+    monkeypatch.setattr(jrope.attention, "BLOCK", 8)
+    monkeypatch.setattr(jrope.attention, "WHOLE", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -59,7 +58,7 @@ def close(got: Any, want: Any, tolerance: float = 2e-6) -> None:
     np.testing.assert_allclose(np.asarray(got, np.float64), want, atol=tolerance)
 
 
-# Blocks are 8 queries and 16 keys: below, at and above one and several.
+# Blocks are 8 queries and 8 keys: below, at and above one and several.
 COUNTS = [9, 16, 17, 31, 50]
 
 
@@ -166,9 +165,8 @@ def test_gradients_of_blocks_are_those_of_the_whole(
         return jnp.sum(jnp.sin(attend(q, k, v, starts)))
 
     want = jax.grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(jrope.attention, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(jrope.attention, "KEY_BLOCK", 16)
-    monkeypatch.setattr(jrope.attention, "_whole", None)
+    monkeypatch.setattr(jrope.attention, "BLOCK", 8)
+    monkeypatch.setattr(jrope.attention, "WHOLE", 0)
     got = jax.grad(loss, (0, 1, 2))(q, k, v)
     for ours, right in zip(got, want, strict=True):
         assert float(jnp.abs(right).max()) > 0.1

@@ -122,11 +122,18 @@ def test_generate_and_score_take_either_tree() -> None:
 
 @each_order
 def test_one_row_at_a_time(order: Order) -> None:
-    """The matrix-vector product of a single 16-bit token."""
+    """The matrix-vector product of a single 16-bit token, beside float32.
+
+    The roundings of two layers add up to 1.0 (rows) and 1.4 (in_out, whose norm is
+    rounded first) steps of 2**-8; a factor or a weight left out is tens of them.
+    """
     params, config = model("MHA, biases", "bfloat16")
     one = partial(run, tokens=TOKENS[:1, :1], config=config)
-    (want, _), (got, _) = one(params), one(fuse(params, order))
-    np.testing.assert_allclose(got, want, atol=2.0**-8 * float(jnp.abs(want).max()))
+    want, _ = one(jax.tree.map(lambda x: x.astype(jnp.float32), params))
+    (plain, _), (fused, _) = one(params), one(fuse(params, order))
+    allowed = 2.0**-7 * float(jnp.abs(want).max())
+    np.testing.assert_allclose(plain, want, atol=allowed)
+    np.testing.assert_allclose(fused, want, atol=allowed)
 
 
 @pytest.mark.parametrize("order", ["inout", "", None])
