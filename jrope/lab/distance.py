@@ -23,7 +23,7 @@ import numpy as np
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
-from jrope.layers import decoder_layer, linears, rms_norm
+from jrope.layers import decoder_layer, linears
 from jrope.model import embed
 from jrope.rope import Rope, table
 
@@ -100,8 +100,8 @@ def _queries_and_keys(
     keys: list[jax.Array] = []
     for i in range(config.num_hidden_layers):
         weights = model["layers"][str(i)]
-        normed = rms_norm(x, weights["input_layernorm"]["weight"], config.rms_norm_eps)
-        q, k, _ = linears(weights["self_attn"], "self_attn", normed, widths)
+        norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
+        q, k, _ = linears(weights["self_attn"], "self_attn", x, norm, widths)
         for found, y in ((queries, q), (keys, k)):
             mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
             found.append(mean.reshape(-1, config.head_dim))
