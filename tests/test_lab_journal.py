@@ -1,6 +1,7 @@
 """The journal: what it keeps, what it drops, and which files it refuses."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ TWO = {**ONE, "context": 1024}
 
 
 def failure(record: dict[str, Any]) -> dict[str, Any]:
-    kept = {"rope": record["rope"], "context": record["context"]}
+    kept = {name: record[name] for name in ("rope", "context", "windows")}
     return {"kind": "failure", "task": record["kind"], **kept, "error": "no memory"}
 
 
@@ -43,6 +44,23 @@ def test_records_are_on_the_disk_when_add_returns(tmp_path: Path) -> None:
         assert [json.loads(line) for line in lines] == [journal.records[0], ONE]
         assert not journal.has(TWO)
     assert read_journal(file)[1:] == [ONE]
+
+
+def test_a_record_is_synchronised_after_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def fsync(descriptor: int) -> None:
+        seen.append(os.fstat(descriptor).st_size)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    file = tmp_path / "run.jsonl"
+    with Journal(file, HEADER) as journal:
+        sizes = [file.stat().st_size]
+        journal.add(ONE)
+        sizes.append(file.stat().st_size)
+    assert seen == sizes
 
 
 def test_a_run_goes_on(path: Path) -> None:
@@ -133,6 +151,11 @@ def test_failures_that_were_made_good_are_forgotten() -> None:
     header = {"kind": "header"}
     records = [header, failure(ONE), failure(TWO), ONE, failure(TWO)]
     assert current(records) == [header, ONE, failure(TWO)]
+
+
+def test_a_failure_is_of_its_windows_alone() -> None:
+    records = [{"kind": "header"}, failure(ONE), {**ONE, "windows": "sliding"}]
+    assert current(records) == records
 
 
 def test_a_failure_is_tried_again(path: Path) -> None:

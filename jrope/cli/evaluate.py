@@ -8,6 +8,7 @@ import datetime
 import importlib
 import importlib.util
 import math
+import os
 import shlex
 import sys
 from importlib.metadata import version
@@ -107,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything that is cheap, then measure, record by record."""
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX starts below
     args.context = tuple(sorted(args.context))
     check_settings(args)
     check_outputs(args.report, args.figures)

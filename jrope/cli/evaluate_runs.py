@@ -107,6 +107,7 @@ class Laboratory:
             "task": record["kind"],
             "rope": record["rope"],
             "context": record.get("context", record.get("length")),
+            **{name: record[name] for name in ("windows", "depth") if name in record},
             "error": " ".join(why.split()),
         }
         self.journal.add(failure)

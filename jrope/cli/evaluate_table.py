@@ -37,6 +37,8 @@ def tables(records: Sequence[Record], *, by_position: bool) -> Iterator[str]:
 def failure_line(record: Record) -> str:
     """What failed and why, in one line."""
     where = "" if record["context"] is None else f" at {record['context']}"
+    where += f", {record['windows']}" if "windows" in record else ""
+    where += f", depth {record['depth']:g}" if "depth" in record else ""
     return f"{record['task']} {record['rope']}{where}: {record['error']}"
 
 

@@ -24,7 +24,7 @@ KEYS = {
     "perplexity": ("rope", "context", "windows"),
     "passkey": ("rope", "length", "depth"),
     "distance": ("rope",),
-    "failure": ("task", "rope", "context"),
+    "failure": ("task", "rope", "context", "windows", "depth"),
 }
 # What of the header must be as it was for a run to go on.
 SAME = ("schema", "jrope", "model", "model_sha256", "device", "dtype")
@@ -136,9 +136,10 @@ def key_of(record: Mapping[str, Any]) -> Key:
 
 
 def _work(record: Mapping[str, Any]) -> Key:
-    """Task, method and context, the same for a failure and for the result."""
+    """Task, method, context, ..., the same for a failure and for the result."""
     task = record.get("task", record["kind"])
-    return task, record.get("rope"), record.get("context", record.get("length"))
+    context = record.get("context", record.get("length"))
+    return task, context, *(record.get(n) for n in ("rope", "windows", "depth"))
 
 
 def _parse(path: Path, data: bytes) -> list[Record]:
