@@ -7,7 +7,9 @@ all.  No torch.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -58,7 +60,8 @@ def load(
 ) -> tuple[Tree, LlamaConfig]:
     """Load a LLaMA from a Hugging Face folder or hub repository.
 
-    Host memory beyond the parameters: 32 MiB, and one tensor where JAX must copy it.
+    Host memory beyond the parameters: 32 MiB, and one tensor where JAX must copy it;
+    before an accelerator two tensors, since one is read while another is on its way.
 
     Args:
       path_or_repo: a folder with config.json and safetensors, or a hub id.
@@ -81,13 +84,33 @@ def load(
     config = read_llama_config(folder)
     tensors = open_tensors(folder)
     params: dict[str, jax.Array] = {}
-    for name in checked_names(folder, tensors, config):
-        array = jax.device_put(tensors.read(name, wanted))
+    for name, host in _read_all(
+        tensors, checked_names(folder, tensors, config), wanted
+    ):
+        array = jax.device_put(host)
         params[name] = array.block_until_ready()
+        del host
         jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
         if progress is not None:
             progress(name, array.nbytes)
     return nest(params), config
+
+
+def _read_all(
+    tensors: Tensors, names: Sequence[str], dtype: np.dtype[Any] | None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Every tensor with its name; on a CPU, where the arrays stay, one at a time."""
+    if jax.default_backend() == "cpu":
+        yield from ((name, tensors.read(name, dtype)) for name in names)
+        return
+    with ThreadPoolExecutor(1) as pool:
+        ahead = pool.submit(tensors.read, names[0], dtype)
+        for name, following in zip_longest(names, names[1:]):
+            host = ahead.result()
+            if following is not None:
+                ahead = pool.submit(tensors.read, following, dtype)
+            yield name, host
+            del host
 
 
 def save(

@@ -210,6 +210,29 @@ def test_tensors_are_read_one_by_one(sharded: Path, tiny: Any) -> None:
         tensors.read(KEY)
 
 
+def test_reading_ahead_of_an_accelerator_changes_nothing(
+    sharded: Path, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    told: list[str] = []
+    params, _ = load(sharded, progress=lambda name, _: told.append(name))
+    assert_same_tensors(flatten(params), tiny.weights)
+    assert sorted(told) == sorted(flatten(params))
+
+
+def test_reading_ahead_tells_of_a_file_that_shrinks(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+
+    def shrink(*_: object) -> None:
+        for path in sharded.glob("*.safetensors"):
+            path.write_bytes(b"")
+
+    with pytest.raises(JropeError, match="became shorter while it was read"):
+        load(sharded, progress=shrink)
+
+
 # The hub
 
 
