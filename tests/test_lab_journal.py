@@ -163,3 +163,21 @@ def test_a_failure_is_tried_again(path: Path) -> None:
         journal.add(failure({**ONE, "context": 4096}))
     with Journal(path, HEADER) as journal:
         assert not journal.has({**ONE, "context": 4096})
+
+
+def test_a_journal_without_results_begins_anew(tmp_path: Path) -> None:
+    """A first try that failed does not bind the next one to its settings."""
+    file = tmp_path / "run.jsonl"
+    with Journal(file, HEADER) as journal:
+        journal.add(failure(ONE))
+    with Journal(file, HEADER | {"dtype": "bfloat16"}) as journal:
+        assert journal.resumed == 0
+    assert [r["dtype"] for r in read_journal(file)] == ["bfloat16"]
+
+
+def test_distances_over_longer_contexts_replace_those_before() -> None:
+    near, far, other = (
+        {"kind": "distance", "rope": rope, "length": length}
+        for rope, length in (("yarn:2", 512), ("yarn:2", 1024), ("default", 512))
+    )
+    assert current([{"kind": "header"}, near, other, far])[1:] == [other, far]

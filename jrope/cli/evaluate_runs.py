@@ -227,7 +227,7 @@ class Laboratory:
                 )
             return distance.describe(self.means, config.rope, far - 1, length=far)
 
-        record = {"kind": "distance", "rope": label}
+        record = {"kind": "distance", "rope": label, "length": far}
         return Work(record, cost(config, context), context, measure)
 
 

@@ -23,9 +23,10 @@ KEYS = {
     "method": ("rope", "length"),
     "perplexity": ("rope", "context", "windows"),
     "passkey": ("rope", "length", "depth"),
-    "distance": ("rope",),
+    "distance": ("rope", "length"),
     "failure": ("task", "rope", "context", "windows", "depth"),
 }
+_RESULTS = ("perplexity", "passkey", "distance")
 # What of the header must be as it was for a run to go on.
 SAME = ("schema", "jrope", "model", "model_sha256", "device", "dtype")
 
@@ -36,7 +37,8 @@ class Journal:
 
     Attributes:
       records: all of them, the header first.
-      resumed: how many measurements an earlier run left.
+      resumed: how many measurements an earlier run left; without any, a file begins
+        anew, whatever its settings were.
     """
 
     def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
@@ -69,12 +71,13 @@ class Journal:
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
         found = _parse(path, whole) if whole else _nothing(path, data)
-        if found:
+        self.resumed = sum(record["kind"] in _RESULTS for record in found)
+        if self.resumed:
             _check_same(path, found[0], self.records[0])
             self.records = found
-            self.resumed = sum(r["kind"] not in ("header", "method") for r in found)
-        file.truncate(len(whole))
-        if not found:
+            file.truncate(len(whole))
+        else:  # nothing that could be lost
+            file.truncate(0)
             self._write(self.records[0])
 
     def add(self, record: Mapping[str, Any]) -> None:
@@ -118,12 +121,16 @@ def read_journal(path: Path) -> list[Record]:
 
 
 def current(records: Sequence[Record]) -> list[Record]:
-    """The records without the failures that a later run made good or met again."""
+    """The records that hold.
+
+    Failures that a later run made good or met again are left out, and of each method's
+    distances all but the last: a run with longer contexts measured them anew.
+    """
     kept: list[Record] = []
     later: set[Key] = set()
     for record in reversed(records):
         work = _work(record)
-        if record["kind"] != "failure" or work not in later:
+        if record["kind"] not in ("failure", "distance") or work not in later:
             kept.append(record)
         later.add(work)
     return kept[::-1]
@@ -138,6 +145,8 @@ def key_of(record: Mapping[str, Any]) -> Key:
 def _work(record: Mapping[str, Any]) -> Key:
     """Task, method, context, ..., the same for a failure and for the result."""
     task = record.get("task", record["kind"])
+    if task == "distance":
+        return task, record["rope"]
     context = record.get("context", record.get("length"))
     return task, context, *(record.get(n) for n in ("rope", "windows", "depth"))
 
