@@ -33,7 +33,7 @@ from jrope.bench_report import Report, Row
 from jrope.bench_runs import Decode, Prefill, in_turns
 from jrope.bench_versus import Peer
 from jrope.checkpoint import save
-from jrope.cli import bench, main
+from jrope.cli import bench, common, main
 from jrope.config import flatten
 from jrope.errors import JropeError
 from jrope.generate import decode, generate, prefill
@@ -446,8 +446,8 @@ def test_wrong_arguments_are_one_line(words, message, capsys):
 
 
 def test_sizes_may_be_in_k():
-    assert bench._count("2k") == 2048
-    assert bench._list(bench._count)("2k, 16,16") == (2048, 16)
+    assert common.count("2k") == 2048
+    assert common.listed(common.count)("2k, 16,16") == (2048, 16)
 
 
 def test_weights_too_large_are_refused_before_they_are_made(monkeypatch, capsys):

@@ -52,6 +52,14 @@ ALLOWED = {
     "sample",
     "bench": "bench_device bench_model bench_report bench_runs bench_versus config "
     "errors request sample",
+    "lab": "",
+    "lab.statistics": "errors",
+    "lab.memory": "errors",
+    "lab.journal": "errors",
+    "lab.perplexity": "config errors evaluate lab.memory lab.statistics layers model "
+    "rope",
+    "lab.passkey": "config errors generate lab.memory request",
+    "lab.distance": "config errors lab.memory layers model rope",
 }
 
 

@@ -21,9 +21,10 @@ COMMANDS = {
     "inspect": "tell what a folder holds, without reading its weights",
     "convert": "rewrite a folder: dtype, shards, rotary embedding",
     "parity": "compare a model with PyTorch, stage by stage",
+    "evaluate": "measure RoPE methods on texts: perplexity, passkeys, attention",
     "bench": "measure speed beside the device's own limits",
 }
-_COMPILING = ("generate", "parity")
+_COMPILING = ("generate", "parity", "evaluate")
 _LONGEST = 2000  # characters of an error line
 
 

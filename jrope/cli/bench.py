@@ -8,7 +8,6 @@ import gc
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TextIO
 
@@ -28,7 +27,15 @@ from jrope.bench_model import (
 from jrope.bench_report import Report
 from jrope.bench_versus import Peer, import_peers
 from jrope.checkpoint import load, open_tensors, read_llama_config
-from jrope.cli.common import DTYPES, add_rope_arguments, apply_rope, number, whole
+from jrope.cli.common import (
+    DTYPES,
+    add_rope_arguments,
+    apply_rope,
+    count,
+    listed,
+    number,
+    whole,
+)
 from jrope.config import LlamaConfig, Tree
 from jrope.errors import JropeError
 from jrope.folders import find_folder
@@ -55,9 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, help=text)
     add("--only", choices=("prefill", "decode"), help="(both)")
     text = "rows, such as 1,8,32 (1)"
-    add("--batch", metavar="N,...", type=_list(_count), default=(1,), help=text)
+    add("--batch", metavar="N,...", type=listed(count), default=(1,), help=text)
     text = "tokens before; k is 1024 (2k)"
-    add("--context", metavar="N,...", type=_list(_count), default=(2048,), help=text)
+    add("--context", metavar="N,...", type=listed(count), default=(2048,), help=text)
     add("--new", metavar="N", type=whole(1), default=64, help="tokens of a run (64)")
     text = "also decode with this top-p, at temperature 0.8"
     add("--top-p", metavar="P", type=number, help=text)
@@ -201,17 +208,3 @@ def _check_weights(config: LlamaConfig, dtype: str, copies: int) -> None:
             f"{copies} x {size / 1e9:.1f} GB of {dtype} weights do not fit into the "
             f"device's {limit / 1e9:.1f} GB; --layers N takes a part of them"
         )
-
-
-def _list(item: Callable[[str], int]) -> Callable[[str], tuple[int, ...]]:
-    def parse(text: str) -> tuple[int, ...]:
-        return tuple(dict.fromkeys(item(word.strip()) for word in text.split(",")))
-
-    return parse
-
-
-def _count(word: str) -> int:
-    """A number such as 2048 or 2k."""
-    if word[-1:] in ("k", "K"):
-        return 1024 * whole(1)(word[:-1])
-    return whole(1)(word)

@@ -5,7 +5,7 @@ import os
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 
@@ -23,6 +23,7 @@ rotary embeddings (--rope):
     linear:2   dynamic:4   yarn:factor=4,original=8192   condense:8
     llama3:factor=8,original=8192,low=1,high=4   longrope:short=1:1:1,long=2:4:8
 """
+Item = TypeVar("Item")
 _LISTS = ("short_factor", "long_factor")
 _UNITS = {"": 1, "B": 1}
 _UNITS.update({unit: 1000**i for i, unit in enumerate("KMGT", 1)})
@@ -100,6 +101,22 @@ def whole(least: int) -> Callable[[str], int]:
             wanted = f"a whole number from {least} to {2**31 - 1}"
             raise argparse.ArgumentTypeError(f"{word!r} is not {wanted}")
         return int(word)
+
+    return parse
+
+
+def count(word: str) -> int:
+    """An argument such as 2048 or 2k; k is 1024."""
+    if word[-1:] in ("k", "K"):
+        return 1024 * whole(1)(word[:-1])
+    return whole(1)(word)
+
+
+def listed(item: Callable[[str], Item]) -> Callable[[str], tuple[Item, ...]]:
+    """The type of an argument that is several, separated by commas; each once."""
+
+    def parse(text: str) -> tuple[Item, ...]:
+        return tuple(dict.fromkeys(item(word.strip()) for word in text.split(",")))
 
     return parse
 

@@ -1,0 +1,176 @@
+"""What a RoPE method does to the attention score as tokens move apart.
+
+    score(d) = mean over queries q and keys k of  (R_d q) . k / sqrt(H)
+
+with R_d the method's rotation by d positions: every query of a text against every key
+of it, as if they stood d apart, for each layer and head.  A product is linear in both,
+so the mean over all pairs is the product of the means: exact, at any distance.
+
+q and k, not yet rotated, come from the model itself, reading windows within the length
+it was trained for with its own rotary embedding.  They are the same for every method,
+so what differs between two curves is the rotation alone.  That plain RoPE lets scores
+decay with distance is its promise (Su et al. 2021, sec. 3.4.3).
+"""
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.config import LlamaConfig
+from jrope.errors import JropeError
+from jrope.lab.memory import compile_fitting
+from jrope.layers import decoder_layer, linears
+from jrope.model import embed
+from jrope.rope import Rope, table
+
+
+class Means(NamedTuple):
+    """Mean un-rotated queries [L, N, H] and keys [L, K, H], float64."""
+
+    queries: np.ndarray
+    keys: np.ndarray
+
+
+def mean_queries_and_keys(
+    params: Mapping[str, Any],
+    config: LlamaConfig,
+    texts: Sequence[np.ndarray],
+    context: int,
+    *,
+    most: int = 16,
+) -> Means:
+    """Average what attention compares, over all positions of windows of the texts.
+
+    Args:
+      params, config: the model, with its own rotary embedding.
+      texts: token ids of each, int [n].
+      context: tokens of a window, at most what the model was trained for.
+      most: windows that are read, taken evenly from the texts.
+
+    Raises:
+      JropeError: no text has `context` tokens.
+    """
+    rows = [
+        np.asarray(text[at : at + context], np.int32)
+        for text in texts
+        for at in range(0, len(text) - context + 1, context)
+    ]
+    if not rows:
+        got = max((len(text) for text in texts), default=0)
+        raise JropeError(f"text: got {got} tokens, want at least {context}")
+    picked = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
+    cos, sin = table(config.rope, np.arange(context)[None, :], length=context)
+    shape = jax.ShapeDtypeStruct((1, context), jnp.int32)
+    what = f"distance at context {context}"
+    args = (params, shape, cos, sin)
+    program = compile_fitting(_queries_and_keys, what, *args, config=config)
+    total: Means | None = None
+    for i in picked:
+        sums = program.call(params, jnp.asarray(rows[i])[None], cos, sin)
+        wide = Means(*(np.asarray(x, np.float64) for x in sums))
+        if total is not None:
+            wide = Means(total.queries + wide.queries, total.keys + wide.keys)
+        total = wide
+    if total is None:
+        raise JropeError(f"most: got {most}, want at least 1 window")
+    return Means(total.queries / len(picked), total.keys / len(picked))
+
+
+@partial(jax.jit, static_argnames=("config",))
+def _queries_and_keys(
+    params: Mapping[str, Any],
+    tokens: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    *,
+    config: LlamaConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """The window's mean queries [L, N, H] and keys [L, K, H], before they are rotated.
+
+    Tokens are int32 [1, T].
+    """
+    model, count = params["model"], tokens.shape[1]
+    widths = [n * config.head_dim for n in _heads(config)]
+    x = embed(model["embed_tokens"]["weight"], tokens)
+    queries: list[jax.Array] = []
+    keys: list[jax.Array] = []
+    for i in range(config.num_hidden_layers):
+        weights = model["layers"][str(i)]
+        norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
+        q, k, _ = linears(weights["self_attn"], "self_attn", x, norm, widths)
+        for found, y in ((queries, q), (keys, k)):
+            mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
+            found.append(mean.reshape(-1, config.head_dim))
+        x, _ = decoder_layer(
+            weights, x, cos, sin, None, None, config=config, capacity=count
+        )
+    return jnp.stack(queries), jnp.stack(keys)
+
+
+def _heads(config: LlamaConfig) -> tuple[int, int, int]:
+    kv_heads = config.num_key_value_heads
+    return config.num_attention_heads, kv_heads, kv_heads
+
+
+def scores_at(
+    means: Means, rope: Rope, distances: Sequence[int], *, length: int | None = None
+) -> np.ndarray:
+    """The mean score of every layer and head at every distance.
+
+    (q.k over pairs) cos(d f) + (q x k over pairs) sin(d f), times the squared attention
+    scaling, plus what the unrotated channels give, over sqrt(H); float64.
+
+    Args:
+      means: of `mean_queries_and_keys`.
+      rope: the method.
+      distances: positions from key to query.
+      length: for methods that depend on it: that of the sequence.
+
+    Returns:
+      float64 [len(distances), L, N].
+    """
+    q, keys = means
+    layers, heads, head_dim = q.shape
+    k = np.repeat(keys, heads // keys.shape[1], axis=1)
+    frequencies, scaling = rope.frequencies(length, np.float64)
+    pairs = rope.rotary_dim // 2
+    (qa, qb), (ka, kb) = (_pairs(x, pairs, rope.layout) for x in (q, k))
+    angle = np.asarray(distances)[:, None] * np.asarray(frequencies) / rope.condense
+    straight = (qa * ka + qb * kb).reshape(-1, pairs) @ np.cos(angle).T
+    across = (qa * kb - qb * ka).reshape(-1, pairs) @ np.sin(angle).T
+    turned = (straight + across) * scaling**2
+    rest = (q[..., 2 * pairs :] * k[..., 2 * pairs :]).sum(-1).reshape(-1, 1)
+    scores = (turned + rest) / np.sqrt(head_dim)
+    return scores.T.reshape(len(distances), layers, heads)
+
+
+def _pairs(x: np.ndarray, pairs: int, layout: str) -> tuple[np.ndarray, np.ndarray]:
+    turning = x[..., : 2 * pairs]
+    if layout == "interleaved":
+        return turning[..., 0::2], turning[..., 1::2]
+    return turning[..., :pairs], turning[..., pairs:]
+
+
+def describe(
+    means: Means, rope: Rope, farthest: int, *, length: int | None = None
+) -> dict[str, Any]:
+    """What a record tells: mean over heads and layers, and the spread over heads.
+
+    Args:
+      means, rope, length: as in `scores_at`.
+      farthest: distances go up to this, evenly on a logarithmic scale.
+    """
+    distances = np.unique(np.geomspace(1, max(farthest, 1), 48).round().astype(int))
+    each = scores_at(means, rope, distances.tolist(), length=length)
+    each = each.reshape(len(distances), -1)
+    low, high = np.percentile(each, [10, 90], axis=1)
+    return {
+        "distances": distances.tolist(),
+        "scores": each.mean(1).tolist(),
+        "low": low.tolist(),
+        "high": high.tolist(),
+    }
