@@ -52,6 +52,17 @@ ALLOWED = {
     "sample",
     "bench": "bench_device bench_model bench_report bench_runs bench_versus config "
     "errors request sample",
+    "lab": "",
+    "lab.results": "errors",
+    "lab.findings": "lab.results",
+    "lab.style": "errors",
+    "lab.drawing": "lab.results lab.style",
+    "lab.curves": "lab.drawing lab.results lab.style",
+    "lab.grids": "lab.drawing lab.results lab.style",
+    "lab.figures": "lab.curves lab.grids lab.results lab.style",
+    "lab.page": "lab.style",
+    "lab.tables": "lab.findings lab.page lab.results",
+    "lab.report": "lab.figures lab.findings lab.page lab.results lab.style lab.tables",
 }
 
 
