@@ -8,7 +8,14 @@ import numpy as np
 
 from jrope.lab import drawing
 from jrope.lab.drawing import finite, note
-from jrope.lab.results import WINDOWS, Loss, Results, perplexity, tokens_text
+from jrope.lab.results import (
+    WINDOWS,
+    Loss,
+    Results,
+    listed,
+    perplexity,
+    tokens_text,
+)
 from jrope.lab.style import MUTED, SIZE, Axes, Figure, Look, chosen, new_figure, shorten
 
 
@@ -166,27 +173,30 @@ def _label(
     """Name the lines at the right of the axes, where each one's last point is."""
     shown = chosen([*results.labels], methods)
     texts = shorten([results.labels[rope] for rope in methods], int(width * 3.8))
-    ends: list[tuple[float, float]] = []
+    ends: dict[str, tuple[float, float]] = {}
     lines = {str(line.get_label()): line for line in axes.get_lines()}
     for rope in methods:
         points = np.asarray(lines[rope].get_xydata(), np.float64)
         points = points[np.isfinite(points).all(axis=1)]
-        middle = (axes.get_xlim()[1], sum(axes.get_ylim()) / 2)
-        ends.append((points[-1][0], points[-1][1]) if len(points) else middle)
-    place = drawing.label_lines(axes, ends, texts, [*shown.values()])
+        if len(points):
+            ends[rope] = (points[-1][0], points[-1][1])
+    named = [text for rope, text in zip(methods, texts, strict=True) if rope in ends]
+    looks = [shown[rope] for rope in ends]
+    place = drawing.label_lines(axes, [*ends.values()], named, looks)
     figure.draw_without_rendering()
     place()
 
 
 def _note_missing(figure: Figure, results: Results, windows: str) -> None:
-    lost = sum(
-        not math.isfinite(perplexity(Loss.of(record).nll))
-        for (kind, _, _), record in results.losses.items()
-        if kind == windows
-    )
+    lost = [
+        rope
+        for (kind, rope, _), record in results.losses.items()
+        if kind == windows and not math.isfinite(perplexity(Loss.of(record).nll))
+    ]
     if lost:
-        points = "1 point is" if lost == 1 else f"{lost} points are"
-        note(figure, f"Not drawn: {points} not finite; see the table.")
+        points = "1 point" if len(lost) == 1 else f"{len(lost)} points"
+        names = listed(shorten([results.labels[r] for r in dict.fromkeys(lost)], 24))
+        note(figure, f"Not drawn, for it is not finite: {points} of {names}.")
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

@@ -120,7 +120,7 @@ def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> np.n
             before, many = blocks.pop()
             mean, count = (mean * count + before * many) / (count + many), count + many
         blocks.append((mean, count))
-    flat = np.concatenate([np.full(count, mean) for mean, count in blocks])
+    flat = np.array([mean for mean, count in blocks for _ in range(count)])
     top = max(low, high - gap * (len(order) - 1))
     placed = np.empty(len(order))
     placed[order] = np.clip(flat, low, top) + gap * np.arange(len(order))
@@ -140,38 +140,21 @@ def label_lines(
     """
     names: list[Any] = []
     for end, text, look in zip(ends, texts, shown, strict=True):
-        lead = {
-            "arrowstyle": "-",
-            "color": look.color,
-            "linewidth": 0.7,
-            "alpha": 0.6,
-            "shrinkA": 0,
-            "shrinkB": 3,
-        }
-        names.append(
-            axes.annotate(
-                text,
-                end,
-                xytext=(1.05, 0.5),
-                textcoords="axes fraction",
-                va="center",
-                color=look.color,
-                fontsize=SIZE,
-                arrowprops=lead,
-            )
-        )
+        lead: Any = {"arrowstyle": "-", "color": look.color, "linewidth": 0.7}
+        lead |= {"alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+        style: Any = {"color": look.color, "fontsize": SIZE, "va": "center"}
+        style |= {"textcoords": "axes fraction", "arrowprops": lead}
+        names.append(axes.annotate(text, end, xytext=(1.065, 0.5), **style))
 
     def place() -> None:
         points = axes.get_window_extent().height / axes.figure.dpi * 72
         to_part = axes.transData + axes.transAxes.inverted()
         wanted = [float(to_part.transform(end)[1]) for end in ends]
-        for name, look, at in zip(
-            names, shown, spread(wanted, SIZE * 1.35 / points, 0.02, 0.98), strict=True
-        ):
+        places = spread(wanted, SIZE * 1.35 / points, 0.02, 0.98)
+        beside: Any = {"transform": axes.transAxes, "clip_on": False}
+        for name, look, at in zip(names, shown, places, strict=True):
             name.set_position((1.065, at))
-            axes.plot(
-                [1.035], [at], transform=axes.transAxes, clip_on=False, **look.line()
-            )
+            axes.plot([1.035], [at], **beside, **look.line())
 
     return place
 

@@ -3,7 +3,7 @@
 import math
 from collections import Counter
 
-from jrope.lab.results import WINDOWS, Loss, Results, figure, perplexity
+from jrope.lab.results import WINDOWS, Loss, Results, figure, listed, perplexity
 
 
 def headline(results: Results) -> str:
@@ -29,8 +29,9 @@ def headline(results: Results) -> str:
     said = f"{label} has the lowest perplexity at {_part(count, len(judged))} {where}"
     if not close:
         return f"{said}."
-    times = "each time" if close == count else f"at {close} of them"
-    return f"{said}, but {times} another method's interval overlaps with its own."
+    times = " each time" if close == count else f" at {close} of them"
+    times = "" if count == 1 else times
+    return f"{said}, but another method's interval overlaps with its own{times}."
 
 
 def _part(count: int, whole: int) -> str:
@@ -97,16 +98,11 @@ def _beside(results: Results, best: Loss, others: list[tuple[str, Loss]]) -> str
     met = [results.labels[rope] for rope, loss in others if best.overlaps(loss)]
     unknown = all(best.overlaps(loss) is None for _, loss in others)
     if met:
-        return f"; its interval overlaps with that of {_listed(met)}"
+        return f"; its interval overlaps with that of {listed(met)}"
     if unknown:
         label, gap = results.labels[others[0][0]], others[0][1].nll - best.nll
         return f"; {label} follows {gap:.3f} nats behind"
     return "; no other interval reaches it"
-
-
-def _listed(names: list[str]) -> str:
-    *first, last = names
-    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _of_passkeys(results: Results) -> list[str]:
@@ -125,7 +121,7 @@ def _of_passkeys(results: Results) -> list[str]:
     if most == 0:
         return [f"Passkeys{where}: no method found any."]
     best = [rope for rope in results.labels if rates.get(rope) == most]
-    names = _listed([results.labels[rope] for rope in best])
+    names = listed([results.labels[rope] for rope in best])
     counts = sorted({f"{right[rope]} of {asked[rope]}" for rope in best})
     return [f"Passkeys{where}: {names} found most, {' and '.join(counts)}."]
 

@@ -27,9 +27,7 @@ def passkey_figure(results: Results, width: float) -> Figure:
     methods = [r for r in results.labels if any(k[0] == r for k in results.passkeys)]
     lengths = sorted({length for _, length, _ in results.passkeys})
     depths = sorted({depth for _, _, depth in results.passkeys})
-    columns = max(
-        1, min(len(methods), int(width / max(2.2, 0.36 * len(lengths) + 0.8)))
-    )
+    columns = max(1, int(width / max(2.2, 0.36 * len(lengths) + 0.8)))
     rows = math.ceil(len(methods) / columns)
     height = rows * (0.24 * len(depths) + 0.75) + 0.5
     figure = new_figure(width, height)
@@ -102,7 +100,7 @@ def distance_figure(results: Results, width: float) -> Figure:
     found = [rope for rope in results.labels if rope in results.distances]
     columns = max(1, min(len(found), round(width / 3.1)))
     rows = math.ceil(len(found) / columns)
-    figure = new_figure(width, rows * (2.0 if columns > 1 else 1.7) + 0.6)
+    figure = new_figure(width, rows * max(2.0, 0.22 * width / columns) + 0.6)
     grid: Any = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     shown, plain = chosen([*results.labels], found), results.distances.get("default")
     texts = shorten([results.labels[r] for r in found], int(width / columns * 9))

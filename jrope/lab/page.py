@@ -42,7 +42,7 @@ figure { margin: .5rem 0 1rem; }
 svg { display: block; width: 100%; height: auto; }
 .narrow { display: none; }
 .box { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--grid); }
-table { border-collapse: collapse; font-size: .9rem;
+table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 30rem);
   font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .7rem; color: var(--muted);
   position: sticky; left: 0; max-width: 90vw; }
@@ -55,7 +55,8 @@ th[scope=col] { white-space: normal; vertical-align: bottom; }
 th[scope=row] > span { display: inline-block; white-space: normal;
   max-width: min(22rem, 34vw); overflow-wrap: break-word; }
 td.text { white-space: normal; min-width: 12rem; max-width: 34rem;
-  overflow-wrap: anywhere; }
+  overflow-wrap: break-word; }
+td.text code { overflow-wrap: anywhere; }
 td small { display: block; color: var(--muted); }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1rem; }
 dt { color: var(--muted); }
@@ -156,7 +157,8 @@ def inline_svg(svg: str, name: str, heading: str, description: str) -> Html:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' xmlns(:xlink)?="[^"]*"| version="[^"]*"', "", svg)
-    svg = svg.replace("xlink:href=", "href=")
+    svg = svg.replace("xlink:href=", "href=").replace("\n", " ")
+    svg = re.sub(r'(?<= (?:d|x|y)=")[^"]*', _rounded, re.sub(r"  +", " ", svg))
     svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
     for color, variable in _NAMES.items():
         svg = svg.replace(color, f"var(--{variable})")
@@ -169,6 +171,11 @@ def inline_svg(svg: str, name: str, heading: str, description: str) -> Html:
     told = joined([told, element("desc", description, id=f"{name}-desc")])
     cut = svg.index(">") + 1
     return Html(svg[:cut] + told + svg[cut:].strip())
+
+
+def _rounded(numbers: re.Match[str]) -> str:
+    """Coordinates to a hundredth of a point."""
+    return re.sub(r"(\d\.\d\d)\d+", r"\1", numbers[0])
 
 
 def page(heading: str, *children: str) -> str:

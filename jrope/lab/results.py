@@ -35,11 +35,11 @@ class Loss:
 
     @classmethod
     def of(cls, record: Record) -> "Loss":
-        """Read nll, low and high; an interval that is not finite is none."""
-        ends = [number(record[name]) for name in ("low", "high")]
-        known = all(map(math.isfinite, ends))
-        low, high = ends if known else (None, None)
-        return cls(nll=number(record["nll"]), low=low, high=high)
+        """Read nll, low and high; where one is not finite there is no interval."""
+        nll, low, high = (number(record[name]) for name in ("nll", "low", "high"))
+        if all(map(math.isfinite, (nll, low, high))):
+            return cls(nll=nll, low=low, high=high)
+        return cls(nll=nll, low=None, high=None)
 
     def overlaps(self, other: "Loss") -> bool | None:
         """Whether the two intervals meet; None where one of them is not known."""
@@ -179,6 +179,17 @@ def tokens_text(count: int) -> str:
     ('256', '2k', '128k', '3000')
     """
     return f"{count // 1024}k" if count and count % 1024 == 0 else str(count)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, some of those past the third counted.
+
+    >>> listed(["a", "b"]), listed([*"abcdef"])
+    ('a and b', 'a, b, c and 3 more')
+    """
+    names = names if len(names) <= 4 else [*names[:3], f"{len(names) - 3} more"]
+    *first, last = names
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def _checked(line: int, record: Record) -> Record:

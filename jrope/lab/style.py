@@ -131,16 +131,18 @@ def to_svg(figure: Figure) -> str:
 
 def shorten(labels: Sequence[str], most: int) -> list[str]:
     """Labels of at most `most` characters, the middle left out, still all different."""
-    found: list[str] = []
-    for i, label in enumerate(labels, 1):
-        text = "".join(
-            c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in label
-        )
-        if len(text) > most:
-            tail = most // 3
-            text = f"{text[: most - tail - 1]}\N{HORIZONTAL ELLIPSIS}{text[-tail:]}"
-        found.append(f"{i}: {text[: most - 4]}" if text in found else text)
-    return found
+    clean = ["".join(c if c.isprintable() else "\ufffd" for c in x) for x in labels]
+    for head in range(most * 2 // 3, -1, -1):
+        tail = most - 1 - head
+        cut = [
+            f"{x[:head]}\N{HORIZONTAL ELLIPSIS}{x[len(x) - tail :]}"
+            if len(x) > most
+            else x
+            for x in clean
+        ]
+        if len({*cut}) == len(cut):
+            return cut
+    return [f"{i}: {x[: most - 4]}" for i, x in enumerate(clean, 1)]
 
 
 def chosen(known: Sequence[str], methods: Sequence[str]) -> dict[str, Look]:

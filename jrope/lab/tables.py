@@ -156,13 +156,13 @@ def failure_table(results: Results) -> Html:
     rows = [
         [
             results.labels[r["rope"]],
+            str(r["error"]),
             str(r["task"]),
             count(r["context"]),
-            str(r["error"]),
         ]
         for r in results.failures
     ]
-    heads = ["method", "task", "context", "what happened"]
+    heads = ["method", "what happened", "task", "context"]
     caption = "Measurements that failed; the others went on"
     return table(caption, heads, rows, texts=("task", "what happened"))
 
