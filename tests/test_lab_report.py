@@ -318,7 +318,7 @@ def test_pictures_are_told_and_follow_the_reader(page):
 
 
 def test_tables_hold_every_number(page):
-    head, *body = rows(page, "Perplexity by context")
+    head, *body = rows(page, "Perplexity of the first tokens")
     assert head == ["method", "128", "256", "1,024"]
     assert [row[0] for row in body] == ["default", "yarn:2"]
     assert body[0][1] == f"★ 25.7924.53{TO}27.11"
@@ -369,22 +369,35 @@ def test_whatever_comes_from_records_is_escaped():
 
 
 def test_headline_counts_and_says_overlaps():
-    def told(gap, half=0.05, contexts=(512, 1024)):
+    def told(gap, half=0.05, contexts=(512, 1024), **more):
         pairs = {"a": 3.2, "b": 3.2 + gap}
-        many = [loss(r, c, n, half) for r, n in pairs.items() for c in contexts]
+        many = [loss(r, c, n, half, **more) for r, n in pairs.items() for c in contexts]
         return headline(Results.of([HEADER, *many]))
 
-    best = "a has the lowest perplexity at all 2 contexts past the trained length"
-    assert told(0.2) == f"{best}."
+    best = "a has the lowest perplexity at both contexts past the trained length."
+    assert told(0.2) == told(0.09, None) == best
+    assert told(0.09) == (
+        f"{best} At both contexts the intervals of the best two overlap."
+    )
+    assert "at the one context past the trained" in told(0.2, contexts=(64, 512))
     assert (
-        told(0.09) == f"{best}, but another method's interval overlaps with its own "
-        "each time."
+        told(0.2, contexts=(64,)) == "a has the lowest perplexity at the one context."
     )
-    assert told(0.09, None) == f"{best}."
-    assert told(0.2, contexts=(512,)).startswith(
-        "a has the lowest perplexity at the one"
+    assert told(0.0, None).startswith("a and b share the lowest perplexity at both")
+
+
+def test_headline_of_a_draw_and_of_two_kinds_of_windows():
+    records = [HEADER]
+    for i, rope in enumerate("ab"):
+        records += [loss(rope, c, 3.2 + abs(i - j)) for j, c in enumerate((512, 1024))]
+    said = headline(Results.of(records))
+    assert said.startswith("a and b each have the lowest perplexity at 1 of 2 contexts")
+    records += [loss(r, 512, n, windows="sliding") for r, n in (("a", 9.0), ("b", 3.0))]
+    said = headline(Results.of(records))
+    assert said == (
+        "b has the lowest perplexity at the one context past the trained length "
+        "(in sliding windows)."
     )
-    assert "1 of 1" not in told(0.2, contexts=(64, 512))
 
 
 def test_sentences_name_the_best_at_each_context():
@@ -427,7 +440,7 @@ def test_losses_that_are_not_finite_are_shown_as_such(nll):
     records += [loss("default", 1024, 3.0), odd]
     page = render(records)
     word = "NaN" if nll is None or math.isnan(nll) else "inf"
-    assert rows(page, "Perplexity by context")[2] == ["yarn:2", word]
+    assert rows(page, "Perplexity of the first tokens")[2] == ["yarn:2", word]
     drawn = figures(records)["perplexity_first"]
     assert np.isnan(lines(drawn)["yarn:2"].get_ydata()).all()
     assert drawn.get_supxlabel().replace("\n", " ") == (
@@ -476,7 +489,7 @@ def test_two_kinds_of_windows_have_their_own_figures_and_tables():
     records = [*everything(), *more]
     assert {"perplexity_first", "perplexity_sliding"} < {*figures(records)}
     page = render(records)
-    assert rows(page, "in tokens, sliding windows")[1][1].startswith("★ 20.09")
+    assert rows(page, "Perplexity in sliding windows")[1][1].startswith("★ 20.09")
     assert rows(page, "Mean negative")[7][:4] == ["default", "sliding", "128", "64"]
 
 

@@ -33,9 +33,7 @@ def perplexity_figure(results: Results, windows: str, width: float) -> Figure:
     drawing.perplexity_axis(axes, *_range(seen))
     drawing.mark_trained(axes, results.trained)
     axes.set_ylabel("perplexity")
-    drawing.title(
-        axes, f"Perplexity of {WINDOWS.get(windows, windows)}, 95 % intervals"
-    )
+    drawing.title(axes, f"Perplexity {WINDOWS.get(windows, windows)}, 95 % intervals")
     _note_missing(figure, results, windows)
     _label(figure, axes, results, methods, width)
     return figure

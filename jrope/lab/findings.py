@@ -11,33 +11,43 @@ def headline(results: Results) -> str:
     if not results.windows:
         return _without_perplexity(results)
     windows = results.windows[0]
-    methods, contexts = results.methods(windows), results.contexts(windows)
+    contexts = results.contexts(windows)
     past = [c for c in contexts if results.trained is None or c > results.trained]
-    judged, where = (
-        (past, "past the trained length") if past else (contexts, "measured")
-    )
-    best = {context: ranking(results, windows, context) for context in judged}
-    wins = Counter(ranked[0][0] for ranked in best.values() if ranked)
+    ranked = {c: ranking(results, windows, c) for c in past or contexts}
+    wins = Counter(rope for order in ranked.values() for rope in winners(order))
     if not wins:
         return "No perplexity that was measured is a finite number."
-    name, count = wins.most_common(1)[0]
-    label = results.labels[name]
-    if len(methods) == 1:
+    if len(results.methods(windows)) == 1:
+        (label,) = (results.labels[rope] for rope in wins)
         return f"{label} was measured alone: there is nothing to compare it with."
-    won = [ranked for ranked in best.values() if ranked and ranked[0][0] == name]
-    close = sum(any(r[0][1].overlaps(loss) for _, loss in r[1:]) for r in won)
-    said = f"{label} has the lowest perplexity at {_part(count, len(judged))} {where}"
+    most = max(wins.values())
+    best = [rope for rope in results.labels if wins.get(rope) == most]
+    names = listed([results.labels[rope] for rope in best])
+    verb = "has" if len(best) == 1 else "each have" if most < len(ranked) else "share"
+    where = _part(most, len(ranked)) + (" past the trained length" if past else "")
+    said = f"{names} {verb} the lowest perplexity at {where}"
+    said += "" if len(results.windows) == 1 else f" ({WINDOWS.get(windows, windows)})"
+    close = sum(_is_close(order) for order in ranked.values())
     if not close:
         return f"{said}."
-    times = " each time" if close == count else f" at {close} of them"
-    times = "" if count == 1 else times
-    return f"{said}, but another method's interval overlaps with its own{times}."
+    times = _part(close, len(ranked))
+    return f"{said}. At {times} the intervals of the best two overlap."
+
+
+def winners(ranked: list[tuple[str, Loss]]) -> list[str]:
+    """The method with the lowest loss, and any with the very same."""
+    return [rope for rope, loss in ranked if loss.nll == ranked[0][1].nll]
+
+
+def _is_close(ranked: list[tuple[str, Loss]]) -> bool:
+    return len(ranked) > 1 and bool(ranked[0][1].overlaps(ranked[1][1]))
 
 
 def _part(count: int, whole: int) -> str:
-    if whole == 1:
-        return "the one context"
-    return f"all {whole} contexts" if count == whole else f"{count} of {whole} contexts"
+    if count < whole:
+        return f"{count} of {whole} contexts"
+    words = {1: "the one context", 2: "both contexts"}
+    return words.get(whole, f"all {whole} contexts")
 
 
 def ranking(results: Results, windows: str, context: int) -> list[tuple[str, Loss]]:
@@ -54,7 +64,7 @@ def sentences(results: Results) -> list[str]:
     """One sentence per context, then passkeys and failures."""
     said = [
         _at_context(results, windows, context)
-        for windows in results.windows
+        for windows in results.windows[:1]  # the tables have the others
         for context in results.contexts(windows)
     ]
     said += _of_passkeys(results)
@@ -73,8 +83,6 @@ def interval(loss: Loss) -> str:
 
 def _at_context(results: Results, windows: str, context: int) -> str:
     place = f"At {context:,} tokens"
-    if len(results.windows) > 1:
-        place += f" ({WINDOWS.get(windows, windows)})"
     ranked = ranking(results, windows, context)
     measured = [
         r for r in results.methods(windows) if results.loss(windows, r, context)

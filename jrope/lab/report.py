@@ -5,6 +5,7 @@ import os
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any, cast
 
 from jrope.lab import figures, tables
 from jrope.lab.findings import headline, sentences
@@ -143,6 +144,8 @@ def _circumstances(results: Results) -> list[str]:
         "jrope": header.get("jrope"),
         "Versions": ", ".join(f"{name} {version}" for name, version in versions),
         "Started": header.get("started"),
+        "Weights, sha256": header.get("model_sha256"),
+        "Settings": _settings(header.get("plan")),
         "Command": header.get("command"),
     }
     told = {key: str(value) for key, value in facts.items() if value not in (None, "")}
@@ -154,6 +157,14 @@ def _circumstances(results: Results) -> list[str]:
     ]
     texts = tables.text_table(results) if header.get("texts") else ""
     return [element("h2", "How it was measured"), element("dl", *pairs), texts]
+
+
+def _settings(plan: Any) -> str:
+    """The numbers that decide what is measured, "seed 0, stride 256"."""
+    if not isinstance(plan, Mapping):
+        return str(plan or "")
+    given = cast(Mapping[str, Any], plan)
+    return ", ".join(f"{k} {v}" for k, v in given.items() if v is not None)
 
 
 def _folded(summary: str, *children: str) -> Html:

@@ -13,7 +13,7 @@ from jrope.errors import JropeError
 
 Record: TypeAlias = Mapping[str, Any]
 
-WINDOWS = {"first": "the first tokens of the text", "sliding": "sliding windows"}
+WINDOWS = {"sliding": "in sliding windows", "first": "of the first tokens of the text"}
 REQUIRED = {  # kind: the keys that are read without asking
     "header": "model trained_length",
     "method": "rope inv_freq base_inv_freq attention_scaling condense length",
@@ -111,8 +111,12 @@ class Results:
 
     @property
     def windows(self) -> list[str]:
-        """The kinds of windows that perplexity was measured with."""
-        return [*dict.fromkeys(windows for windows, _, _ in self.losses)]
+        """The kinds of windows that perplexity was measured with.
+
+        Sliding ones first: they see the whole text, so their intervals are narrower.
+        """
+        found = dict.fromkeys(windows for windows, _, _ in self.losses)
+        return sorted(found, key=lambda windows: windows != "sliding")
 
     def methods(self, windows: str) -> list[str]:
         """The methods that have a perplexity, in order."""

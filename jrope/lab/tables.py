@@ -2,7 +2,7 @@
 
 import math
 
-from jrope.lab.findings import ranking
+from jrope.lab.findings import ranking, winners
 from jrope.lab.page import Html, element, joined, table
 from jrope.lab.results import (
     WINDOWS,
@@ -21,7 +21,7 @@ NONE = "\N{EN DASH}"
 def perplexity_table(results: Results, windows: str) -> Html:
     """Methods down, contexts across: the perplexity and its interval."""
     contexts = results.contexts(windows)
-    best = {c: dict(ranking(results, windows, c)[:1]) for c in contexts}
+    best = {c: winners(ranking(results, windows, c)) for c in contexts}
     rows = [
         [results.labels[rope]]
         + [
@@ -31,7 +31,7 @@ def perplexity_table(results: Results, windows: str) -> Html:
         for rope in results.methods(windows)
     ]
     caption = (
-        f"Perplexity by context in tokens, {WINDOWS.get(windows, windows)}; below "
+        f"Perplexity {WINDOWS.get(windows, windows)}, by context in tokens; below "
     )
     caption += "it the 95 % interval; the lowest of a column is bold and has a star"
     return table(caption, ["method", *(f"{c:,}" for c in contexts)], rows)
