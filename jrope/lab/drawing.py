@@ -138,23 +138,20 @@ def label_lines(
     Returns:
       What moves the names apart; call it once the layout of the figure is known.
     """
-    names: list[Any] = []
-    for end, text, look in zip(ends, texts, shown, strict=True):
-        lead: Any = {"arrowstyle": "-", "color": look.color, "linewidth": 0.7}
-        lead |= {"alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
-        style: Any = {"color": look.color, "fontsize": SIZE, "va": "center"}
-        style |= {"textcoords": "axes fraction", "arrowprops": lead}
-        names.append(axes.annotate(text, end, xytext=(1.065, 0.5), **style))
+    beside: Any = {"transform": axes.transAxes, "va": "center", "fontsize": SIZE}
+    names = [
+        axes.text(1.065, 0.5, text, color=look.color, **beside)
+        for text, look in zip(texts, shown, strict=True)
+    ]
 
     def place() -> None:
         points = axes.get_window_extent().height / axes.figure.dpi * 72
         to_part = axes.transData + axes.transAxes.inverted()
         wanted = [float(to_part.transform(end)[1]) for end in ends]
         places = spread(wanted, SIZE * 1.35 / points, 0.02, 0.98)
-        beside: Any = {"transform": axes.transAxes, "clip_on": False}
-        for name, look, at in zip(names, shown, places, strict=True):
-            name.set_position((1.065, at))
-            axes.plot([1.035], [at], **beside, **look.line())
+        for name, look, end, at in zip(names, shown, ends, places, strict=True):
+            name.set_position((1.065, float(at)))
+            _lead(axes, end, (1.035, float(at)), look)
 
     return place
 
@@ -171,3 +168,15 @@ def finite(values: Sequence[float | None]) -> list[float]:
         value if value is not None and math.isfinite(value) else math.nan
         for value in values
     ]
+
+
+def _lead(
+    axes: Axes, end: tuple[float, float], at: tuple[float, float], look: Look
+) -> None:
+    """A thin line from the end of a method's line to its marker beside the axes."""
+    line: Any = {"arrowstyle": "-", "color": look.color, "linewidth": 0.7}
+    line |= {"alpha": 0.6, "shrinkA": 0, "shrinkB": 3}
+    place: Any = {"textcoords": "axes fraction", "arrowprops": line}
+    axes.annotate("", end, xytext=at, **place)
+    beside: Any = {"transform": axes.transAxes, "clip_on": False}
+    axes.plot([at[0]], [at[1]], **beside, **look.line())

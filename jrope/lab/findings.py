@@ -90,19 +90,19 @@ def _at_context(results: Results, windows: str, context: int) -> str:
     lost = [rope for rope in measured if rope not in dict(ranked)]
     if not ranked:
         return f"{place}: no finite perplexity."
-    name, best = ranked[0]
-    text = f"{place}: {results.labels[name]}, perplexity {figure(perplexity(best.nll))}"
+    first, best = winners(ranked), ranked[0][1]
+    names = listed([results.labels[rope] for rope in first])
+    text = f"{place}: {names}, perplexity {figure(perplexity(best.nll))}"
     text += f" ({interval(best)})" if interval(best) else " (no interval known)"
-    text += f"{_beside(results, best, ranked[1:])}."
+    text += f"{_beside(results, best, ranked[len(first) :])}."
     if lost:
-        names = ", ".join(results.labels[rope] for rope in lost)
-        text += f" Not finite: {names}."
+        text += f" Not finite: {listed([results.labels[rope] for rope in lost])}."
     return text
 
 
 def _beside(results: Results, best: Loss, others: list[tuple[str, Loss]]) -> str:
     if not others:
-        return ", the only one measured"
+        return ", and no other"
     met = [results.labels[rope] for rope, loss in others if best.overlaps(loss)]
     unknown = all(best.overlaps(loss) is None for _, loss in others)
     if met:
