@@ -42,8 +42,8 @@ figure { margin: .5rem 0 1rem; }
 svg { display: block; width: 100%; height: auto; }
 .narrow { display: none; }
 .box { overflow-x: auto; margin: .5rem 0 1rem; border: 1px solid var(--grid); }
-table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 30rem);
-  font-variant-numeric: tabular-nums; }
+table { border-collapse: separate; border-spacing: 0; font-size: .9rem;
+  min-width: min(100%, 30rem); font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .5rem .7rem; color: var(--muted);
   position: sticky; left: 0; max-width: 90vw; }
 th, td { padding: .35rem .7rem; text-align: right; vertical-align: top;
