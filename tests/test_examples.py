@@ -151,6 +151,20 @@ def test_flax_llama_paths_and_numbers(run: Run) -> None:
     assert {*layer["input_layernorm"]} == {"weight"}
 
 
+def test_method_picture_is_of_these_methods(run: Run, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    names, out = run("method_picture", MODEL, tmp_path / "methods.svg")
+    drawn = (tmp_path / "methods.svg").read_text("utf-8")
+    committed = (EXAMPLES / "images" / "methods.svg").read_text("utf-8")
+    for name in names["METHODS"]:
+        assert f">{name}</text>" in drawn and f">{name}</text>" in committed
+    lines = {line.get_label(): line for line in names["picture"].axes[0].get_lines()}
+    ends = lines["llama3:8"].get_ydata()[[0, -1]]
+    np.testing.assert_allclose(ends, [1, 8], rtol=1e-9)
+    words = line_of(out, "linear:8").split()
+    assert words[-4:] == ["50.3", "5,026.5", "282,663.6", "1.000"]
+
+
 @pytest.mark.parametrize("name", ["generate", "nnx_bridge", "from_flax_llama"])
 def test_folder_is_an_argument(run: Run, name: str, tmp_path: Path) -> None:
     """A copy with other weights gives other numbers."""

@@ -60,6 +60,16 @@ ALLOWED = {
     "rope",
     "lab.passkey": "config errors generate lab.memory request",
     "lab.distance": "config errors lab.memory layers model rope",
+    "lab.results": "errors",
+    "lab.findings": "lab.results",
+    "lab.style": "errors",
+    "lab.drawing": "lab.results lab.style",
+    "lab.curves": "lab.drawing lab.results lab.style",
+    "lab.grids": "lab.drawing lab.results lab.style",
+    "lab.figures": "lab.curves lab.grids lab.results lab.style",
+    "lab.page": "lab.style",
+    "lab.tables": "lab.findings lab.page lab.results",
+    "lab.report": "lab.figures lab.findings lab.page lab.results lab.style lab.tables",
 }
 
 
