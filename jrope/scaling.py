@@ -205,19 +205,22 @@ class DynamicYarn:
     ) -> tuple[Any, Any]:
         n = self.original_length if length is None else length
         xp = np if isinstance(n, int | np.ndarray | np.integer) else jnp
-        wide = np.float64
+        wide = np.float64  # as in DynamicNTK: each result is rounded to dtype
+
+        def rounded(x: Any) -> Any:
+            return x.astype(dtype).astype(wide)
+
         scale = xp.asarray(n).astype(wide) / wide(self.original_length)
         scale = xp.maximum(scale, wide(self.factor))
         keep = _kept(self, rotary_dim, theta, True, dtype)
         powers = wavelength_powers(rotary_dim, theta, dtype)
         plain, keep, move, powers = (
             like_rows(x.astype(wide), scale.ndim + 1)
-            for x in (dtype(1) / powers * keep, keep, dtype(1) - keep, powers)
+            for x in (dtype(1) / powers, keep, dtype(1) - keep, powers)
         )
-        # In float64 and rounded after each operation: to `dtype` it is the same.
-        slow = (scale.astype(dtype).astype(wide)[..., None] * powers).astype(dtype)
-        slow = (wide(1) / slow.astype(wide)).astype(dtype).astype(wide)
-        inv_freq = ((slow * move).astype(dtype).astype(wide) + plain).astype(dtype)
+        slow = rounded(wide(1) / rounded(rounded(scale)[..., None] * powers))
+        mixed = rounded(slow * move) + rounded(plain * keep)
+        inv_freq = xp.where(scale[..., None] > 1, mixed, plain).astype(dtype)
         sharpening = wide(0.1) * xp.log(scale) + wide(1)
         return inv_freq, float(sharpening) if isinstance(n, int) else sharpening
 
