@@ -42,7 +42,7 @@ Model = tuple[TinyHF, dict[str, Any], LlamaConfig]
 
 
 @cache
-def model(name: str, rule: Any = "growing", layers: int = 2, **rope: Any) -> Model:
+def model(name: str, rule: Any = "growing", layers: int = 1, **rope: Any) -> Model:
     """The transformers model, our parameters, our configuration."""
     known = {} if name == "dynamic-yarn" else WORDS[name]
     tiny = make_tiny_hf(
@@ -78,18 +78,19 @@ def steps(params: Any, config: LlamaConfig, tokens: jax.Array, first: int) -> An
 # Growing: what it computes
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "parity": {},
     "accurate": {"precision": "accurate"},
     "interleaved": {"layout": "interleaved"},
     "condensed": {"condense": 2.5},
 }
 
 
-@each_method
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [*((name, "parity") for name in WORDS), *(("dynamic-yarn", v) for v in VARIANTS)],
+)
 def test_equals_the_definition(name: str, variant: str) -> None:
     """Every query with its own frequencies, in float64 from the papers."""
-    tiny, params, config = model(name, **VARIANTS[variant])
+    tiny, params, config = model(name, layers=2, **VARIANTS.get(variant, {}))
 
     def growing(length: int) -> reference.Frequencies:
         words = {"rope_theta": 10000.0, **WORDS[name]}
@@ -156,18 +157,25 @@ def test_differs_from_the_plan(name: str) -> None:
 
 
 @each_method
-@pytest.mark.parametrize("first", [1, 7, TRAINED, 20])
-def test_steps_equal_a_fresh_pass_at_every_length(name: str, first: int) -> None:
-    _, params, config = model(name)
-    tokens = tokens_of(2, TIME)
+@pytest.mark.parametrize("first", [7, 20])
+def test_steps_equal_a_fresh_pass(name: str, first: int) -> None:
+    _, params, config = model(name, layers=2)
+    tokens = tokens_of(1, TIME)
     got = steps(params, config, tokens, first)
-    whole = run(params, tokens, config=config)[0]
-    close(got, whole, 2e-6)
-    for length in (1, TRAINED - 1, TRAINED, TRAINED + 1, 25):
-        close(got[:, :length], run(params, tokens[:, :length], config=config)[0], 2e-6)
+    close(got, run(params, tokens, config=config)[0], 2e-6)
 
 
 @each_method
+@pytest.mark.parametrize("length", [TRAINED, TRAINED + 1])
+def test_a_pass_does_not_see_what_comes(name: str, length: int) -> None:
+    _, params, config = model(name)
+    tokens = tokens_of(1, TIME)
+    whole = run(params, tokens, config=config)[0]
+    part = run(params, tokens[:, :length], config=config)[0]
+    close(part, whole[:, :length], 2e-6)
+
+
+@pytest.mark.parametrize("name", ["dynamic-yarn", "longrope"])
 def test_ragged_rows_equal_single_runs(name: str) -> None:
     """Prompts below, at and past the trained length, side by side, then 14 steps."""
     _, params, config = model(name)
@@ -182,19 +190,20 @@ def test_ragged_rows_equal_single_runs(name: str) -> None:
         for row, more in zip(rows, logits, strict=True):
             row.append(more[0])
     for i, row in enumerate(rows):
-        alone = run(params, tokens[i : i + 1, : len(row)], config=config)[0][0]
-        close(jnp.stack(row), alone, 2e-6)
+        alone = run(params, tokens[i : i + 1], config=config)[0][0]
+        close(jnp.stack(row), alone[: len(row)], 2e-6)
 
 
-@each_method
-@pytest.mark.parametrize("size", [1, 7, 16])
+@pytest.mark.parametrize(
+    ("name", "size"), [("dynamic", 1), ("dynamic-yarn", 7), ("longrope", 7)]
+)
 def test_chunks_equal_the_whole(name: str, size: int) -> None:
     """Pieces that straddle the trained length, ragged rows, rows that have ended."""
     _, params, config = model(name)
-    lengths, tokens = np.array([TIME, 21, 3]), tokens_of(3, TIME)
+    lengths, tokens = np.array([42, 21, 3]), tokens_of(3, 42)
     want = run(params, tokens, config=config, lengths=lengths)[0]
-    cache, parts = KVCache.empty(config, 3, TIME, "float32"), []
-    for at in range(0, TIME, size):
+    cache, parts = KVCache.empty(config, 3, 42, "float32"), []
+    for at in range(0, 42, size):
         part = tokens[:, at : at + size]
         valid = np.clip(lengths - at, 0, part.shape[1])
         logits, cache = run(params, part, cache=cache, config=config, lengths=valid)
@@ -206,22 +215,19 @@ def test_chunks_equal_the_whole(name: str, size: int) -> None:
 
 def test_blocks_equal_the_whole() -> None:
     """longrope past 512 queries: attention in blocks, on either side of a cut."""
-    _, params, config = model("longrope", layers=1)
-    rope = dataclasses.replace(config.rope.scaling, original_length=700)
+    _, params, config = model("longrope")
+    rope = dataclasses.replace(config.rope.scaling, original_length=560)
     config = with_rope(config, rope)
-    tokens = tokens_of(1, 1400)
+    tokens = tokens_of(1, 1100)
     want = run(params, tokens, config=config)[0]
-    first, cache = run(params, tokens[:, :640], config=config, capacity=1400)
-    second, _ = run(params, tokens[:, 640:], cache=cache, config=config)
+    first, cache = run(params, tokens[:, :540], config=config, capacity=1100)
+    second, _ = run(params, tokens[:, 540:], cache=cache, config=config)
     close(jnp.concatenate([first, second], axis=1), want, 2e-6)
-    early = run(params, tokens[:, :700], config=config)[0]
-    close(want[:, :700], early, 2e-6)
 
 
-@each_method
-def test_generate_is_a_fresh_pass_for_each_token(name: str) -> None:
-    """Greedy, ragged, whole and in pieces; streamed; a cache's row is its own."""
-    _, params, config = model(name)
+def test_generate_is_a_fresh_pass_for_each_token() -> None:
+    """Greedy, ragged, whole; and streamed after a prompt in pieces."""
+    _, params, config = model("dynamic-yarn")
     lengths = np.array([18, 5])
     prompt, new = tokens_of(2, 18), 14
     out = generate(
@@ -231,33 +237,24 @@ def test_generate_is_a_fresh_pass_for_each_token(name: str) -> None:
         config=config,
         max_new_tokens=new,
         stop_ids=(),
-        logprobs=True,
     )
-    again = {"prefill_chunk": 7, "max_new_tokens": new, "stop_ids": ()}
+    again = {"prefill_chunk": 8, "max_new_tokens": new, "stop_ids": ()}
     pieces = stream(params, prompt, lengths, config=config, **again)  # type: ignore
     np.testing.assert_array_equal(np.concatenate([*pieces], axis=1), out.tokens)
     for row, length, made in zip(prompt, lengths, out.tokens, strict=True):
-        text = jnp.concatenate([row[:length], made])[None]
-        logits = run(params, text, config=config)[0][0, length - 1 : -1]
+        text = jnp.concatenate([row[:length], made, row[length:]])[None]
+        logits = run(params, text, config=config)[0][0, length - 1 :][:new]
         np.testing.assert_array_equal(jnp.argmax(logits, axis=-1), made)
-    text = jnp.concatenate([prompt[0], out.tokens[0]])[None]
-    known = score(params, text, config=config)[0]
-    assert out.logprobs is not None and out.prompt_logprobs is not None
-    close(out.prompt_logprobs[0], known[:17], 5e-6)
-    close(out.logprobs[0], known[17:], 5e-6)
 
 
 # Growing: other arithmetic
 
 
-@each_method
-def test_in_bfloat16_steps_are_near_the_truth(name: str) -> None:
+def test_in_bfloat16_steps_are_near_the_truth() -> None:
     """Not further than the planned rule from its own."""
-    _, params, config = model(name, precision="accurate")
-    tokens, small = (
-        tokens_of(1, TIME),
-        jax.tree.map(lambda w: w.astype("bfloat16"), params),
-    )
+    _, params, config = model("dynamic")
+    tokens = tokens_of(1, TIME)
+    small = jax.tree.map(lambda w: w.astype("bfloat16"), params)
 
     def off(rule: Any) -> float:
         ruled = with_rope(config, lengths=rule)
@@ -270,9 +267,9 @@ def test_in_bfloat16_steps_are_near_the_truth(name: str) -> None:
     close(steps(small, config, tokens, 20), whole, 0.03)
 
 
-@each_method
+@pytest.mark.parametrize("name", ["dynamic-yarn"])
 def test_gradients_are_those_of_the_differences(name: str) -> None:
-    _, params, config = model(name, layers=1)
+    _, params, config = model(name)
     tokens = tokens_of(1, 20)
 
     @jax.jit
@@ -292,11 +289,11 @@ def test_gradients_are_those_of_the_differences(name: str) -> None:
 
 
 def test_a_step_compiles_once_for_all_lengths() -> None:
-    _, params, config = model("dynamic", layers=1)
+    _, params, config = model("dynamic")
     tokens = tokens_of(1, TIME)
     _, cache = run(params, tokens[:, :5], config=config, capacity=TIME)
     one = jax.jit(partial(forward, config=config))
-    for at in range(5, TIME):
+    for at in range(5, 15):
         _, cache = one(params, tokens[:, at : at + 1], cache=cache)
     assert one._cache_size() == 1  # type: ignore
 
@@ -332,7 +329,7 @@ def test_planned_lengths_are_not_read() -> None:
 @each_hf_method
 def test_hf_steps_equal_transformers_with_a_cache(name: str) -> None:
     """Past the trained length, where this is not what a fresh pass gives."""
-    tiny, params, config = model(name, "hf")
+    tiny, params, config = model(name, "hf", layers=2)
     tokens = tokens_of(1, TIME)
     forget(tiny)
     want, past = [], DynamicCache()
@@ -357,9 +354,8 @@ def test_hf_batch_mates_count_as_in_transformers(name: str) -> None:
     ids = np.take_along_axis(np.asarray(tokens), np.maximum(left, 0), axis=1)
     mask, past = torch.from_numpy((left >= 0).astype(np.int64)), DynamicCache()
     places = torch.from_numpy(np.maximum(left, 0))
-    logits, cache = run(
-        params, tokens[:, :22], config=config, lengths=lengths, capacity=32
-    )
+    room = {"lengths": lengths, "capacity": 22 + new}
+    logits, cache = run(params, tokens[:, :22], config=config, **room)
     got = [np.stack([logits[0, 3], logits[1, 21]])]
     feed = partial(tiny.model, past_key_values=past)
     want = [feed(torch.from_numpy(ids), attention_mask=mask, position_ids=places)]
@@ -423,9 +419,8 @@ def test_hf_memory_of_an_empty_cache_is_the_trained_length() -> None:
 
 
 def test_with_rope_sets_the_rule_with_the_method() -> None:
-    plain = dataclasses.replace(
-        model("dynamic")[2], rope=Rope(theta=1e4, rotary_dim=16)
-    )
+    plain = Rope(theta=10000.0, rotary_dim=16)
+    plain = dataclasses.replace(model("dynamic")[2], rope=plain)
     config = with_rope(plain, "dynamic", factor=2.0, lengths="growing")
     assert config.rope.lengths == "growing" and config.rope.needs_length
     assert with_rope(config, lengths="planned").rope.lengths == "planned"
