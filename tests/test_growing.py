@@ -143,7 +143,7 @@ def forget(tiny: TinyHF) -> None:
 @each_method
 def test_differs_from_the_plan(name: str) -> None:
     """Up to the trained length only by what is planned to come; past it at once."""
-    _, params, config = model(name)
+    _, params, config = model(name, layers=2)
     tokens = tokens_of(1, TIME)
     planned = with_rope(config, lengths="planned")
     grown = run(params, tokens, config=config)[0]
