@@ -10,8 +10,9 @@ from _common import Lazy
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import some
+from jrope.frequencies import base_frequencies
 from jrope.rope import Rope
-from jrope.scaling import Linear, Llama3, Method, Yarn, base_frequencies
+from jrope.scaling import Linear, Llama3, Method, Yarn
 
 FACTORS = "rope_freqs.weight"
 INTEGERS = (

@@ -21,10 +21,11 @@ class KVCache:
     """Keys and values of L layers, and where each row stands.
 
     Args:
-      keys, values: L arrays [B, S, K, H]; keys are rotated.
+      keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.
       lengths: int32 [B], filled slots.
-      rope_lengths: int32 [B], the planned total length that the keys were rotated for;
-        read by the methods whose frequencies depend on it (dynamic NTK, longrope).
+      rope_lengths: int32 [B], read by the methods whose frequencies depend on the
+        length: the planned total that the keys were rotated for; with "hf" lengths what
+        transformers remembers; with growing lengths nothing reads it.
     """
 
     keys: tuple[jax.Array, ...]
@@ -46,16 +47,20 @@ class KVCache:
         dtype: Any,
         rope_lengths: Any = None,
     ) -> "KVCache":
-        """A cache with nothing in it; `rope_lengths` defaults to the capacity."""
+        """A cache with nothing in it.
+
+        `rope_lengths` defaults to the capacity, with "hf" lengths to the trained one.
+        """
+        if rope_lengths is None:
+            remembers = config.rope.lengths == "hf"
+            rope_lengths = config.rope.trained_length if remembers else capacity
         shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
             keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
             values=tuple(jnp.zeros(shape, dtype) for _ in layers),
             lengths=jnp.zeros(batch, jnp.int32),
-            rope_lengths=per_row(
-                capacity if rope_lengths is None else rope_lengths, batch
-            ),
+            rope_lengths=per_row(rope_lengths, batch),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any, final
 
 from jrope.activations import ACTIVATIONS
 from jrope.errors import JropeError
-from jrope.rope import ROPE_TYPES, LongRope, Precision, Rope
+from jrope.rope import ROPE_TYPES, Lengths, LongRope, Precision, Rope
 from jrope.scaling import Method
 
 Tree = dict[str, Any]
@@ -187,6 +187,7 @@ def with_rope(
     *,
     condense: float | None = None,
     precision: Precision | None = None,
+    lengths: Lengths | None = None,
     **fields: Any,
 ) -> LlamaConfig:
     """The same model with another rotary embedding; weights stay as they are.
@@ -197,6 +198,7 @@ def with_rope(
         or a method object; None keeps what the configuration has.
       condense: divide positions by this; None keeps.
       precision: "parity" or "accurate"; None keeps.
+      lengths: "planned", "growing" or "hf", see `rope`; None keeps.
       fields: the named method's fields.  `original_length` (or `original`) defaults to
         the trained length that the configuration states, longrope's `factor` to
         max_position_embeddings / original_length.
@@ -206,7 +208,7 @@ def with_rope(
 
     >>> with_rope(config, "yarn", factor=4)  # doctest: +SKIP
     """
-    rope = config.rope
+    changes: dict[str, Any] = {}
     if method == "condense":
         if set(fields) != {"factor"} or condense is not None:
             raise JropeError(
@@ -214,15 +216,14 @@ def with_rope(
             )
         method, condense, fields = None, fields["factor"], {}
     if isinstance(method, str):
-        rope = dataclasses.replace(rope, scaling=_named_method(config, method, fields))
+        changes["scaling"] = _named_method(config, method, fields)
     elif fields:
         raise JropeError(f"fields {sorted(fields)} given without a method's name")
     elif method is not None:
-        rope = dataclasses.replace(rope, scaling=method)
-    if condense is not None:
-        rope = dataclasses.replace(rope, condense=condense)
-    if precision is not None:
-        rope = dataclasses.replace(rope, precision=precision)
+        changes["scaling"] = method
+    told = {"condense": condense, "precision": precision, "lengths": lengths}
+    changes |= {name: value for name, value in told.items() if value is not None}
+    rope = dataclasses.replace(config.rope, **changes)
     return dataclasses.replace(config, rope=rope)
 
 

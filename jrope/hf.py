@@ -16,6 +16,7 @@ from typing import Any, cast
 
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
+from jrope.frequencies import check
 from jrope.hf_rope import (
     ORIGINAL,
     PARTIAL,
@@ -25,7 +26,6 @@ from jrope.hf_rope import (
     rope_from_hf,
     rope_to_hf,
 )
-from jrope.scaling import check
 
 REQUIRED = (
     "vocab_size",

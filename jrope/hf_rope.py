@@ -16,8 +16,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from jrope.errors import JropeError
-from jrope.rope import ROPE_TYPES, Linear, LongRope, NTKAware, Rope
-from jrope.scaling import check, is_positive, ntk_theta
+from jrope.frequencies import check, is_positive, ntk_theta
+from jrope.rope import ROPE_TYPES, DynamicYarn, Linear, LongRope, NTKAware, Rope
 
 SCHEMAS = ("rope_scaling", "rope_parameters")
 ORIGINAL = "original_max_position_embeddings"
@@ -34,7 +34,11 @@ _ALIASES = {"su": "longrope"}  # its name in the first Phi-3 files
 _LISTS = ("short_factor", "long_factor")
 _TYPES = ("rope_type", "type")  # the second in files older than transformers 4.43
 # Keys that hold no number of the formula; YaRN's own files say whether they are tuned.
-_SILENT = {"yarn": {*_TYPES, "rope_theta", "finetuned"}}
+# In dynamic YaRN's they say it by the lengths (`_tuned_scale`), not by a factor.
+_SILENT = {
+    "yarn": {*_TYPES, "rope_theta", "finetuned"},
+    "dynamic-yarn": {*_TYPES, "rope_theta", "finetuned", "factor"},
+}
 
 
 def rope_from_hf(config: Mapping[str, Any], head_dim: int) -> Rope:
@@ -69,10 +73,13 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
 
     `condense` is written as linear scaling and as rope_condense_ratio, from which
     `rope_from_hf` reads it back; NTKAware as the theta that it amounts to.  A dynamic
-    method's trained length is max_position_embeddings there.
+    method's trained length is max_position_embeddings there.  DynamicYarn is written in
+    its authors' words, which transformers refuses.  The rule for lengths and the
+    precision are the program's choice, not the file's.
 
     Raises:
-      JropeError: interleaved layout, or condense together with a scaling method.
+      JropeError: interleaved layout, condense together with a scaling method, or a
+        DynamicYarn whose factor * original_length is not whole.
     """
     check(rope.layout == "half", "layout", rope.layout, "'half': permute q and k first")
     theta, scaling, extra = float(rope.theta), cast(Any, rope.scaling), {}
@@ -86,6 +93,13 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
     kind, fields = _written(scaling)
     if kind == "dynamic":
         extra["max_position_embeddings"] = fields.pop(ORIGINAL)
+    if isinstance(scaling, DynamicYarn):
+        longest = round(scaling.factor * scaling.original_length)
+        good = longest / scaling.original_length == scaling.factor
+        wanted = f"a whole number over original_length ({scaling.original_length})"
+        check(good, "factor", scaling.factor, wanted)
+        extra["max_position_embeddings"] = longest
+        fields["finetuned"] = scaling.factor > 1
     if isinstance(scaling, LongRope):  # for transformers 4, which ignores factor
         extra[ORIGINAL] = fields[ORIGINAL]
         fields["attention_factor"] = scaling.attention_scaling
@@ -225,11 +239,26 @@ def _scaling(
         fields["factor"] = ratio
     if kind == "longrope" and "attention_factor" not in fields:
         fields.setdefault("factor", ratio)
+    if kind == "dynamic-yarn":
+        fields["factor"] = _tuned_scale(where, config[where], ratio)
     required = [f for f in _keys(kind).values() if f.default is dataclasses.MISSING]
     if missing := [field.name for field in required if field.name not in fields]:
         raise JropeError(f"{where}: rope type {kind!r} needs {', '.join(missing)}")
     with _own_words(where):
         return _shortest(ROPE_TYPES[kind](**fields))
+
+
+def _tuned_scale(where: str, values: Mapping[str, Any], ratio: float) -> float:
+    """Dynamic YaRN's least scale: M / O where the file says finetuned, else 1.
+
+    The authors' code reads it so, and not the factor that their files have, too; on a
+    model that is not tuned, between O and a larger M, its versions differ.
+    """
+    tuned = values.get("finetuned", False)
+    wanted = f"true, or max_position_embeddings the same as {ORIGINAL}"
+    good = isinstance(tuned, bool) and (tuned or ratio == 1)
+    check(good, f"{where}.finetuned", tuned, wanted)
+    return ratio if tuned else 1.0
 
 
 def _shortest(scaling: Any) -> Any:

@@ -16,6 +16,7 @@ from jrope.activations import ACTIVATIONS
 from jrope.attention import attend, matmul_precision
 from jrope.cache import grow, write
 from jrope.config import LlamaConfig
+from jrope.growing import attend_growing
 from jrope.rope import rotate
 
 # block: (name when joined by `fuse`, the projections in it)
@@ -42,7 +43,7 @@ def decoder_layer(
     Args:
       weights: the layer's subtree.
       x: [B, T, D].
-      cos, sin: float32 [B, T, R].
+      cos, sin: float32 [B, T, R]; for growing lengths of the slots, see `growing`.
       slots: keys and values [B, S, K, H] to write into; None: there are none yet.
       starts: int32 [B], filled slots of each row, given with `slots`.
       config: the model's.
@@ -90,13 +91,16 @@ def attention(
         layout=config.rope.layout,
         precision=config.rope.precision,
     )
-    q, k = turn(q), turn(k)
+    if config.rope.lengths == "growing":  # keys are cached as they are
+        see = partial(attend_growing, cos=cos, sin=sin, rope=config.rope)
+    else:
+        q, k, see = turn(q), turn(k), attend
     if slots is None or starts is None:
-        y = attend(q, k, v)
+        y = see(q, k, v)
         slots = grow(k, capacity), grow(v, capacity)
     else:
         slots = (write(slots[0], k, starts), write(slots[1], v, starts))
-        y = attend(q, *slots, starts)
+        y = see(q, *slots, starts)
     y = y.reshape(batch, count, -1)
     return linear(weights["self_attn"]["o_proj"], y), slots
 

@@ -21,8 +21,9 @@ import numpy as np
 from jrope.cache import KVCache, per_row
 from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
 from jrope.errors import JropeError
+from jrope.growing import slot_table
 from jrope.layers import decoder_layer, linear, rms_norm
-from jrope.rope import table
+from jrope.rope import LongRope, table
 
 
 def forward(
@@ -46,12 +47,14 @@ def forward(
       tokens: integers [B, T], rows padded on the right with anything.  An id outside
         the vocabulary makes its row NaN.
       positions: integers [B, T] for the rotary embedding; None: count on from the
-        cache.  They order nothing: attention is causal in the order given.
+        cache.  They order nothing: attention is causal in the order given.  Growing
+        lengths take none.
       cache: what earlier tokens left; None: there are none.
       lengths: valid tokens of each row, [B]; None: T.
       rope_lengths: each row's planned total length, scalar or [B], for the methods that
         depend on it.  None: the cache's; without a cache `capacity` if given, else what
         transformers takes, the largest position + 1 (of the row, not of the batch).
+        Read where `config.rope.lengths` is "planned".
       capacity: slots of the cache that is made when none is given; None: T.
       logits: "all" tokens, or each row's "last" valid one.
 
@@ -147,14 +150,22 @@ def _rotary_table(
     rope_lengths: Any,
     capacity: int | None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """cos, sin [B, T, R], once for all layers, and the lengths they were made for."""
+    """cos, sin [B, T, R], once for all layers, and the lengths they were made for.
+
+    For growing lengths of the slots, [B, S, R]: see `growing.attend_growing`.
+    """
     batch, count = tokens.shape
-    counted = positions is None
+    counted, rule = positions is None, config.rope.lengths
+    if not counted and rule == "growing":
+        hint = "keys are rotated for their slots, whenever they are looked at"
+        raise JropeError(f"positions: growing lengths take none ({hint}); leave it out")
     if positions is None:
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         first = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         positions = first[:, None] + steps
-    if rope_lengths is None:
+    if rule == "hf":
+        rope_lengths = _remembered(config, positions, cache, lengths)
+    elif rope_lengths is None:
         if cache is not None:
             rope_lengths = cache.rope_lengths
         elif capacity is not None:
@@ -164,8 +175,34 @@ def _rotary_table(
         else:
             rope_lengths = jnp.max(positions, axis=1).astype(jnp.int32) + 1
     with jax.named_scope("rope"):
-        cos, sin = table(config.rope, positions, length=rope_lengths)
+        if rule == "growing":
+            room = cache.capacity if cache is not None else capacity or count
+            own = cache.lengths + 1 if cache is not None and count == 1 else None
+            cos, sin = slot_table(config.rope, room, own)
+        else:
+            cos, sin = table(config.rope, positions, length=rope_lengths)
     return cos, sin, rope_lengths
+
+
+def _remembered(
+    config: LlamaConfig, positions: jax.Array, cache: KVCache | None, lengths: Any
+) -> jax.Array:
+    """The length that transformers' module computes this pass with, and remembers.
+
+    n is the largest position of the whole batch + 1.  Dynamic NTK takes the largest n
+    so far, forgotten when a pass stays strictly below the trained length; longrope this
+    pass's own.  Source: `dynamic_rope_update` of transformers 5.23.
+    """
+    batch, count = positions.shape
+    if lengths is not None:
+        valid = jnp.arange(count)[None, :] < per_row(lengths, batch)[:, None]
+        positions = jnp.where(valid, positions, 0)
+    newest, trained = jnp.max(positions) + 1, config.rope.trained_length or 0
+    if cache is None or isinstance(config.rope.scaling, LongRope):
+        return per_row(jnp.maximum(newest, trained), batch)
+    known = jnp.max(cache.rope_lengths)
+    reset = (newest < trained) & (known > trained)
+    return per_row(jnp.where(reset, trained, jnp.maximum(newest, known)), batch)
 
 
 def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:

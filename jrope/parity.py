@@ -39,7 +39,7 @@ from jrope.hf import config_to_hf
 from jrope.layers import decoder_layer, rms_norm
 from jrope.model import embed, forward
 from jrope.parity_report import Report, segment, stage
-from jrope.rope import table
+from jrope.rope import DynamicYarn, table
 from jrope.scaling import Method
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -241,6 +241,8 @@ def _rows(tokens: Any, vocabulary: int, shape: tuple[int, ...]) -> np.ndarray:
 def _twin_config(config: LlamaConfig) -> tuple[dict[str, Any], float]:
     """transformers' words for the model, and what its positions are divided by."""
     condense, rope = config.rope.condense, config.rope
+    if isinstance(rope.scaling, DynamicYarn):
+        raise JropeError("rope: transformers has no dynamic YaRN to compare with")
     if condense != 1 and rope.needs_length:
         method = type(rope.scaling).__name__
         raise JropeError(

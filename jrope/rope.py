@@ -14,6 +14,15 @@ Two precisions, because they exclude each other at long positions (9e-3 apart at
 - "accurate": float64 frequencies as 48-bit fractions of a turn; the phase is integer
   arithmetic modulo one turn, exact at any position; the rotation is float32, cast once.
 
+Three rules for the length that dynamic NTK, dynamic YaRN and longrope depend on:
+
+- "planned": the sequence's planned total, fixed for a run: one table, rotated keys are
+  cached, decoding equals a full pass.
+- "growing": the query at position t sees every key rotated for length t + 1, whether
+  decoded or in a full pass; keys are cached as they are and rotated in each step.
+- "hf": transformers' own: the largest position of the whole batch + 1, with a memory,
+  and cached keys keep the rotation of the step that wrote them.  History counts there.
+
 Source: RoPE, Su et al. 2021 (arXiv:2104.09864), eq. 34.
 """
 
@@ -27,11 +36,11 @@ import numpy as np
 from jax.core import Tracer
 
 from jrope.errors import JropeError
+from jrope.frequencies import Float, Length, base_frequencies, check, is_positive
 from jrope.scaling import (
     ROPE_TYPES,
     DynamicNTK,
-    Float,
-    Length,
+    DynamicYarn,
     Linear,
     Llama3,
     LongRope,
@@ -39,14 +48,12 @@ from jrope.scaling import (
     NTKAware,
     Proportional,
     Yarn,
-    base_frequencies,
-    check,
-    is_positive,
 )
 
 __all__ = [
     "ROPE_TYPES",
     "DynamicNTK",
+    "DynamicYarn",
     "Linear",
     "Llama3",
     "LongRope",
@@ -63,6 +70,7 @@ __all__ = [
 
 Layout: TypeAlias = Literal["half", "interleaved"]
 Precision: TypeAlias = Literal["parity", "accurate"]
+Lengths: TypeAlias = Literal["planned", "growing", "hf"]
 AnyArray = TypeVar("AnyArray", jax.Array, np.ndarray)
 
 
@@ -79,6 +87,8 @@ class Rope:
       layout: "half" pairs channel r with r + R (Hugging Face), "interleaved" pairs 2r
         with 2r + 1 (Meta, GPT-J).
       precision: "parity" (PyTorch's float32) or "accurate" (the truth); see the module.
+      lengths: "planned", "growing" or "hf", for the methods that depend on the length;
+        see the module.
     """
 
     theta: float
@@ -87,6 +97,7 @@ class Rope:
     condense: float = 1.0
     layout: Layout = "half"
     precision: Precision = "parity"
+    lengths: Lengths = "planned"
 
     def __post_init__(self) -> None:
         good = is_positive(self.theta) and self.theta > 1
@@ -103,7 +114,19 @@ class Rope:
         modes = ("parity", "accurate")
         good = self.precision in modes
         check(good, "precision", self.precision, f"one of {modes}")
+        self._check_lengths()
         self.frequencies(None)  # lengths of lists, exponents: found out here, not later
+
+    def _check_lengths(self) -> None:
+        rules, method = ("planned", "growing", "hf"), type(self.scaling).__name__
+        check(self.lengths in rules, "lengths", self.lengths, f"one of {rules}")
+        good = self.needs_length or self.lengths == "planned"
+        method = "plain RoPE" if self.scaling is None else method
+        wanted = f"'planned': {method} does not depend on the length"
+        check(good, "lengths", self.lengths, wanted)
+        good = self.lengths != "hf" or not isinstance(self.scaling, DynamicYarn)
+        wanted = f"'planned' or 'growing': transformers has no {method}"
+        check(good, "lengths", self.lengths, wanted)
 
     @property
     def needs_length(self) -> bool:
@@ -115,10 +138,11 @@ class Rope:
         """The length up to which the method was trained, where the method knows it."""
         return getattr(self.scaling, "original_length", None)
 
-    def frequencies(
-        self, length: Length, dtype: Float = np.float32
-    ) -> tuple[Any, float]:
-        """Radians per position [..., R] in `dtype`, and the scaling of cos and sin."""
+    def frequencies(self, length: Length, dtype: Float = np.float32) -> tuple[Any, Any]:
+        """Radians per position [..., R] in `dtype`, and the scaling of cos and sin.
+
+        The scaling is a float, or [...] for many lengths where it depends on them.
+        """
         if self.scaling is None:
             return base_frequencies(self.rotary_dim, self.theta, dtype), 1.0
         return self.scaling(self.rotary_dim, self.theta, length, dtype)
@@ -134,10 +158,10 @@ def table(
     Args:
       rope: the embedding; decides everything.
       positions: integers [...], traced or not.
-      length: the sequence's planned total length: an integer, or one per row, integers
-        that broadcast against positions without its last axis.  Read by dynamic NTK and
-        longrope only; the caller fixes it for a whole run, so that every cached key is
-        rotated with the same frequencies.
+      length: the length that the frequencies are for: an integer, or one per row,
+        integers that broadcast against positions without its last axis.  Read by
+        dynamic NTK, dynamic YaRN and longrope only.  Which one it is, is the caller's
+        matter: queries and keys that meet have to be rotated for the same one.
 
     Returns:
       cos, sin: float32 [..., R].
@@ -159,12 +183,19 @@ def table(
     # rewriting of powers and divisions stays far below float32's last bit.
     traced = rope.needs_length and isinstance(length, jax.Array)
     with jax.enable_x64(traced or bool(jax.config.read("jax_enable_x64"))):
-        if rope.precision == "parity":
-            inv_freq, scaling = rope.frequencies(length)
-            return _cos_sin_of_product(positions, inv_freq, rope.condense, scaling)
-        inv_freq, scaling = rope.frequencies(length, np.float64)
-        high, low = _phase_words(inv_freq, rope.condense)
-        return _cos_sin_of_phase(positions, high, low, scaling)
+        parity = rope.precision == "parity"
+        dtype = np.float32 if parity else np.float64
+        inv_freq, scaling = rope.frequencies(length, dtype)
+        fixed = scaling if isinstance(scaling, float) else 1.0
+        if parity:
+            tables = _cos_sin_of_product(positions, inv_freq, rope.condense, fixed)
+        else:
+            high, low = _phase_words(inv_freq, rope.condense)
+            tables = _cos_sin_of_phase(positions, high, low, fixed)
+        if isinstance(scaling, float):
+            return tables
+        rows = _per_pair(scaling.astype(np.float32)[..., None], positions.ndim + 1)
+        return tables[0] * rows, tables[1] * rows
 
 
 def _integers(name: str, values: Any) -> Any:

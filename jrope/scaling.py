@@ -5,6 +5,9 @@ how much are cos and sin scaled?
 
     method(rotary_dim, theta, length) -> (inv_freq[R], attention_scaling)
 
+A method that depends on the length takes one, or an array of them, a row each, and
+returns rows: inv_freq [..., R], and attention_scaling [...] where it depends on it too.
+
 The arithmetic follows PyTorch's operations in transformers' order and is carried out
 in the `dtype` asked for: float32 gives the frequencies that transformers computes,
 float64 the truth to 1e-15.  It runs on the host, where XLA cannot rewrite a power; only
@@ -17,16 +20,23 @@ dynamic NTK, bloc97 and emozilla 2023; YaRN, Peng et al. 2023 (arXiv:2309.00071)
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeAlias, final
+from typing import Any, ClassVar, Protocol, final
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.errors import JropeError
-
-Float: TypeAlias = type[np.float32] | type[np.float64]
-Length: TypeAlias = int | jax.Array | np.ndarray | None
+from jrope.frequencies import (
+    Float,
+    Length,
+    base_frequencies,
+    check,
+    check_length,
+    check_positive,
+    is_positive,
+    like_rows,
+    ntk_theta,
+    wavelength_powers,
+)
 
 
 class Method(Protocol):
@@ -36,40 +46,9 @@ class Method(Protocol):
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
-    ) -> tuple[Any, float]:
+    ) -> tuple[Any, Any]:
         """Return inv_freq [R] in `dtype`, operations in HF's order, and the scaling."""
         ...
-
-
-def wavelength_powers(rotary_dim: int, theta: Any, dtype: Float) -> np.ndarray:
-    """theta ** (2 r / rotary_dim) for r in 0..R-1: [R], reciprocals of the frequencies.
-
-    The exponent and the result are rounded to `dtype`, the power is float64: for
-    float32 this gives PyTorch's bits.
-    """
-    exponent = np.arange(0, rotary_dim, 2).astype(dtype) / dtype(rotary_dim)
-    return np.power(np.float64(theta), exponent.astype(np.float64)).astype(dtype)
-
-
-def base_frequencies(
-    rotary_dim: int, theta: float, dtype: Float = np.float32
-) -> np.ndarray:
-    """theta ** (-2 r / rotary_dim), the frequencies in radians per position: [R].
-
-    >>> base_frequencies(4, 10000.0).tolist()
-    [1.0, 0.009999999776482582]
-    """
-    return dtype(1) / wavelength_powers(rotary_dim, theta, dtype)
-
-
-def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
-    """theta * factor ** (d / (d - 2)): the base that stretches the last pair `factor`x.
-
-    Raises:
-      JropeError: rotary_dim is 2, where the exponent does not exist.
-    """
-    check(rotary_dim > 2, "rotary_dim", rotary_dim, "more than 2 for NTK scaling")
-    return theta * factor ** (rotary_dim / (rotary_dim - 2))
 
 
 @final
@@ -81,7 +60,7 @@ class Linear:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor")
+        check_positive(self, "factor")
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
@@ -98,7 +77,7 @@ class NTKAware:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor")
+        check_positive(self, "factor")
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
@@ -120,8 +99,8 @@ class DynamicNTK:
     needs_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor")
-        _check_length(self)
+        check_positive(self, "factor")
+        check_length(self)
         check(self.factor >= 1, "factor", self.factor, "at least 1 for dynamic NTK")
 
     def __call__(
@@ -141,7 +120,7 @@ class DynamicNTK:
         exponent = (
             np.arange(0, rotary_dim, 2).astype(dtype) / dtype(rotary_dim)
         ).astype(wide)
-        powers = xp.power(base, _like_rows(exponent, base.ndim)).astype(dtype)
+        powers = xp.power(base, like_rows(exponent, base.ndim)).astype(dtype)
         return (wide(1) / powers.astype(wide)).astype(dtype), 1.0
 
 
@@ -167,11 +146,11 @@ class Yarn:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor", "beta_fast", "beta_slow")
+        check_positive(self, "factor", "beta_fast", "beta_slow")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             if getattr(self, name) is not None:
-                _check_positive(self, name)
-        _check_length(self)
+                check_positive(self, name)
+        check_length(self)
         check(isinstance(self.truncate, bool), "truncate", self.truncate, "a boolean")
         wanted = f"more than beta_slow ({self.beta_slow})"
         check(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, wanted)
@@ -188,28 +167,62 @@ class Yarn:
     def _m(self, k: float) -> float:
         return 1.0 if self.factor <= 1 else 0.1 * k * math.log(self.factor) + 1.0
 
-    def _edges(self, rotary_dim: int, theta: float) -> tuple[float, float]:
-        def edge(turns: float) -> float:
-            wavelengths = math.log(self.original_length / (turns * 2 * math.pi))
-            return rotary_dim * wavelengths / (2 * math.log(theta))
-
-        low, high = edge(self.beta_fast), edge(self.beta_slow)
-        if self.truncate:
-            low, high = math.floor(low), math.ceil(high)
-        low, high = max(low, 0), min(high, rotary_dim - 1)
-        return low, high + 0.001 if low == high else high
-
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
     ) -> tuple[np.ndarray, float]:
-        low, high = self._edges(rotary_dim, theta)
-        pair = np.arange(rotary_dim // 2).astype(dtype)
-        ramp = np.clip((pair - dtype(low)) / dtype(high - low), dtype(0), dtype(1))
-        keep = dtype(1) - ramp
+        keep = _kept(self, rotary_dim, theta, self.truncate, dtype)
         powers = wavelength_powers(rotary_dim, theta, dtype)
         interpolated = dtype(1) / (dtype(self.factor) * powers)
         inv_freq = interpolated * (dtype(1) - keep) + dtype(1) / powers * keep
         return inv_freq, self.attention_scaling
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class DynamicYarn:
+    """YaRN whose scale follows the length n: s = max(factor, n / O), O trained on.
+
+    f' = f (1 - ramp) + f / s ramp with YaRN's ramp; cos and sin scaled by 0.1 ln s + 1.
+    `factor` is the scale that a model was tuned with; 1, not tuned, is plain RoPE for
+    n <= O.  Peng et al. 2023, sec. 3.3, and the authors' code.
+    """
+
+    original_length: int
+    factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    needs_length: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_positive(self, "factor", "beta_fast", "beta_slow")
+        check_length(self)
+        check(self.factor >= 1, "factor", self.factor, "at least 1 for dynamic YaRN")
+        wanted = f"more than beta_slow ({self.beta_slow})"
+        check(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, wanted)
+
+    def __call__(
+        self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
+    ) -> tuple[Any, Any]:
+        n = self.original_length if length is None else length
+        xp = np if isinstance(n, int | np.ndarray | np.integer) else jnp
+        wide = np.float64  # as in DynamicNTK: each result is rounded to dtype
+
+        def rounded(x: Any) -> Any:
+            return x.astype(dtype).astype(wide)
+
+        scale = xp.asarray(n).astype(wide) / wide(self.original_length)
+        scale = xp.maximum(scale, wide(self.factor))
+        keep = _kept(self, rotary_dim, theta, True, dtype)
+        powers = wavelength_powers(rotary_dim, theta, dtype)
+        plain, keep, move, powers = (
+            like_rows(x.astype(wide), scale.ndim + 1)
+            for x in (dtype(1) / powers, keep, dtype(1) - keep, powers)
+        )
+        slow = rounded(wide(1) / rounded(rounded(scale)[..., None] * powers))
+        mixed = rounded(slow * move) + rounded(plain * keep)
+        inv_freq = xp.where(scale[..., None] > 1, mixed, plain).astype(dtype)
+        sharpening = wide(0.1) * xp.log(scale) + wide(1)
+        return inv_freq, float(sharpening) if isinstance(n, int) else sharpening
 
 
 @final
@@ -227,8 +240,8 @@ class Llama3:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "factor", "low_freq_factor", "high_freq_factor")
-        _check_length(self)
+        check_positive(self, "factor", "low_freq_factor", "high_freq_factor")
+        check_length(self)
         wanted = f"more than low_freq_factor ({self.low_freq_factor})"
         high = self.high_freq_factor
         check(high > self.low_freq_factor, "high_freq_factor", high, wanted)
@@ -272,7 +285,7 @@ class LongRope:
             for i, value in enumerate(values):
                 check(is_positive(value), f"{name}[{i}]", value, "a number > 0")
             object.__setattr__(self, name, values)
-        _check_length(self)
+        check_length(self)
         length = self.original_length
         check(length > 1, "original_length", length, "more than 1 for longrope")
         wanted = "given when attention_factor is not (it is max length / original)"
@@ -280,7 +293,7 @@ class LongRope:
         check(given, "factor", self.factor, wanted)
         for name in ("factor", "attention_factor"):
             if getattr(self, name) is not None:
-                _check_positive(self, name)
+                check_positive(self, name)
 
     @property
     def attention_scaling(self) -> float:
@@ -308,9 +321,7 @@ class LongRope:
         else:
             xp = np if isinstance(n, np.ndarray | np.integer) else jnp
             past = n[..., None] > self.original_length
-            inv_freq = xp.where(
-                past, *(_like_rows(f, past.ndim) for f in (long, short))
-            )
+            inv_freq = xp.where(past, *(like_rows(f, past.ndim) for f in (long, short)))
         return inv_freq, self.attention_scaling
 
 
@@ -328,7 +339,7 @@ class Proportional:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_positive(self, "partial_rotary_factor", "factor")
+        check_positive(self, "partial_rotary_factor", "factor")
         part = self.partial_rotary_factor
         check(part <= 1, "partial_rotary_factor", part, "at most 1")
 
@@ -346,37 +357,27 @@ ROPE_TYPES: dict[str, type[Any]] = {
     "ntk": NTKAware,
     "dynamic": DynamicNTK,
     "yarn": Yarn,
+    "dynamic-yarn": DynamicYarn,
     "llama3": Llama3,
     "longrope": LongRope,
     "proportional": Proportional,
 }
 
 
-def check(good: bool, name: str, got: object, wanted: str) -> None:
-    """Raise a JropeError that names the field, its value and what is allowed."""
-    if not good:
-        raise JropeError(f"{name}: got {got!r}, want {wanted}")
+def _kept(
+    method: Any, rotary_dim: int, theta: float, truncate: bool, dtype: Float
+) -> np.ndarray:
+    """1 - YaRN's ramp, the share of the plain frequency that each pair keeps: [R]."""
 
+    def edge(turns: float) -> float:
+        wavelengths = math.log(method.original_length / (turns * 2 * math.pi))
+        return rotary_dim * wavelengths / (2 * math.log(theta))
 
-def is_positive(value: object) -> bool:
-    """Whether value is a number above 0 that float32 can hold; booleans are not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 < value < 1e30  # NaN is not
-
-
-def _like_rows(values: np.ndarray, ndim: int) -> np.ndarray:
-    """[R] -> [1, ..., R], to meet one frequency row per sequence."""
-    return values.reshape((1,) * (ndim - 1) + values.shape)
-
-
-def _check_positive(method: object, *names: str) -> None:
-    for name in names:
-        value = getattr(method, name)
-        check(is_positive(value), name, value, "a finite number > 0")
-
-
-def _check_length(method: object) -> None:
-    value = getattr(method, "original_length")  # noqa: B009
-    good = is_positive(value) and isinstance(value, int)
-    check(good, "original_length", value, "a positive integer")
+    low, high = edge(method.beta_fast), edge(method.beta_slow)
+    if truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary_dim - 1)
+    high = high + 0.001 if low == high else high
+    pair = np.arange(rotary_dim // 2).astype(dtype)
+    ramp = np.clip((pair - dtype(low)) / dtype(high - low), dtype(0), dtype(1))
+    return dtype(1) - ramp

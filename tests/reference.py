@@ -21,6 +21,7 @@ Array = np.ndarray[Any, Any]
 Frequencies = tuple[Array, float]
 Long = np.longdouble
 Number = float | np.longdouble
+Growing = Callable[[int], Frequencies]
 PI = 4 * np.arctan(Long(1))
 
 
@@ -84,6 +85,13 @@ def yarn(
     return f * (1 - slowness) + f / Long(factor) * slowness, attention_factor
 
 
+def dynamic_yarn(
+    dim: int, theta: float, original: int, n: int, *, tuned: Number = 1, **turns: Any
+) -> Frequencies:
+    """YaRN with s = n/O, and at least the s that the model was tuned with."""
+    return yarn(dim, theta, max(tuned, Long(n) / original), original, **turns)  # type: ignore
+
+
 def llama3(
     dim: int, theta: float, factor: float, original: int, low: float, high: float
 ) -> Frequencies:
@@ -134,6 +142,9 @@ def from_hf(
     original = p.pop("original_max_position_embeddings", max_positions)
     if kind in ("yarn", "longrope") and p.get("factor") is None:
         p["factor"] = max_positions / original
+    if kind == "dynamic-yarn":
+        tuned = Long(max_positions) / original if p.pop("finetuned", False) else 1
+        return dynamic_yarn(dim, theta, original, length, tuned=tuned, **p)
     if kind == "yarn":
         return yarn(dim, theta, p.pop("factor"), original, **p)
     if kind == "longrope":
@@ -245,6 +256,21 @@ def attend(q: Array, k: Array, v: Array, lengths: Array) -> Array:
     return np.einsum("bnts,bsnh->btnh", weights / weights.sum(-1, keepdims=True), v)
 
 
+def attend_growing(
+    q: Array, k: Array, v: Array, growing: Growing, layout: str = "half"
+) -> Array:
+    """`attend` for q and k that are not turned: query t has its own frequencies.
+
+    It and the keys that it sees are turned for a sequence of t + 1 tokens.
+    """
+    out = np.empty(q.shape)
+    for n in range(1, q.shape[1] + 1):
+        tables = table(*growing(n), np.arange(n))
+        turned = (rotate(x[:, :n], *tables, layout) for x in (q, k))
+        out[:, n - 1] = attend(*turned, v[:, :n], np.array([n]))[:, -1]
+    return out
+
+
 class Output(NamedTuple):
     """Logits [B,T,V]; hidden: the embeddings, each layer's output, the final norm's."""
 
@@ -259,7 +285,7 @@ def forward(
     heads: int,
     kv_heads: int,
     head_dim: int,
-    frequencies: Array,
+    frequencies: Array | Growing,
     scaling: float = 1.0,
     eps: float = 1e-5,
     activation: str = "silu",
@@ -271,14 +297,20 @@ def forward(
 
     A bias is added where there is one; without `lm_head.weight` the embedding is the
     head.  tokens and positions (0, 1, ... if None) are [B,T]; frequencies [R], or [B,R]
-    for rows that differ; lengths [B]: logits at and past them mean nothing.
+    for rows that differ, or a function of each query's length, see `attend_growing`;
+    lengths [B]: logits at and past them mean nothing.
     """
     w = {name: np.asarray(tensor, np.float64) for name, tensor in weights.items()}
     batch, time = tokens.shape
     lengths = np.full(batch, time) if lengths is None else np.asarray(lengths)
     steps = np.tile(np.arange(time), (batch, 1)) if positions is None else positions
-    rows = np.broadcast_to(frequencies, (batch, np.shape(frequencies)[-1]))
-    cos, sin = table(rows[:, None], scaling, steps)
+
+    def mix(q: Array, k: Array, v: Array) -> Array:
+        if callable(frequencies):
+            return attend_growing(q, k, v, frequencies, layout)
+        rows = np.broadcast_to(frequencies, (batch, np.shape(frequencies)[-1]))
+        tables = table(rows[:, None], scaling, steps)
+        return attend(*(rotate(x, *tables, layout) for x in (q, k)), v, lengths)
 
     def dense(name: str, x: Array) -> Array:
         return x @ w[f"{name}.weight"].T + w.get(f"{name}.bias", 0.0)
@@ -291,8 +323,7 @@ def forward(
             dense(f"{at}self_attn.{name}_proj", h).reshape(batch, time, n, head_dim)
             for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))
         )
-        q, k = rotate(q, cos, sin, layout), rotate(k, cos, sin, layout)
-        mixed = attend(q, k, v, lengths).reshape(batch, time, heads * head_dim)
+        mixed = mix(q, k, v).reshape(batch, time, heads * head_dim)
         x = x + dense(at + "self_attn.o_proj", mixed)
         h = rms_norm(x, w[at + "post_attention_layernorm.weight"], eps)
         gate = ACTIVATIONS[activation](dense(at + "mlp.gate_proj", h))

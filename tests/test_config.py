@@ -22,6 +22,7 @@ from jrope.hf import config_from_hf
 from jrope.rope import (
     ROPE_TYPES,
     DynamicNTK,
+    DynamicYarn,
     Linear,
     Llama3,
     LongRope,
@@ -268,6 +269,7 @@ METHODS: dict[str, tuple[dict[str, Any], Any]] = {
     "ntk": ({"factor": 4.0}, NTKAware(factor=4.0)),
     "dynamic": ({"factor": 2}, DynamicNTK(factor=2, original_length=128)),
     "yarn": ({"factor": 4}, Yarn(factor=4, original_length=128)),
+    "dynamic-yarn": ({}, DynamicYarn(original_length=128)),
     "llama3": (
         {"factor": 8, "low": 1, "high": 4},
         Llama3(factor=8, original_length=128, low_freq_factor=1, high_freq_factor=4),

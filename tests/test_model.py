@@ -25,6 +25,7 @@ from jrope.parity_report import Error, stage
 from jrope.rope import (
     ROPE_TYPES,
     DynamicNTK,
+    DynamicYarn,
     Linear,
     Llama3,
     LongRope,
@@ -84,6 +85,7 @@ METHODS = {
     "ntk": NTKAware(factor=2),
     "dynamic": DynamicNTK(factor=2, original_length=16),
     "yarn": Yarn(factor=4, original_length=16),
+    "dynamic-yarn": DynamicYarn(original_length=16),
     "llama3": Llama3(
         factor=4, original_length=16, low_freq_factor=1, high_freq_factor=4
     ),
@@ -338,7 +340,8 @@ ROPE_FIELDS: dict[str, Any] = {
 
 
 def test_every_rope_field_has_another_value() -> None:
-    assert {*ROPE_FIELDS} == {f.name for f in dataclasses.fields(Rope)}
+    """But `lengths`, which plain RoPE has no use for: tests/test_growing.py."""
+    assert {*ROPE_FIELDS, "lengths"} == {f.name for f in dataclasses.fields(Rope)}
 
 
 @pytest.mark.parametrize("field", ROPE_FIELDS)

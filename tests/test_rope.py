@@ -18,12 +18,13 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jrope.frequencies
 import jrope.rope
-import jrope.scaling
 from jrope.errors import JropeError
 from jrope.rope import (
     ROPE_TYPES,
     DynamicNTK,
+    DynamicYarn,
     Linear,
     Llama3,
     LongRope,
@@ -101,6 +102,14 @@ def _yarn(dim: int, theta: float, length: int, factor: float, **f: Any) -> Case:
     return Case(method, parameters, int(length * factor), dim)
 
 
+def _dynamic_yarn(
+    dim: int, theta: float, length: int, tuned: float = 1.0, **f: Any
+) -> Case:
+    method = DynamicYarn(original_length=length, factor=tuned, **f)
+    parameters = hf("dynamic-yarn", theta, original=length, finetuned=tuned > 1, **f)
+    return Case(method, parameters, int(length * tuned), dim)
+
+
 def _llama3(dim: int, factor: float, length: int, low: float, high: float) -> Case:
     ends = {"low_freq_factor": low, "high_freq_factor": high}
     method = Llama3(factor=factor, original_length=length, **ends)
@@ -176,6 +185,12 @@ CASES: dict[str, list[Case]] = {
             65536,
         ),
     ],
+    "dynamic-yarn": [
+        _dynamic_yarn(128, 10000.0, 4096),
+        _dynamic_yarn(64, 500000.0, 8192, 4.0),  # tuned at four times its length
+        _dynamic_yarn(96, 1e6, 3000, 1.5, beta_fast=16.0, beta_slow=2.0),
+        _dynamic_yarn(8, 10000.0, 64),
+    ],
     "llama3": [
         _llama3(128, 8.0, 8192, 1.0, 4.0),  # Llama 3.1
         _llama3(64, 32.0, 8192, 1.0, 4.0),  # Llama 3.2 1B
@@ -212,10 +227,11 @@ def each(cases: dict[str, list[Case]]) -> Any:
     )
 
 
-LENGTH_CASES = {name: CASES[name] for name in ("dynamic", "longrope")}
+LENGTH_CASES = {k: CASES[k] for k in ("dynamic", "dynamic-yarn", "longrope")}
 FIRST_CASES = {name: cases[:1] for name, cases in CASES.items()}
 FIXED_CASES = {k: v for k, v in CASES.items() if k not in LENGTH_CASES}
-HF_CASES = {k: v for k, v in CASES.items() if k != "ntk"}  # transformers has no "ntk"
+NOT_HF = ("ntk", "dynamic-yarn")  # what transformers does not have
+HF_CASES = {k: v for k, v in CASES.items() if k not in NOT_HF}
 
 
 def sample(last: int, count: int = 400) -> np.ndarray:
@@ -277,9 +293,10 @@ def test_equal_descriptions_are_one_key(case: Case) -> None:
 @each(CASES)
 def test_trained_length_and_need_of_length(case: Case) -> None:
     rope = case.rope()
-    stretched_over = isinstance(case.method, DynamicNTK | Yarn | Llama3 | LongRope)
+    depends = isinstance(case.method, DynamicNTK | DynamicYarn | LongRope)
+    stretched_over = depends or isinstance(case.method, Yarn | Llama3)
     assert rope.trained_length == (case.trained if stretched_over else None)
-    assert rope.needs_length == isinstance(case.method, DynamicNTK | LongRope)
+    assert rope.needs_length == depends
 
 
 # Against the papers (tests/reference.py)
@@ -610,6 +627,12 @@ FIELDS: dict[str, list[tuple[Any, dict[str, Any]]]] = {
             {"mscale": 0.8, "mscale_all_dim": 1.0},
         ),
     ],
+    "dynamic-yarn": [
+        (
+            DynamicYarn(factor=4, original_length=2048),
+            {"factor": 5, "original_length": 512, "beta_fast": 8.0, "beta_slow": 4.0},
+        )
+    ],
     "llama3": [
         (
             Llama3(factor=4, original_length=64, low_freq_factor=1, high_freq_factor=4),
@@ -675,6 +698,7 @@ def test_every_field_of_rope_matters() -> None:
     q, pair = random_array(64, 2, 16), before
     assert errors(rotate(q, *pair), rotate(q, *pair, layout="interleaved")).max() > 0.1
     known = {*changes, "rotary_dim", "precision", "layout"}
+    known |= {"lengths"}  # the model's matter: tests/test_growing.py
     assert known == {field.name for field in dataclasses.fields(Rope)}
 
 
@@ -684,6 +708,7 @@ UNSCALED = {
     "ntk": NTKAware(factor=1),
     "dynamic": DynamicNTK(factor=3, original_length=4096),  # plain up to its length
     "yarn": Yarn(factor=1, original_length=64),
+    "dynamic-yarn": DynamicYarn(original_length=4096),  # plain up to its length
     "llama3": Llama3(
         factor=1, original_length=64, low_freq_factor=1, high_freq_factor=4
     ),
@@ -765,6 +790,16 @@ BAD_METHODS: list[tuple[Any, dict[str, Any], str]] = [
         )
     ),
     *(
+        (DynamicYarn, {"original_length": 64, **bad}, message)
+        for bad, message in (
+            ({"factor": 0.5}, r"factor: got 0.5, want at least 1 for dynamic YaRN"),
+            ({"factor": True}, r"factor: got True"),
+            ({"original_length": 0}, r"original_length: got 0"),
+            ({"beta_slow": -1}, r"beta_slow: got -1"),
+            ({"beta_fast": 1}, r"beta_fast: got 1, want more than beta_slow \(1.0\)"),
+        )
+    ),
+    *(
         (Llama3, {**LLAMA3, "low_freq_factor": low, "high_freq_factor": high}, message)
         for low, high, message in (
             (4, 4, r"high_freq_factor: got 4.*more than low_freq_factor \(4\)"),
@@ -816,6 +851,16 @@ def test_method_says_what_is_wrong(
         *(({"condense": x}, r"condense: got .*number > 0") for x in BAD_NUMBERS),
         ({"layout": "meta"}, r"layout: got 'meta', want one of .'half', 'interleaved"),
         ({"precision": "fast"}, r"precision: got 'fast', want one of .'parity', 'acc"),
+        ({"lengths": "grow"}, r"lengths: got 'grow', want one of .'planned', 'growing"),
+        ({"lengths": "growing"}, r"got 'growing', want 'planned': plain RoPE does not"),
+        (
+            {"lengths": "hf", "scaling": Linear(factor=2)},
+            r"lengths: got 'hf', want 'planned': Linear does not depend on the length",
+        ),
+        (
+            {"lengths": "hf", "scaling": DynamicYarn(original_length=8)},
+            r"want 'planned' or 'growing': transformers has no DynamicYarn",
+        ),
         (
             {"rotary_dim": 2, "scaling": NTKAware(factor=2)},
             r"rotary_dim: got 2, want more than 2",
@@ -1040,7 +1085,7 @@ def test_accurate_is_nearer_the_truth_in_bfloat16() -> None:
     assert rms("accurate") < 0.75 * rms("parity") < 0.01
 
 
-@pytest.mark.parametrize("module", [jrope.rope, jrope.scaling])
+@pytest.mark.parametrize("module", [jrope.rope, jrope.frequencies])
 def test_examples_in_docstrings(module: Any) -> None:
     results = doctest.testmod(module)
     assert results.attempted and not results.failed

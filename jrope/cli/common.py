@@ -11,7 +11,7 @@ import jax
 
 from jrope.config import ALIASES, LlamaConfig, with_rope
 from jrope.errors import JropeError
-from jrope.rope import ROPE_TYPES, DynamicNTK, Rope
+from jrope.rope import ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_HELP = f"""\
@@ -57,8 +57,9 @@ def parse_rope(text: str) -> tuple[str, dict[str, Any]]:
         if not equals:
             key, value = "factor", part
         key = ALIASES.get(key.strip(), key.strip())
-        if key in ("condense", "precision", "config", "method"):
-            raise JropeError(f"--rope {text!r}: {key} is not a field; see --{key}")
+        if key in ("condense", "precision", "lengths", "config", "method"):
+            flag = "rope-lengths" if key == "lengths" else key
+            raise JropeError(f"--rope {text!r}: {key} is not a field; see --{flag}")
         if key in fields:
             raise JropeError(f"--rope {text!r}: {key} is given twice")
         fields[key] = _value(text, key, value.strip())
@@ -139,7 +140,7 @@ def size(word: str) -> int:
 def add_rope_arguments(
     parser: argparse.ArgumentParser, *, precision: bool = True
 ) -> None:
-    """Add --rope, --condense and, where something is computed, --precision."""
+    """Add --rope, --condense; --precision, --rope-lengths where something is run."""
     parser.add_argument(
         "--rope", metavar="SPEC", help="another rotary embedding, see below"
     )
@@ -152,6 +153,13 @@ def add_rope_arguments(
             choices=("parity", "accurate"),
             help="cos and sin as PyTorch computes them, or true at any position",
         )
+        parser.add_argument(
+            "--rope-lengths",
+            choices=("planned", "growing", "hf"),
+            help="the length that dynamic, dynamic-yarn, longrope go by: the planned "
+            "total (default), each sequence's own as it grows (slower), or the whole "
+            "batch's, remembered, as in transformers",
+        )
     parser.epilog = ROPE_HELP
 
 
@@ -162,7 +170,7 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def apply_rope(config: LlamaConfig, args: argparse.Namespace) -> LlamaConfig:
-    """The configuration with --rope, --condense and --precision, where given.
+    """The configuration with what `add_rope_arguments` added, where given.
 
     Raises:
       JropeError: they do not make a rotary embedding.
@@ -175,19 +183,22 @@ def apply_rope(config: LlamaConfig, args: argparse.Namespace) -> LlamaConfig:
         config = with_rope(config, condense=args.condense, precision=precision)
     except JropeError as error:
         raise JropeError(f"--condense {args.condense}: {error}") from None
+    lengths = getattr(args, "rope_lengths", None)
     try:
-        return with_rope(config, name, **fields)
+        return with_rope(config, name, lengths=lengths, **fields)
     except JropeError as error:
-        raise JropeError(f"--rope {args.rope!r}: {error}") from None
+        given = "" if args.rope is None else f"--rope {args.rope!r}"
+        given += "" if lengths is None else f" --rope-lengths {lengths}"
+        raise JropeError(f"{given.strip()}: {error}") from None
 
 
 def reach(config: LlamaConfig) -> int | None:
     """The longest sequence that model and rotary embedding are meant for.
 
-    None: as long as one likes (dynamic NTK).
+    None: as long as one likes (dynamic NTK and YaRN).
     """
     rope = config.rope
-    if isinstance(rope.scaling, DynamicNTK):
+    if isinstance(rope.scaling, DynamicNTK | DynamicYarn):
         return None
     stretched = trained_length(config) * (getattr(rope.scaling, "factor", None) or 1)
     return int(max(stretched, config.max_position_embeddings) * rope.condense)

@@ -102,7 +102,7 @@ def describe_rope(config: LlamaConfig, length: int | None = None) -> Facts:
     """
     rope, longest = config.rope, reach(config)
     if length is None:
-        factor = getattr(rope.scaling, "factor", 1)
+        factor = max(2, getattr(rope.scaling, "factor", 1))
         length = longest or int(trained_length(config) * factor)
     frequencies, scaling = rope.frequencies(length, np.float64)
     frequencies = np.asarray(frequencies).reshape(-1) / rope.condense
@@ -119,6 +119,7 @@ def describe_rope(config: LlamaConfig, length: int | None = None) -> Facts:
         "rotary_dim": rope.rotary_dim,
         "layout": rope.layout,
         "precision": rope.precision,
+        "lengths": rope.lengths if rope.needs_length else None,
         "trained_length": trained_length(config),
         "meant_for": longest,
         "described_at": length if rope.needs_length else None,
@@ -171,6 +172,7 @@ def _rope_rows(rope: Facts) -> Facts:
     words += [f"theta {rope['theta']:g}"]
     words += [f"condense {rope['condense']:g}"] * (rope["condense"] != 1)
     words += [rope["precision"]]
+    words += [f"{rope['lengths']} lengths"] * (rope["lengths"] in ("growing", "hf"))
     longest, at = rope["meant_for"], rope["described_at"]
     low, high = rope["wavelengths"]
     pairs = f"{rope['pairs']}: {rope['pairs_kept']} kept"

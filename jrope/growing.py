@@ -1,0 +1,132 @@
+"""Attention whose frequencies follow each sequence's own length as it grows.
+
+The query at position t sees every key, its own too, rotated for length t + 1:
+
+    softmax(q_t R_t(f(t + 1)) . k_s R_s(f(t + 1)) / sqrt(H)) v_s  over  s <= t
+
+which depends on the tokens up to t and on nothing else: not on how the text was cut
+into passes, nor on other rows.  So keys are cached as they are, and a decode step
+rotates them for the row's current length.  A full pass does the same for each query
+past the trained length; up to it one table serves all, and longrope has only two.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jrope.attention import attend
+from jrope.rope import LongRope, Rope, rotate, table
+
+
+def slot_table(
+    rope: Rope, capacity: int, length: jax.Array | int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """cos and sin that turn the key of every slot.
+
+    Args:
+      rope: the embedding.
+      capacity: S.
+      length: what they are for, [B]; None: the trained length, hence every shorter one.
+
+    Returns:
+      float32 [B, S, R], or [1, S, R] for a single length.
+    """
+    slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    trained = rope.trained_length or 0
+    if length is None or isinstance(length, int):
+        return table(rope, slots, length=trained if length is None else length)
+    rows = jnp.broadcast_to(slots, (length.shape[0], capacity))
+    # The branches keep XLA from taking cos and sin anew in every layer, for each head.
+    return jax.lax.cond(
+        jnp.any(length > trained),
+        lambda: table(rope, rows, length=length),
+        lambda: table(rope, rows, length=trained),
+    )
+
+
+def attend_growing(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None = None,
+    *,
+    cos: jax.Array,
+    sin: jax.Array,
+    rope: Rope,
+) -> jax.Array:
+    """`attend` for q and k as projected; a query past the trained length costs O(S).
+
+    Args:
+      q: [B, T, N, H], not rotated.
+      k, v: [B, S, K, H], not rotated either.
+      starts: int32 [B], as in `attend`.
+      cos, sin: of the slots, [B, S, R]; for a single query that has a start those of
+        its own length, else those of the trained length.
+      rope: the embedding.
+
+    Returns:
+      [B, T, N, H] in q's dtype.
+    """
+    count, slots, trained = q.shape[1], k.shape[1], rope.trained_length or 0
+    see = partial(_see, tables=(cos[:, :slots], sin[:, :slots]), rope=rope)
+    if starts is not None and (count == 1 or slots <= trained):
+        return see(q, k, v, starts)
+    if starts is None:
+        y = see(q[:, :trained], k[:, :trained], v[:, :trained], None)
+        if count <= trained:
+            return y
+        starts = jnp.full(q.shape[0], trained, jnp.int32)
+        return jnp.concatenate([y, _late(q[:, trained:], k, v, starts, rope)], axis=1)
+    past = _query_slots(q, starts) >= trained
+    return jax.lax.cond(
+        jnp.any(past),
+        lambda: jnp.where(
+            past[:, :, None, None],
+            _late(q, k, v, starts, rope),
+            see(q, k, v, starts),
+        ),
+        lambda: see(q, k, v, starts),
+    )
+
+
+def _query_slots(q: jax.Array, starts: jax.Array) -> jax.Array:
+    return starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+
+
+def _see(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    tables: tuple[jax.Array, jax.Array],
+    rope: Rope,
+) -> jax.Array:
+    """One table for all queries, and for the keys that they see."""
+    turn = partial(rotate, layout=rope.layout, precision=rope.precision)
+    k = turn(k, *(x[:, : k.shape[1]] for x in tables))
+    if starts is None:
+        return attend(turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v)
+    at = _query_slots(q, starts)[..., None]
+    rows = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in tables)
+    q = turn(q, *(jnp.take_along_axis(x, at, axis=1) for x in rows))
+    return attend(q, k, v, starts)
+
+
+def _late(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, rope: Rope
+) -> jax.Array:
+    """Queries past the trained length: one after the other, each with its own table."""
+    slots = k.shape[1]
+    if isinstance(rope.scaling, LongRope):  # the second table and the last
+        tables = slot_table(rope, slots, rope.scaling.original_length + 1)
+        return _see(q, k, v, starts, tables, rope)
+
+    @jax.checkpoint  # else the backward pass would keep the keys of every query
+    def one(carry: None, query: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
+        x, at = query
+        tables = slot_table(rope, slots, at + 1)
+        return carry, _see(x[:, None], k, v, at, tables, rope)[:, 0]
+
+    queries = jnp.moveaxis(q, 1, 0), _query_slots(q, starts).T
+    return jnp.moveaxis(jax.lax.scan(one, None, queries)[1], 0, 1)
