@@ -33,7 +33,16 @@ def slot_table(
       float32 [B, S, R], or [1, S, R] for a single length.
     """
     slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
-    return table(rope, slots, length=rope.trained_length if length is None else length)
+    trained = rope.trained_length or 0
+    if length is None or isinstance(length, int):
+        return table(rope, slots, length=trained if length is None else length)
+    rows = jnp.broadcast_to(slots, (length.shape[0], capacity))
+    # The branches keep XLA from taking cos and sin anew in every layer, for each head.
+    return jax.lax.cond(
+        jnp.any(length > trained),
+        lambda: table(rope, rows, length=length),
+        lambda: table(rope, rows, length=trained),
+    )
 
 
 def attend_growing(

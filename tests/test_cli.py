@@ -348,6 +348,22 @@ def test_apply_rope_is_with_rope():
     assert condensed == with_rope(config, condense=3)
 
 
+def test_rope_lengths(capsys: Any, model: Path):
+    config = config_from_hf(CONFIG)
+    args = Namespace(rope="dynamic:2", condense=None, rope_lengths="growing")
+    expected = with_rope(config, "dynamic", factor=2, lengths="growing")
+    assert common.apply_rope(config, args) == expected
+    words = ("--rope", "dynamic:2", "--rope-lengths")
+    assert describe(capsys, model, *words, "hf")["rope"]["lengths"] == "hf"
+    assert describe(capsys, model)["rope"]["lengths"] is None
+    out, _ = succeed(capsys, "inspect", model, *words, "growing")
+    assert "parity, growing lengths)" in out
+    error = fail(capsys, "inspect", model, "--rope-lengths", "growing")
+    assert "--rope-lengths growing: lengths: got 'growing', want 'planned'" in error
+    error = fail(capsys, "inspect", model, "--rope", "dynamic:2,lengths=1")
+    assert "lengths is not a field; see --rope-lengths" in error
+
+
 def test_condense_errors(capsys: Any, model: Path):
     assert "condense: got 0" in fail(capsys, "inspect", model, "--condense", "0")
     words = ("inspect", model, "--rope", "condense:2", "--condense", "2")
@@ -365,6 +381,7 @@ def test_condense_errors(capsys: Any, model: Path):
         ("yarn:4,original=8", 64),
         ("condense:2.5", 160),
         ("dynamic:2", None),
+        ("dynamic-yarn", None),
     ],
 )
 def test_reach(spec: str, longest: int | None):
@@ -946,6 +963,9 @@ def test_inspect_describes_plain_rope(capsys: Any, model: Path):
         ("--rope dynamic:2", 1, [3 ** (1 / 3), 3], 0, 1),
         ("--rope dynamic:2 --length 64", 4, None, 0, 1),
         ("--rope yarn:4", 1, None, 0, 0.1 * math.log(4) + 1),
+        ("--rope dynamic-yarn", 1, None, 0, 0.1 * math.log(2) + 1),
+        ("--rope dynamic-yarn --length 64", 4, None, 0, 1),
+        ("--rope dynamic-yarn:4 --length 192", 1, None, 0, 0.1 * math.log(4) + 1),
         ("--rope yarn:4,attention_factor=1.5", 1, None, 0, 1.5),
         ("--rope proportional:partial_rotary_factor=0.5", 2, None, 2, 1),
         (

@@ -36,6 +36,7 @@ BASE: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
 }
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+ORIGINAL_16 = {"original_max_position_embeddings": 16}
 LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -222,6 +223,10 @@ def test_dtype_is_written_under_both_names() -> None:
         ({"rotary_dim": 8}, r"rope.rotary_dim: got 8, want head_dim \(16\)"),
         ({"scaling": Yarn(factor=2.0, original_length=32), "condense": 2.0}, "Yarn"),
         ({"scaling": NTKAware(factor=2.0), "condense": 2.0}, "condense: got 2.0"),
+        (
+            {"scaling": DynamicYarn(original_length=10, factor=1.25)},
+            r"factor: got 1.25, want a whole number over original_length \(10\)",
+        ),
     ],
 )
 def test_what_hugging_face_cannot_say_raises(
@@ -307,6 +312,26 @@ def test_yarn_nulls_and_finetuned() -> None:
         ("attention_factor", "mscale", "mscale_all_dim", "beta_fast", "beta_slow")
     )
     assert rope_of({**YARN, **nulls, "finetuned": True}) == rope_of(YARN)
+
+
+def test_dynamic_yarn_in_its_authors_words() -> None:
+    """Their `factor` is never read; finetuned with M / O is the least scale."""
+    file = {"type": "dynamic-yarn", "factor": 3.0, **ORIGINAL_16}
+    tuned = rope_of({**file, "finetuned": True}).scaling
+    assert tuned == DynamicYarn(original_length=16, factor=4.0)
+    plain = rope_of(file, max_position_embeddings=16).scaling
+    assert plain == DynamicYarn(original_length=16)
+    written = config_to_hf(with_scaling(tuned))
+    assert written["rope_scaling"]["finetuned"] is True
+    assert written["max_position_embeddings"] == 64
+
+
+@pytest.mark.parametrize("finetuned", [None, False, "true"])
+def test_dynamic_yarn_that_is_not_tuned_has_one_length(finetuned: Any) -> None:
+    given = {} if finetuned is None else {"finetuned": finetuned}
+    message = "rope_scaling.finetuned: got .*want true, or max_position_embeddings the"
+    with pytest.raises(JropeError, match=message):
+        rope_of({"type": "dynamic-yarn", **ORIGINAL_16, **given})
 
 
 def test_partial_rotary_factor() -> None:

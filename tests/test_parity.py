@@ -395,6 +395,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "none": ({"positions": []}, "want at least one"),
     "far": ({"positions": [2**31]}, "all below 2\\*\\*31"),
     "method": ({"rope": "yarm"}, "did you mean 'yarn'"),
+    "dynamic-yarn": ({"rope": "dynamic-yarn"}, "transformers has no dynamic YaRN"),
     "both": (
         {"rope": ("dynamic", {"factor": 2.0}), "condense": 2.0},
         "nothing to compare with",
