@@ -258,7 +258,7 @@ def _tuned_scale(where: str, values: Mapping[str, Any], ratio: float) -> float:
     wanted = f"true, or max_position_embeddings the same as {ORIGINAL}"
     good = isinstance(tuned, bool) and (tuned or ratio == 1)
     check(good, f"{where}.finetuned", tuned, wanted)
-    return ratio if tuned else 1.0
+    return ratio
 
 
 def _shortest(scaling: Any) -> Any:

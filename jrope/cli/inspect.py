@@ -102,7 +102,7 @@ def describe_rope(config: LlamaConfig, length: int | None = None) -> Facts:
     """
     rope, longest = config.rope, reach(config)
     if length is None:
-        factor = max(2, getattr(rope.scaling, "factor", 1))
+        factor = max(2, getattr(rope.scaling, "factor", None) or 1)
         length = longest or int(trained_length(config) * factor)
     frequencies, scaling = rope.frequencies(length, np.float64)
     frequencies = np.asarray(frequencies).reshape(-1) / rope.condense
