@@ -1,10 +1,15 @@
-"""What fine-tuning on long windows consists of: the windows, one step, held-out text.
+"""What fine-tuning on long windows consists of: windows, steps, their checkpoints.
 
 extend_context.py and extension_table.py are made of this.
 """
 
 import dataclasses
+import json
+import logging
 import math
+import os
+import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -102,12 +107,15 @@ def make_step(config: jrope.LlamaConfig, dtype: str, remat: bool) -> Any:
     def step(state: State, rows: jax.Array, rate: jax.Array) -> tuple[State, jax.Array]:
         params = state["params"]
 
-        def add(total: Any, part: jax.Array) -> tuple[Any, None]:
-            new = jax.value_and_grad(loss)(params, part)
-            return jax.tree.map(jnp.add, total, new), None
+        def add(i: jax.Array, total: Any) -> Any:
+            new = jax.value_and_grad(loss)(params, rows[i])
+            return jax.tree.map(jnp.add, total, new)
 
+        # A loop of a length that XLA does not know: it would write a single turn out,
+        # mix it with the optimizer, and keep all layers for the norm of the gradients.
+        parts = jax.lax.optimization_barrier(np.int32(rows.shape[0]))
         nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-        total, _ = jax.lax.scan(add, nothing, rows)
+        total = jax.lax.fori_loop(0, parts, add, nothing)
         value, grads = jax.tree.map(lambda x: x / np.float32(len(rows)), total)
         updates, moments = make_optimizer().update(grads, state["moments"], params)
         params = jax.tree.map(lambda p, u: p - rate * u, params, updates)
@@ -141,20 +149,23 @@ def compile_step(step: Any, state: State, shape: Sequence[int]) -> tuple[Any, in
     """
     like = partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
     rows = jax.ShapeDtypeStruct(tuple(shape), jnp.int32)
-    order = None
-    if jax.default_backend() == "cpu":
-        # Its usual order of operations computes all layers anew at once: nothing saved.
-        order = {"xla_cpu_enable_concurrency_optimized_scheduler": False}
-    compiled = step.lower(state, rows, like(())).compile(compiler_options=order)
+    compiled = step.lower(state, rows, like(())).compile()
     sizes = compiled.memory_analysis()
     need = sizes.temp_size_in_bytes + sizes.argument_size_in_bytes
-    have = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", math.inf)
-    if need > have:
+    if need > (have := device_memory()):
         raise JropeError(
             f"a step needs {bytes_text(need)}, the device has {bytes_text(have)}: "
             "more --parts, or a shorter --window"
         )
     return compiled, need
+
+
+def device_memory() -> int:
+    """Bytes that JAX may use on its first device; a CPU's are those of the machine."""
+    stats = jax.local_devices()[0].memory_stats()
+    if stats is None:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return stats["bytes_limit"]
 
 
 def held_out_nats(
@@ -192,3 +203,62 @@ def train(
                 f"the loss of step {i} is {losses[-2]}: try a lower --rate"
             )
         yield i + 1, state
+
+
+class Display:
+    """A bar on terminals, and a line of the log now and then."""
+
+    def __init__(self, steps: int, tokens: int, first: int) -> None:
+        self.steps, self.tokens, self.first = steps, tokens, first
+        self.every, self.started = max(1, steps // 20), time.perf_counter()
+
+    def __call__(self, done: int, losses: list[Any]) -> None:
+        """Tell of `done` steps, of which all but the last have ended."""
+        if (ended := done - self.first - 1) < 1:
+            return
+        each = (time.perf_counter() - self.started) / ended
+        loss, speed = np.mean(losses[-self.every - 1 : -1]), self.tokens / each
+        line = f"step {done}/{self.steps}  loss {loss:.3f}  {speed:,.0f} tokens/s"
+        if sys.stderr.isatty():
+            bar = "#" * (30 * done // self.steps)
+            left = f"{each * (self.steps - done):,.0f} s left"
+            end = "\r" if done < self.steps else "\r\x1b[K"
+            print(f"[{bar:.<30}] {line}  {left} ", end=end, file=sys.stderr, flush=True)
+        if done % self.every == 0 or done == self.steps:
+            print(line, flush=True)
+
+
+class Checkpoints:
+    """Weights, moments and losses in a folder, for runs of one setting."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        try:
+            import orbax.checkpoint as ocp
+        except ImportError:
+            raise JropeError('want orbax: pip install "jrope[train]"') from None
+        logging.getLogger("absl").setLevel(logging.ERROR)
+        how = ocp.CheckpointManagerOptions(
+            max_to_keep=2, enable_async_checkpointing=False
+        )
+        self.args = ocp.args
+        self.manager = ocp.CheckpointManager(folder.resolve() / "steps", options=how)
+        note = folder / "settings.json"
+        old = json.loads(note.read_text("utf-8")) if note.exists() else settings
+        if self.manager.latest_step() is not None and old != settings:
+            names = [name for name in settings if old.get(name) != settings[name]]
+            what = f"{folder} is of a run with another {', '.join(names)}"
+            raise JropeError(f"{what}: remove it, or give the same")
+        note.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
+
+    def save(self, done: int, state: State, losses: list[Any]) -> None:
+        """Write a checkpoint, whole or not at all."""
+        tree = {**state, "losses": np.asarray([float(x) for x in losses], np.float32)}
+        self.manager.save(done, args=self.args.StandardSave(tree))
+
+    def restore(self, state: State) -> tuple[State, list[float]]:
+        """The newest state and the losses up to it; `state` and none of a new run."""
+        if (done := self.manager.latest_step()) is None:
+            return state, []
+        tree = {**state, "losses": np.zeros(done, np.float32)}
+        tree = self.manager.restore(done, args=self.args.StandardRestore(tree))
+        return tree, [float(loss) for loss in tree.pop("losses")]

@@ -7,7 +7,7 @@ are float32 while they train, the forward pass is bfloat16; each layer is comput
 in the backward pass; a batch may be taken in parts.  The windows of a step follow from
 --seed and the step alone, and OUT-checkpoints keeps weights, moments and losses: the
 same command after a kill goes on where it stood, on a CPU to the same bits, on a GPU as
-far as its sums repeat (XLA_FLAGS=--xla_gpu_deterministic_ops=true).
+far as the order of its sums repeats.
 
 Recipe: Chen et al. 2023 (arXiv:2306.15595), Peng et al. 2023 (arXiv:2309.00071).
 """
@@ -16,10 +16,8 @@ import argparse
 import dataclasses
 import hashlib
 import json
-import logging
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +25,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from _tuning import (
-    State,
+    Checkpoints,
+    Display,
     Text,
     compile_step,
     held_out_nats,
@@ -44,12 +43,12 @@ from jrope.cli.common import ROPE_HELP, apply_rope, parse_rope, trained_length, 
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
-from jrope.folders import check_target, companions
+from jrope.folders import companions
 from jrope.hf import config_to_hf
 from jrope.rope import DynamicNTK, Linear
 
 EMBEDDED = Path(__file__).parent / "models" / "jrope-tiny"
-TOKENIZER, FACTS, SETTINGS = "tokenizer_config.json", "extension.json", "settings.json"
+TOKENIZER, FACTS = "tokenizer_config.json", "extension.json"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -138,65 +137,6 @@ def read(args: argparse.Namespace, config: jrope.LlamaConfig) -> tuple[Text, Tex
     return text, unseen
 
 
-class Checkpoints:
-    """Weights, moments and losses in OUT-checkpoints, for runs of one setting."""
-
-    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
-        try:
-            import orbax.checkpoint as ocp
-        except ImportError:
-            raise JropeError('want orbax: pip install "jrope[train]"') from None
-        logging.getLogger("absl").setLevel(logging.ERROR)
-        self.ocp, note = ocp, folder / SETTINGS
-        folder.mkdir(parents=True, exist_ok=True)
-        if note.exists() and (old := json.loads(note.read_text("utf-8"))) != settings:
-            names = [name for name in settings if old.get(name) != settings[name]]
-            what = f"{folder} is of a run with another {', '.join(names)}"
-            raise JropeError(f"{what}: remove it, or give the same")
-        note.write_text(json.dumps(settings), encoding="utf-8")
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=2, enable_async_checkpointing=False
-        )
-        self.manager = ocp.CheckpointManager(
-            folder.resolve() / "steps", options=options
-        )
-
-    def save(self, done: int, state: State, losses: list[Any]) -> None:
-        """Write a checkpoint, whole or not at all."""
-        tree = {**state, "losses": np.asarray([float(x) for x in losses], np.float32)}
-        self.manager.save(done, args=self.ocp.args.StandardSave(tree))
-
-    def restore(self, state: State) -> tuple[State, list[float]]:
-        """The newest state and the losses up to it; `state` and none of a new run."""
-        if (done := self.manager.latest_step()) is None:
-            return state, []
-        tree = {**state, "losses": np.zeros(done, np.float32)}
-        tree = self.manager.restore(done, args=self.ocp.args.StandardRestore(tree))
-        return tree, [float(loss) for loss in tree.pop("losses")]
-
-
-class Display:
-    """A bar on terminals, and a line of the log now and then."""
-
-    def __init__(self, steps: int, tokens: int, first: int) -> None:
-        self.steps, self.tokens, self.first = steps, tokens, first
-        self.every, self.started = max(1, steps // 20), time.perf_counter()
-
-    def __call__(self, done: int, losses: list[Any]) -> None:
-        """Tell of `done` steps, whose last loss is not known yet."""
-        each = (time.perf_counter() - self.started) / max(1, done - self.first)
-        known = losses[-self.every - 1 : -1]
-        loss = f"loss {np.mean(known):.3f}  " if known else ""
-        line = f"step {done}/{self.steps}  {loss}{self.tokens / each:,.0f} tokens/s"
-        if sys.stderr.isatty():
-            bar = "#" * (30 * done // self.steps)
-            left = f"{each * (self.steps - done):,.0f} s left"
-            end = "\r" if done < self.steps else "\r\x1b[K"
-            print(f"[{bar:.<30}] {line}  {left} ", end=end, file=sys.stderr, flush=True)
-        if done % self.every == 0 or done == self.steps:
-            print(line, flush=True)
-
-
 def settings_of(args: argparse.Namespace, text: Text) -> dict[str, Any]:
     """Everything that decides the result, for the note beside the checkpoints."""
     names = ("rope", "window", "steps", "warmup", "batch", "parts", "seed", "rate")
@@ -262,7 +202,8 @@ def extend(args: argparse.Namespace) -> None:
     """Read, measure, train, measure, write."""
     params, config = jrope.load(args.folder)
     stretched, args.window = stretch(config, args.rope, args.window)
-    check_target(args.out, {path.name for path in companions(args.folder)} | {FACTS})
+    if args.out.exists():
+        raise JropeError(f"{args.out} exists: remove it, or name another")
     text, unseen = read(args, config)
     kinds = jax.tree.map(lambda leaf: leaf.dtype, params)
     params = cast(params, jnp.float32)
