@@ -67,7 +67,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--window", type=whole(2), metavar="N", help=about)
     about = "to train on (default: a few pages that lie beside the embedded model)"
     add("--text", type=Path, nargs="+", metavar="FILE", help=about)
-    about = "to measure on (default: the last quarter of the text)"
+    about = "to measure on (default: the last third of the text)"
     add("--held-out", type=Path, nargs="+", metavar="FILE", help=about)
     about = (
         "make each paragraph of the files one line, as train_tiny.py does with books"
@@ -127,7 +127,7 @@ def read(args: argparse.Namespace, config: jrope.LlamaConfig) -> tuple[Text, Tex
     files = [EMBEDDED / "held_out.txt"] if args.text is None else args.text
     text = read_text(files, tokenizer, config, args.unwrap)
     if args.held_out is None:
-        text, unseen = text.split(4)
+        text, unseen = text.split(3)
     else:
         unseen = read_text(args.held_out, tokenizer, config, args.unwrap)
     sizes, want = (text.stream.size, unseen.stream.size), args.window

@@ -226,6 +226,7 @@ def one_step(
     """Weights before, state and loss after a step, bytes needed; and the problem."""
     layers, vocab, window = sizes
     params, config = make_model(layers, vocab)
+    params = jax.tree.map(lambda x: x * 2 if x.ndim > 1 else x, params)
     config = jrope.with_rope(config, "yarn", factor=2)
     rows = np.random.default_rng(0).integers(0, vocab, (4, window)).astype(np.int32)
     state = tuning.new_state(params)
@@ -245,14 +246,12 @@ def test_step_is_clipped_adam_on_the_mean_of_the_batch(tuning: ModuleType) -> No
     want, grads = jax.value_and_grad(loss)(params)
     np.testing.assert_allclose(value, want, rtol=1e-6)
     norm = np.sqrt(sum(float(jnp.sum(g**2)) for g in jax.tree.leaves(grads)))
-    assert norm < 0.999 or norm > 1.001
+    assert norm > 1.5  # else nothing is clipped
     parts = one_step(tuning, (4, 1))[1]
     for state in (new, parts):
         mu = state["moments"][1].mu
         for got, grad in zip(*map(jax.tree.leaves, (mu, grads)), strict=True):
-            np.testing.assert_allclose(
-                got, 0.1 * grad / max(norm, 1), rtol=2e-3, atol=1e-7
-            )
+            np.testing.assert_allclose(got, 0.1 * grad / norm, rtol=2e-3, atol=1e-7)
     name = ("model", "norm", "weight")
     for key in name:
         params, new, grads = params[key], new.get("params", new)[key], grads[key]
@@ -280,7 +279,7 @@ def test_remat_changes_nothing_that_is_computed(tuning: ModuleType) -> None:
 
 MEASURE = """
 import jax, _tuning, test_extend_context as tests
-params, config = tests.make_model(6, 64)
+params, config = tests.make_model(5, 64)
 for remat in (False, True):
     step = _tuning.make_step(config, "float32", remat)
     print(_tuning.compile_step(step, _tuning.new_state(params), (1, 4, 256))[1])
