@@ -13,7 +13,7 @@ from jrope.model import hidden_states, unembed
 LOGITS_AT_ONCE = 256
 
 
-@partial(jax.jit, static_argnames=("config",))
+@partial(jax.jit, static_argnames=("config", "remat"))
 def score(
     params: Mapping[str, Any],
     tokens: jax.Array,
@@ -21,6 +21,7 @@ def score(
     *,
     config: LlamaConfig,
     rope_lengths: Any = None,
+    remat: bool = False,
 ) -> jax.Array:
     """log p(token t + 1 | tokens up to t) for every t.
 
@@ -31,12 +32,18 @@ def score(
       tokens: integers [B, T], rows padded on the right.
       lengths: valid tokens of each row, [B]; None: T.
       rope_lengths: as in `model.forward`.
+      remat: for training on long texts, see `model.hidden_states`.
 
     Returns:
       float32 [B, T - 1]; entries from lengths - 1 on are 0.
     """
     x, cache = hidden_states(
-        params, tokens, config=config, lengths=lengths, rope_lengths=rope_lengths
+        params,
+        tokens,
+        config=config,
+        lengths=lengths,
+        rope_lengths=rope_lengths,
+        remat=remat,
     )
     scores = token_logprobs(params, x[:, :-1], tokens[:, 1:], config=config)
     known = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]

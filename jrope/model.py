@@ -10,6 +10,7 @@ Source: Touvron et al. 2023 (arXiv:2302.13971, 2307.09288).
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, Literal
 
 import chex
@@ -88,8 +89,13 @@ def hidden_states(
     lengths: Any = None,
     rope_lengths: Any = None,
     capacity: int | None = None,
+    remat: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """`forward` up to and including the final norm: [B, T, D] in the params' dtype."""
+    """`forward` up to and including the final norm: [B, T, D] in the params' dtype.
+
+    With `remat`, a backward pass keeps no more than each layer's input, and computes
+    the rest of the layer anew: less memory for a third more time.
+    """
     batch, count = _check_tokens(tokens, positions, cache, capacity)
     model = params["model"]
     cos, sin, rope_lengths = _rotary_table(
@@ -104,12 +110,12 @@ def hidden_states(
         cache.capacity if cache is not None else count if capacity is None else capacity
     )
     keys, values = [], []
+    layer = partial(decoder_layer, config=config, capacity=room)
+    layer = jax.checkpoint(layer) if remat else layer
     for i in range(config.num_hidden_layers):
         slots = None if cache is None else (cache.keys[i], cache.values[i])
         weights = model["layers"][str(i)]
-        x, (k, v) = decoder_layer(
-            weights, x, cos, sin, slots, starts, config=config, capacity=room
-        )
+        x, (k, v) = layer(weights, x, cos, sin, slots, starts)
         keys.append(k)
         values.append(v)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)

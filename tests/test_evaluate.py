@@ -105,11 +105,16 @@ def test_16_bit_weights_score_in_float32() -> None:
     np.testing.assert_allclose(got, want, atol=2e-5)
 
 
-def test_gradient_is_that_of_torch() -> None:
-    """Of the mean loss, through two chunks and the remat of each."""
+@pytest.mark.parametrize("remat", [False, True])
+def test_gradient_is_that_of_torch(remat: bool) -> None:
+    """Of the mean loss, through two chunks and the remat of each, or of layers too."""
     tiny, params, config = model()
     tokens = random_tokens(1, 300)
-    gradients = jax.grad(lambda p: -score(p, tokens, config=config).mean())(params)
+
+    def loss(params: dict[str, Any]) -> jax.Array:
+        return -score(params, tokens, config=config, remat=remat).mean()
+
+    gradients = jax.grad(loss)(params)
     row = torch.tensor(tokens, dtype=torch.long)
     head = tiny.model.lm_head.weight.requires_grad_(True)
     up = tiny.model.model.layers[0].mlp.up_proj.weight.requires_grad_(True)
