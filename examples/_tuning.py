@@ -173,8 +173,9 @@ def held_out_nats(
 ) -> np.ndarray:
     """-log p of every token of the text cut into windows, [windows, window - 1]."""
     rows = text.windows(window)
-    size = max(1, min(len(rows), 2**15 // window))
-    rows = rows[: len(rows) // size * size].reshape(-1, size, window)
+    batches = -(-rows.size // 2**15)  # of one size, at the price of a few windows
+    size = len(rows) // batches
+    rows = rows[: batches * size].reshape(batches, size, window)
     score = partial(jrope.score, params, config=config)
     return -np.concatenate([np.asarray(score(jnp.asarray(r))) for r in rows])
 
