@@ -121,6 +121,9 @@ def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> ja
     own = own[None, :, :, None]  # [1, N, K, 1]
     spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
+    if jax.default_backend() == "cpu":
+        # XLA's CPU backend would hold the slots of a single row in another order, too.
+        k, v = jax.lax.optimization_barrier((k, v))
     dot = partial(jnp.einsum, precision=matmul_precision(q.dtype))
     dot = partial(dot, preferred_element_type=jnp.float32)
     scores = dot("BNX,BSX->BNS", spread, k) * _scale(q)

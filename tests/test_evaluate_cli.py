@@ -235,7 +235,7 @@ BAD: list[tuple[Callable[[Path], list[Any]], str]] = [
     (
         lambda t: ["--text", TEXT, "--rope", "default,yran:2"],
         "unknown method 'yran', known: model, default, condense, linear, ntk, dynamic, "
-        "yarn, llama3, longrope, proportional; did you mean 'yarn'?",
+        "yarn, dynamic-yarn, llama3, longrope, proportional; did you mean 'yarn'?",
     ),
     (lambda t: ["--text", TEXT, "--rope", "yarn:2,beta=3"], "has no field ['beta']"),
     (lambda t: ["--text", TEXT, "--rope", "linear:two"], "want a number"),

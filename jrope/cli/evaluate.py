@@ -5,7 +5,6 @@ Exit status: 0 all measured, 1 something failed or did not fit, 2 bad input.
 
 import argparse
 import datetime
-import importlib
 import importlib.util
 import math
 import os
@@ -209,7 +208,10 @@ def _finish(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     print(*tables(records, by_position=args.buckets), sep="\n")
     print(f"\nmeasured in {duration_text(seconds)}")
     if args.report is not None:
-        importlib.import_module("jrope.lab.report").write_report(records, args.report)
+        from jrope.lab.report import write_report
+
+        write_report(records, args.report)
     if args.figures is not None:
-        figures = importlib.import_module("jrope.lab.figures")
-        figures.save_figures(records, args.figures)
+        from jrope.lab.figures import save_figures
+
+        save_figures(records, args.figures)
