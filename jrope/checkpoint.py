@@ -1,8 +1,8 @@
 """Hugging Face folders in and out: weights, config.json, and what lies beside them.
 
 Loading checks every name, shape and dtype before it reads a byte of data; then it reads
-one tensor at a time, straight to the device (before an accelerator a few ahead), so that
-host memory beyond the parameters stays at one tensor (at four).  Saving is a stream as
+one tensor at a time, straight to the device (before an accelerator a few ahead): host
+memory beyond the parameters stays at one tensor (at four).  Saving is a stream as
 well, and the folder appears whole or not at all.  No torch.
 """
 
