@@ -173,11 +173,13 @@ def held_out_nats(
 ) -> np.ndarray:
     """-log p of every token of the text cut into windows, [windows, window - 1]."""
     rows = text.windows(window)
-    batches = -(-rows.size // 2**15)  # of one size, at the price of a few windows
-    size = len(rows) // batches
-    rows = rows[: batches * size].reshape(batches, size, window)
+    size = min(len(rows), max(1, 2**15 // window))
     score = partial(jrope.score, params, config=config)
-    return -np.concatenate([np.asarray(score(jnp.asarray(r))) for r in rows])
+    batches = [
+        np.resize(rows[i : i + size], (size, window)) for i in range(0, len(rows), size)
+    ]
+    scores = [np.asarray(score(jnp.asarray(batch))) for batch in batches]
+    return -np.concatenate(scores)[: len(rows)]
 
 
 # --- Many steps

@@ -39,7 +39,14 @@ from _tuning import (
 from train_tiny import cast
 
 import jrope
-from jrope.cli.common import ROPE_HELP, apply_rope, parse_rope, trained_length, whole
+from jrope.cli.common import (
+    ROPE_HELP,
+    apply_rope,
+    enable_compile_cache,
+    parse_rope,
+    trained_length,
+    whole,
+)
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
@@ -224,6 +231,7 @@ def extend(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
+    enable_compile_cache()
     try:
         extend(args)
     except (JropeError, OSError) as error:

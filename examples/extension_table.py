@@ -34,7 +34,7 @@ from _tuning import (
 )
 
 import jrope
-from jrope.cli.common import apply_rope, trained_length, whole
+from jrope.cli.common import apply_rope, enable_compile_cache, trained_length, whole
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
@@ -274,6 +274,7 @@ def run(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     args = parse(argv)
+    enable_compile_cache()
     try:
         run(args)
     except (JropeError, OSError) as error:
