@@ -82,16 +82,38 @@ def load(
     >>> params, config = load("path/to/hf-folder", dtype="bfloat16")  # doctest: +SKIP
     """
     wanted = _dtype(dtype)
-    folder = find_folder(path_or_repo, revision)
-    config = read_llama_config(folder)
-    tensors = open_tensors(folder)
-    names = checked_names(folder, tensors, config)
+    tensors, names, config = _open(find_folder(path_or_repo, revision))
     params: dict[str, jax.Array] = {}
     for name, array in zip(names, _arrays(tensors, names, wanted), strict=True):
         params[name] = array
         if progress is not None:
             progress(name, array.nbytes)
     return nest(params), config
+
+
+def load_shapes(
+    path_or_repo: PathLike, dtype: Any = None, *, revision: str | None = None
+) -> tuple[Tree, LlamaConfig]:
+    """What `load` gives for the same arguments, with a ShapeDtypeStruct for each array.
+
+    Reads and checks headers only: to compile, or to plan memory, before the weights.
+    """
+    wanted = _dtype(dtype)
+    tensors, names, config = _open(find_folder(path_or_repo, revision))
+    slots = ((name, tensors.slots[name]) for name in names)
+    return nest(
+        {
+            name: jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
+            for name, slot in slots
+        }
+    ), config
+
+
+def _open(folder: Path) -> tuple[Tensors, list[str], LlamaConfig]:
+    """The tensors of a folder, the names of those to load, and its configuration."""
+    config = read_llama_config(folder)
+    tensors = open_tensors(folder)
+    return tensors, checked_names(folder, tensors, config), config
 
 
 def _arrays(

@@ -80,7 +80,7 @@ def generate(
       JropeError: an empty prompt, ids outside the vocabulary, a missing key, ...
     """
     request = prepare(prompt, lengths, config, **options)
-    cache, rows, prompt_scores = _start(params, request, config, logprobs)
+    cache, rows, prompt_scores = begin(params, request, config, logprobs)
     limit = jnp.asarray(request.max_new_tokens, jnp.int32)
     _, rows = decode(params, cache, rows, request.rules, limit, config=config)
     new = request.max_new_tokens
@@ -126,7 +126,7 @@ def _blocks(
 ) -> Iterator[np.ndarray]:
     if request.max_new_tokens == 0:
         return
-    cache, rows, _ = _start(params, request, config, False)
+    cache, rows, _ = begin(params, request, config, False)
     told = 0
     for planned in [*range(1, request.max_new_tokens, chunk), None]:
         ahead = rows
@@ -271,42 +271,42 @@ def _draw(logits: jax.Array, rows: _Rows, rules: Rules) -> _Rows:
     )
 
 
-def _start(
+def begin(
     params: Mapping[str, Any], request: Request, config: LlamaConfig, scored: bool
 ) -> tuple[KVCache, _Rows, jax.Array | None]:
     """Prefill, in pieces where asked, and the first token."""
-    width, size = request.prompt.shape[1], request.prefill_chunk
-    ahead = np.pad(request.prompt, ((0, 0), (0, 1)))
-    planned = jnp.asarray(request.lengths + request.max_new_tokens, jnp.int32)
+    size, static = request.prefill_chunk, {"config": config, "scored": scored}
 
     def piece(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
-        return prefill(
-            params,
-            jnp.asarray(ahead[:, at : at + size + 1]),
-            jnp.asarray(np.clip(request.lengths - at, 0, size), jnp.int32),
-            planned,
-            *so_far,
-            config=config,
-            capacity=None if at else width + request.room,
-            scored=scored,
-        )
+        capacity = None if at else request.capacity
+        args = (*piece_of(request, at), *so_far)
+        return prefill(params, *args, capacity=capacity, **static)
 
     last, cache, score = piece(0, None, None)
     scores = [score]
     for at in range(size, request.width, size):
         last, cache, score = piece(at, cache, last)
         scores.append(score)
-    rows = first_token(
-        params,
-        last,
-        jnp.asarray(request.prompt),
-        jnp.asarray(request.lengths),
-        request.rules,
-        config=config,
-        room=request.room,
-        scored=scored,
-    )
+    rows = first_token(params, last, *first_of(request), room=request.room, **static)
     return cache, rows, _prompt_scores(scores, request) if scored else None
+
+
+def piece_of(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, lengths and planned totals of the piece of the prompts from `at` on."""
+    size = request.prefill_chunk
+    ahead = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
+    valid = np.clip(request.lengths - at, 0, size)
+    planned = request.lengths + request.max_new_tokens
+    return (
+        jnp.asarray(ahead[:, : size + 1]),
+        jnp.asarray(valid, jnp.int32),
+        jnp.asarray(planned, jnp.int32),
+    )
+
+
+def first_of(request: Request) -> tuple[jax.Array, jax.Array, Rules]:
+    """What `first_token` is told of the request."""
+    return jnp.asarray(request.prompt), jnp.asarray(request.lengths), request.rules
 
 
 def _prompt_scores(scores: list[Any], request: Request) -> jax.Array:

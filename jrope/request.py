@@ -67,6 +67,11 @@ class Request:
     prefill_chunk: int
     width: int  # T as given
 
+    @property
+    def capacity(self) -> int:
+        """Cache slots: of the padded prompt and everything that may follow."""
+        return self.prompt.shape[1] + self.room
+
 
 def bucket(length: int) -> int:
     """The padded length: powers of two from 16 and the points half way between them.

@@ -3,13 +3,13 @@
 import argparse
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jrope.checkpoint import load, open_tensors, read_llama_config
+from jrope.ahead import compile_ahead
+from jrope.checkpoint import read_llama_config
 from jrope.cli.common import (
     add_dtype_argument,
     add_rope_arguments,
@@ -18,8 +18,9 @@ from jrope.cli.common import (
     reach,
     whole,
 )
+from jrope.cli.loading import Loading
 from jrope.cli.report import Timing, print_figures, print_json, print_texts
-from jrope.cli.terminal import Progress, warn
+from jrope.cli.terminal import warn
 from jrope.cli.text import (
     Answer,
     encode,
@@ -67,25 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Check everything that is cheap, load the weights, and generate."""
+    """Check everything and compile while the weights are loaded, then generate."""
     prompts, sampler = read_prompts(args.prompt, args.file), _sampler(args)
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
-    tokenizer = load_tokenizer(folder)
-    ids = _encoded(tokenizer, prompts, config, args)
-    width = max(map(len, ids))
-    prompt = np.array([row + [0] * (width - len(row)) for row in ids], np.int32)
-    lengths = np.array([len(row) for row in ids], np.int32)
-    new = _limit(width, config) if args.max_new_tokens is None else args.max_new_tokens
-    options: Options = {
-        "sampler": sampler,
-        "key": jax.random.key(args.seed or 0),
-        "max_new_tokens": new,
-        "prefill_chunk": args.prefill_chunk,
-    }
-    prepare(prompt, lengths, config, **options)  # finds what is wrong with them
-    _warn(tokenizer, width + new, config)
-    params, timing = _load(folder, args.dtype)
+    with Loading(folder, args.dtype) as loading:
+        tokenizer = load_tokenizer(folder)  # imports transformers: seconds
+        ids = _encoded(tokenizer, prompts, config, args)
+        prompt, lengths = _pad(ids)
+        width = prompt.shape[1]
+        new = args.max_new_tokens
+        new = _limit(width, config) if new is None else new
+        options: Options = {
+            "sampler": sampler,
+            "key": jax.random.key(args.seed or 0),
+            "max_new_tokens": new,
+            "prefill_chunk": args.prefill_chunk,
+        }
+        prepare(prompt, lengths, config, **options)  # finds what is wrong with them
+        _warn(tokenizer, width + new, config)
+        compile_ahead(loading.shapes, prompt, lengths, config=config, **options)
+        params, seconds = loading.wait()
+    timing = Timing(load=seconds)
     stops = [text for text in args.stop if text]
     answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]
     blocks = stream(params, prompt, lengths, config=config, **options)
@@ -98,6 +102,13 @@ def run(args: argparse.Namespace) -> int:
         print_texts(prompts, answers)
     print_figures(lengths, answers, timing)
     return 0
+
+
+def _pad(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts of unequal length as int32 [B, T], and their lengths [B]."""
+    width = max(map(len, ids))
+    rows = [[*row, *[0] * (width - len(row))] for row in ids]
+    return np.array(rows, np.int32), np.array([len(row) for row in ids], np.int32)
 
 
 def _sampler(args: argparse.Namespace) -> Sampler:
@@ -146,18 +157,6 @@ def _warn(tokenizer: Any, total: int, config: LlamaConfig) -> None:
             f"prompt and new tokens may reach {total}, the model is meant for "
             f"{longest}: text past that is likely nonsense{hint}"
         )
-
-
-def _load(folder: Path, dtype: str | None) -> tuple[Any, Timing]:
-    start = time.perf_counter()
-    slots = open_tensors(folder).slots.values()
-    size = sum(slot.stop - slot.start for slot in slots)
-    if dtype is not None:
-        width = 4 if dtype == "float32" else 2
-        size = sum(width * int(np.prod(slot.shape)) for slot in slots)
-    with Progress("loading", size) as progress:
-        params, _ = load(folder, dtype, progress=progress)
-    return params, Timing(load=time.perf_counter() - start)
 
 
 def _follow(

@@ -1,0 +1,59 @@
+"""Weights that arrive while the command does other things."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jrope.checkpoint import load, load_shapes
+from jrope.cli.terminal import Progress
+from jrope.config import flatten
+
+
+class _Unwanted(Exception):
+    """Ends a load that nobody waits for any more."""
+
+
+class Loading:
+    """`checkpoint.load` in a thread; a context, which ends it when it is left early.
+
+    Attributes:
+      shapes: the parameters as ShapeDtypeStructs, there at once.
+    """
+
+    def __init__(self, folder: Path, dtype: str | None) -> None:
+        self.shapes, _ = load_shapes(folder, dtype)  # finds what headers can tell
+        jax.devices()  # starts the backend here, not in two threads at once
+        self._total = sum(
+            leaf.size * leaf.dtype.itemsize for leaf in flatten(self.shapes).values()
+        )
+        self._arrived, self._unwanted = 0, False
+        self._pool = ThreadPoolExecutor(1)
+        self._future = self._pool.submit(self._load, folder, dtype)
+
+    def wait(self) -> tuple[Any, float]:
+        """The parameters, and the seconds that loading took; with a bar meanwhile."""
+        with Progress("loading", self._total) as progress:
+            while not self._future.done():
+                progress("", self._arrived - progress.done)
+                wait([self._future], timeout=0.1)
+        return self._future.result()
+
+    def _load(self, folder: Path, dtype: str | None) -> tuple[Any, float]:
+        start = time.perf_counter()
+        params, _ = load(folder, dtype, progress=self._count)
+        return params, time.perf_counter() - start
+
+    def _count(self, _: str, nbytes: int) -> None:
+        if self._unwanted:
+            raise _Unwanted
+        self._arrived += nbytes
+
+    def __enter__(self) -> "Loading":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unwanted = True
+        self._pool.shutdown()

@@ -1,0 +1,96 @@
+"""Compiling ahead: what was compiled before the weights came is what runs."""
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jrope.ahead import compile_ahead
+from jrope.config import LlamaConfig
+from jrope.errors import JropeError
+from jrope.fuse import fuse
+from jrope.generate import generate, stream
+from jrope.hf import config_from_hf
+from jrope.model import init_params
+
+CONFIG = {
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": None,
+}
+
+
+@pytest.fixture
+def compiled(caplog: pytest.LogCaptureFixture) -> Any:
+    """Names of the programs compiled since it was last asked."""
+    caplog.set_level(logging.WARNING, "jax")
+
+    def names() -> list[str]:
+        lines = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        starts = [line.split()[1] for line in lines if line.startswith("Compiling ")]
+        words = [start.removeprefix("jit(").removesuffix(")") for start in starts]
+        return sorted({*words} & {"prefill", "first_token", "decode"})
+
+    with jax.log_compiles():
+        yield names
+
+
+def config_of(intermediate: int) -> LlamaConfig:
+    """A model of shapes that no other test compiles for."""
+    return config_from_hf({**CONFIG, "intermediate_size": intermediate})
+
+
+def shapes_of(params: Any) -> Any:
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "scores": {"logprobs": True},
+    "pieces": {"prefill_chunk": 5},
+    "pieces and scores": {"prefill_chunk": 5, "logprobs": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_generate_finds_what_was_compiled(compiled: Any, case: str) -> None:
+    config = config_of(41 + [*CASES].index(case))
+    params = init_params(jax.random.key(0), config)
+    prompt, options = np.ones((2, 9), np.int32), CASES[case]
+    compile_ahead(shapes_of(params), prompt, config=config, max_new_tokens=7, **options)
+    assert compiled() == ["decode", "first_token", "prefill"]
+    generate(params, prompt, config=config, max_new_tokens=7, **options)
+    assert compiled() == []
+    if "logprobs" not in options:
+        streamed = stream(params, prompt, config=config, max_new_tokens=7, **options)
+        assert sum(block.shape[1] for block in streamed) == 7
+        assert compiled() == []
+    generate(params, prompt[:1], config=config, max_new_tokens=7, **options)
+    assert compiled() == ["decode", "first_token", "prefill"]  # or nothing was tested
+
+
+def test_fused_and_16_bit(compiled: Any) -> None:
+    config = config_of(51)
+    params = fuse(init_params(jax.random.key(0), config, jnp.bfloat16), "in_out")
+    prompt = np.ones((1, 3), np.int32)
+    compile_ahead(shapes_of(params), prompt, config=config)
+    compiled()
+    generate(params, prompt, config=config)
+    assert compiled() == []
+
+
+def test_a_request_that_generate_refuses() -> None:
+    config = config_of(40)
+    shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
+    with pytest.raises(JropeError, match="outside the vocabulary"):
+        compile_ahead(shapes, [[61]], config=config)
