@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import reference
-from test_rope import HF_CASES, Case, each, hf_table
+from rope_cases import HF_CASES, Case, each, hf_table
 
 TinyFactory = Callable[..., Any]
 

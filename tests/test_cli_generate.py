@@ -1,0 +1,292 @@
+"""`jrope generate`: the library's text, printed as it is made."""
+
+import io
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from cli_helpers import (
+    ANSWER,
+    CONFIG,
+    TEMPLATE,
+    VOCAB,
+    byte_tokenizer,
+    fail,
+    fast,
+    ids_of,
+    pipe,
+    succeed,
+    write_tokenizer_config,
+)
+from cli_helpers import _no_compile_cache as _no_compile_cache
+from cli_helpers import copy as copy
+from cli_helpers import model as model
+
+import jrope
+import jrope.cli
+from jrope.cli import generate, main, report
+from jrope.config import with_rope
+from jrope.hf import config_from_hf
+
+
+@pytest.fixture
+def chat(copy: Path) -> Path:
+    """A folder with a chat template."""
+    write_tokenizer_config(copy, chat_template=TEMPLATE)
+    return copy
+
+
+# The text
+
+
+def library_text(folder: Path, prompts: list[str], **options: Any) -> list[str]:
+    """What jrope.generate and tokenizer.decode make of the prompts."""
+    params, config = jrope.load(folder)
+    rows = [ids_of(prompt) for prompt in prompts]
+    lengths = np.array([len(row) for row in rows])
+    padded = np.array([row + [0] * (lengths.max() - len(row)) for row in rows])
+    out = jrope.generate(params, padded, lengths, config=config, **options)
+    tokenizer, texts = fast(byte_tokenizer()), []
+    for row, tokens, n in zip(rows, out.tokens, out.lengths, strict=True):
+        before = tokenizer.decode(row, skip_special_tokens=True)
+        after = tokenizer.decode([*row, *tokens[:n].tolist()], skip_special_tokens=True)
+        texts.append(after[len(before) :])
+    return texts
+
+
+def test_text_is_the_library_s(capsys: Any, model: Path):
+    out, err = succeed(capsys, "generate", model, "v")
+    assert out == "w" + "x" + ANSWER + "\n"
+    assert [out.removesuffix("\n")] == library_text(model, ["v"])
+    assert err.startswith("[1 prompt tokens, 14 new tokens, first after ")
+    assert "tokens/s" in err and "cpu (" in err and err.count("\n") == 1
+
+
+def test_sampling_is_the_library_s(capsys: Any, model: Path):
+    prompts = ["abc", "no", "x"]
+    words = ("--temperature", "6", "--top-p", "0.9", "--seed", "7", "--top-k", "20")
+    out, _ = succeed(
+        capsys, "generate", model, *prompts, *words, "--max-new-tokens", "12"
+    )
+    sampler = jrope.Sampler(temperature=6, top_p=0.9, top_k=20)
+    key = jax.random.key(7)
+    texts = library_text(model, prompts, sampler=sampler, key=key, max_new_tokens=12)
+    assert out == "".join(
+        f"[{i}/3] {prompt}\n{text}\n"
+        for i, (prompt, text) in enumerate(zip(prompts, texts, strict=True), 1)
+    )
+    assert len({*texts}) == 3 and texts[2] != ANSWER
+
+
+def test_several_prompts(capsys: Any, model: Path):
+    prompts = ["x", "uvw", "q  r\ns"]
+    out, err = succeed(capsys, "generate", model, *prompts, "--max-new-tokens", "5")
+    texts = library_text(model, prompts, max_new_tokens=5)
+    assert texts == [" é\ufffd", "x é\ufffd", "tuvwx"]  # parts of 😀
+    assert out == f"[1/3] x\n{texts[0]}\n[2/3] uvw\n{texts[1]}\n[3/3] q r s\ntuvwx\n"
+    assert "10 prompt tokens, 15 new tokens" in err
+
+
+def test_headings_are_one_line(capsys: Any):
+    report.print_texts(["a\n" + "b" * 99], [SimpleNamespace(text="c\nd")])
+    assert capsys.readouterr().out == f"[1/1] a {'b' * 55}...\nc\nd\n"
+
+
+@pytest.mark.parametrize("ending", [b"", b"\n", b"\r\n"])
+def test_prompt_from_standard_input(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path, ending: bytes
+):
+    pipe(monkeypatch, b"w" + ending)
+    assert succeed(capsys, "generate", model)[0] == f"x{ANSWER}\n"
+
+
+def test_prompt_from_a_file(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+):
+    (tmp_path / "prompt").write_bytes(b"\xef\xbb\xbfa\n\nx\n")
+    words = ("generate", model, "--json", "--file")
+    out, _ = succeed(capsys, *words, tmp_path / "prompt")
+    assert json.loads(out)["answers"][0]["prompt"] == "a\n\nx"
+    pipe(monkeypatch, b"abc")
+    assert json.loads(succeed(capsys, *words, "-")[0])["answers"][0]["prompt"] == "abc"
+
+
+def test_options_may_stand_between_folder_and_prompt(capsys: Any, model: Path):
+    out, _ = succeed(capsys, "generate", model, "--raw", "x", "--seed", "1")
+    assert out == f"{ANSWER}\n"
+
+
+def test_empty_prompt_begins_with_bos(capsys: Any, model: Path, copy: Path):
+    assert succeed(capsys, "generate", model, "")[0] == f"{ANSWER}\n"
+    (copy / "config.json").write_text(json.dumps({**CONFIG, "bos_token_id": None}))
+    assert "it is empty, and the model has no bos" in fail(capsys, "generate", copy, "")
+
+
+def test_json(capsys: Any, model: Path):
+    out, err = succeed(capsys, "generate", model, "w", "--json")
+    found = json.loads(out)
+    assert err == "" and found["model"] == str(model)
+    assert found["answers"] == [
+        {
+            "prompt": "w",
+            "text": f"x{ANSWER}",
+            "prompt_tokens": 1,
+            "new_tokens": 13,
+            "finish": "stop",
+        }
+    ]
+    assert found["first_token_seconds"] > 0 and found["tokens_per_second"] > 0
+    out, _ = succeed(capsys, "generate", model, "w", "--json", "--max-new-tokens", "0")
+    found = json.loads(out)
+    assert found["answers"][0]["text"] == "" and found["tokens_per_second"] is None
+
+
+@pytest.mark.parametrize(
+    ("words", "turns"),
+    [
+        (["x"], "<|user|>x<|assistant|>"),
+        (["x", "--system", "s"], "<|system|>s<|user|>x<|assistant|>"),
+        (["x", "--raw"], "x"),
+    ],
+)
+def test_chat_template(
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    chat: Path,
+    words: list[str],
+    turns: str,
+):
+    seen = record(monkeypatch)
+    out, _ = succeed(capsys, "generate", chat, *words)
+    assert out == f"{ANSWER}\n"
+    assert seen["prompt"].tolist() == [ids_of(turns)]
+
+
+def record(
+    monkeypatch: pytest.MonkeyPatch, tokens: list[int] | None = None
+) -> dict[str, Any]:
+    """What `generate.stream` is called with; `tokens` are its answer instead."""
+    seen: dict[str, Any] = {}
+
+    def stream(params: Any, prompt: Any, lengths: Any, **options: Any) -> Any:
+        seen.update(params=params, prompt=prompt, lengths=lengths, **options)
+        if tokens is not None:
+            return iter([np.array([tokens])])
+        return jrope.stream(params, prompt, lengths, **options)
+
+    monkeypatch.setattr(generate, "stream", stream)
+    return seen
+
+
+def test_options_reach_the_library(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+):
+    seen = record(monkeypatch, [])
+    words = (
+        "--rope yarn:factor=4,original=32 --condense 2 --precision accurate "
+        "--dtype float16 --prefill-chunk 16 --temperature 0.5 --min-p 0.25 "
+        "--repetition-penalty 1.5 --seed 3 --max-new-tokens 2"
+    )
+    succeed(capsys, "generate", model, "x", *words.split())
+    sampler = {"temperature": 0.5, "min_p": 0.25, "repetition_penalty": 1.5}
+    assert seen["sampler"] == jrope.Sampler(**sampler)
+    assert seen["key"] == jax.random.key(3)
+    assert (seen["prefill_chunk"], seen["max_new_tokens"]) == (16, 2)
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(seen["params"])} == {"float16"}
+    yarn = jrope.rope.Yarn(factor=4, original_length=32)
+    expected = with_rope(config_from_hf(CONFIG), yarn, condense=2, precision="accurate")
+    assert seen["config"] == expected
+
+
+def test_new_tokens_end_where_the_model_s_length_does(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+):
+    seen = record(monkeypatch, [])
+    expected = {(1, None): 63, (1, "linear:16"): 256, (64, None): 256}
+    for (length, rope), new in expected.items():
+        words = () if rope is None else ("--rope", rope)
+        succeed(capsys, "generate", model, "x" * length, *words)
+        assert seen["max_new_tokens"] == new
+
+
+def test_eos_of_the_generation_config(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, copy: Path
+):
+    seen = record(monkeypatch, ids_of(ANSWER))
+    stop = {"eos_token_id": [VOCAB["!"], VOCAB["</s>"]]}
+    (copy / "generation_config.json").write_text(json.dumps(stop))
+    assert succeed(capsys, "generate", copy, "x")[0] == f"{ANSWER[:-1]}\n"
+    assert seen["config"].eos_token_id == (VOCAB["!"], VOCAB["</s>"])
+
+
+def test_stop_text(capsys: Any, model: Path):
+    words = ("generate", model, "x", "--json", "--stop")
+    answer = json.loads(succeed(capsys, *words, "😀日", "--stop", "zz")[0])["answers"][
+        0
+    ]
+    assert (answer["text"], answer["finish"], answer["new_tokens"]) == (
+        " é",
+        "stop",
+        10,
+    )
+    answer = json.loads(succeed(capsys, *words, "!!")[0])["answers"][0]
+    assert answer["text"] == ANSWER
+
+
+# Streaming
+
+
+class Recorder(io.StringIO):
+    """Standard output that remembers each write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writes: list[str] = []
+
+    def write(self, text: str) -> int:
+        self.writes.append(text)
+        return super().write(text)
+
+
+def test_text_comes_as_it_is_made(monkeypatch: pytest.MonkeyPatch, model: Path):
+    screen = Recorder()
+    monkeypatch.setattr(sys, "stdout", screen)
+    assert main(["generate", str(model), "u"]) == 0
+    # blocks of 1, 8 and 6 tokens, the second of which ends inside a character
+    assert "".join(screen.writes) == f"vwx{ANSWER}\n"
+    assert [w for w in screen.writes if w] == ["v", "wx é", "😀日!", "\n"]
+
+
+def test_stops_asking_once_every_answer_is_complete(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+):
+    def stream(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+        yield np.array([ids_of("ab")])
+        raise AssertionError("asked for more")
+
+    monkeypatch.setattr(generate, "stream", stream)
+    out, _ = succeed(capsys, "generate", model, "x", "--stop", "b")
+    assert out == "a\n"
+
+
+def test_rate_counts_what_came_after_the_first_block():
+    timing = report.Timing(load=0, first=3.0, total=5.0, early=2)
+    assert timing.rate(12) == 5 and timing.rate(2) is None
+
+
+def test_ctrl_c_keeps_what_was_said(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+):
+    def stream(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+        yield np.array([ids_of("ab")])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "stream", stream)
+    out, err = succeed(capsys, "generate", model, "x", status=130)
+    assert (out, err) == ("ab\n", "jrope: error: interrupted\n")
