@@ -34,7 +34,7 @@ def compile_ahead(
       JropeError: as `generate`.
     """
     request = prepare(prompt, lengths, config, **options)
-    static = {"config": config, "scored": logprobs}
+    static: dict[str, Any] = {"config": config, "scored": logprobs}
     first = (params, *piece_of(request, 0), None, None)
     static_first = {**static, "capacity": request.capacity}
     last, cache, _ = prefill.eval_shape(*first, **static_first)
@@ -51,4 +51,5 @@ def compile_ahead(
         decode.lower(params, cache, rows, request.rules, limit, config=config)
     )
     with ThreadPoolExecutor(len(lowered)) as pool:
-        [*pool.map(lambda program: program.compile(), lowered)]
+        for job in [pool.submit(program.compile) for program in lowered]:
+            job.result()

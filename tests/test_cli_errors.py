@@ -4,6 +4,7 @@ import json
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,9 @@ from cli_helpers import _no_compile_cache as _no_compile_cache
 from cli_helpers import copy as copy
 from cli_helpers import model as model
 
+import jrope
 from jrope.cli import common, generate
+from jrope.cli.loading import Loading
 from jrope.hf import config_from_hf
 
 
@@ -62,8 +65,9 @@ def test_warns_of_filters_without_temperature(capsys: Any, model: Path):
 
 @pytest.fixture
 def _no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is cheap to check is checked before weights are loaded."""
-    monkeypatch.setattr(generate, "load", _raise(AssertionError("loaded")))
+    """What is cheap to check is checked before anybody waits for the weights."""
+    monkeypatch.setattr(Loading, "wait", _raise(AssertionError("waited")))
+    monkeypatch.setattr(generate, "compile_ahead", _raise(AssertionError("compiled")))
 
 
 @pytest.mark.usefixtures("_no_weights")
@@ -119,10 +123,14 @@ def test_tokenizer_errors(capsys: Any, copy: Path):
 
 
 @pytest.mark.usefixtures("_no_weights")
-def test_a_tokenizer_of_another_model(capsys: Any, copy: Path):
-    fewer = {**CONFIG, "vocab_size": 20}
-    (copy / "config.json").write_text(json.dumps(fewer))
-    assert "outside the vocabulary of 20" in fail(capsys, "generate", copy, "xyz")
+def test_a_tokenizer_of_another_model(capsys: Any, copy: Path, tmp_path: Path):
+    params, config = jrope.load(copy)
+    for block in (params["model"]["embed_tokens"], params["lm_head"]):
+        block["weight"] = block["weight"][:20]
+    fewer, beside = replace(config, vocab_size=20), sorted(copy.glob("tokenizer*"))
+    jrope.save(tmp_path / "few", params, fewer, extra_files=beside)
+    error = fail(capsys, "generate", tmp_path / "few", "xyz")
+    assert "outside the vocabulary of 20" in error
 
 
 @pytest.mark.usefixtures("_no_weights")

@@ -38,6 +38,7 @@ ALLOWED = {
     "evaluate": "cache config errors model rope",
     "request": "config errors sample",
     "generate": "cache config errors evaluate fuse model request rope sample",
+    "ahead": "config generate request",
     "hf_rope": "errors frequencies rope",
     "hf": "config errors frequencies hf_rope rope",
     "folders": "errors",

@@ -76,20 +76,12 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)
-        width = prompt.shape[1]
-        new = args.max_new_tokens
-        new = _limit(width, config) if new is None else new
-        options: Options = {
-            "sampler": sampler,
-            "key": jax.random.key(args.seed or 0),
-            "max_new_tokens": new,
-            "prefill_chunk": args.prefill_chunk,
-        }
+        new = _new(args, prompt, config)
+        options = _options(args, sampler, new)
         prepare(prompt, lengths, config, **options)  # finds what is wrong with them
-        _warn(tokenizer, width + new, config)
+        _warn(tokenizer, prompt.shape[1] + new, config)
         compile_ahead(loading.shapes, prompt, lengths, config=config, **options)
-        params, seconds = loading.wait()
-    timing = Timing(load=seconds)
+        params, timing = loading.wait()
     stops = [text for text in args.stop if text]
     answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]
     blocks = stream(params, prompt, lengths, config=config, **options)
@@ -135,9 +127,20 @@ def _encoded(
     ]
 
 
-def _limit(width: int, config: LlamaConfig) -> int:
-    """New tokens when nobody says how many: what the model's length has room for."""
-    longest = reach(config)
+def _options(args: argparse.Namespace, sampler: Sampler, new: int) -> Options:
+    return {
+        "sampler": sampler,
+        "key": jax.random.key(args.seed or 0),
+        "max_new_tokens": new,
+        "prefill_chunk": args.prefill_chunk,
+    }
+
+
+def _new(args: argparse.Namespace, prompt: np.ndarray, config: LlamaConfig) -> int:
+    """New tokens; when nobody says how many, what the model's length has room for."""
+    if args.max_new_tokens is not None:
+        return args.max_new_tokens
+    width, longest = prompt.shape[1], reach(config)
     room = _LIMIT if longest is None else longest - width
     return min(_LIMIT, room) if room > 0 else _LIMIT
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jrope.checkpoint import load, load_shapes
+from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
 from jrope.config import flatten
 
@@ -33,18 +34,18 @@ class Loading:
         self._pool = ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._load, folder, dtype)
 
-    def wait(self) -> tuple[Any, float]:
-        """The parameters, and the seconds that loading took; with a bar meanwhile."""
+    def wait(self) -> tuple[Any, Timing]:
+        """The parameters, and how long loading took; a bar meanwhile."""
         with Progress("loading", self._total) as progress:
             while not self._future.done():
                 progress("", self._arrived - progress.done)
                 wait([self._future], timeout=0.1)
         return self._future.result()
 
-    def _load(self, folder: Path, dtype: str | None) -> tuple[Any, float]:
+    def _load(self, folder: Path, dtype: str | None) -> tuple[Any, Timing]:
         start = time.perf_counter()
         params, _ = load(folder, dtype, progress=self._count)
-        return params, time.perf_counter() - start
+        return params, Timing(load=time.perf_counter() - start)
 
     def _count(self, _: str, nbytes: int) -> None:
         if self._unwanted:

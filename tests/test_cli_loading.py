@@ -1,0 +1,56 @@
+"""Weights that are loaded in a thread: they arrive, fail, or are no longer wanted."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from cli_helpers import model as model
+
+from jrope.checkpoint import load
+from jrope.cli import loading
+from jrope.cli.loading import Loading
+from jrope.errors import JropeError
+
+
+def kinds(tree: Any) -> Any:
+    return jax.tree.map(lambda x: (x.shape, np.dtype(x.dtype)), tree)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_what_arrives(model: Path, dtype: str | None) -> None:
+    expected, _ = load(model, dtype)
+    with Loading(model, dtype) as weights:
+        assert kinds(weights.shapes) == kinds(expected)
+        params, timing = weights.wait()
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert timing.load > 0
+
+
+def test_an_error_of_the_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def shorter(*_: Any, **__: Any) -> Any:
+        raise JropeError("it became shorter")
+
+    monkeypatch.setattr(loading, "load", shorter)
+    with pytest.raises(JropeError, match="became shorter"), Loading(model, None) as w:
+        w.wait()
+
+
+def test_leaving_early(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread ends with the tensor at hand, not with the folder."""
+    left, arrived = threading.Event(), []
+
+    def slow(*args: Any, progress: Any) -> Any:
+        for name in "abc":
+            left.wait(10)
+            arrived.append(name)
+            progress(name, 1)
+
+    monkeypatch.setattr(loading, "load", slow)
+    with pytest.raises(JropeError, match="prompt"), Loading(model, None) as weights:
+        weights._unwanted = True  # as leaving sets it, but before the tensor arrives
+        left.set()
+        raise JropeError("prompt: it is empty")
+    assert arrived == ["a"]
