@@ -7,10 +7,8 @@ well, and the folder appears whole or not at all.  No torch.
 """
 
 import shutil
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -130,11 +128,11 @@ def _arrays(
         yield from map(fetch, names)
         return
     with ThreadPoolExecutor(READERS) as pool:
-        todo = iter(names)
-        ahead = deque(pool.submit(fetch, name) for name in islice(todo, READERS))
-        while ahead:
-            yield ahead.popleft().result()
-            ahead.extend(pool.submit(fetch, name) for name in islice(todo, 1))
+        try:
+            for arriving in [pool.submit(fetch, name) for name in names]:
+                yield arriving.result()
+        finally:  # after an error, and when nobody takes the next one
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def save(

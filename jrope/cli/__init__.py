@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 from jrope.errors import JropeError
 
@@ -25,6 +25,7 @@ COMMANDS = {
     "bench": "measure speed beside the device's own limits",
 }
 _COMPILING = ("generate", "parity", "evaluate")
+_TORCHLESS = ("generate", "evaluate")  # of transformers they need the tokenizers only
 _LONGEST = 2000  # characters of an error line
 
 
@@ -45,7 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
       The exit status.  With JROPE_DEBUG in the environment, errors are raised instead.
     """
     try:
-        status = _dispatch([*(sys.argv[1:] if argv is None else argv)])
+        words = [*(sys.argv[1:] if argv is None else argv)]
+        if argv is None and words and words[0] in _TORCHLESS:
+            # transformers imports PyTorch where it can, which takes seconds.
+            sys.modules.setdefault("torch", cast(Any, None))
+        status = _dispatch(words)
         sys.stdout.flush()
         return status
     except SystemExit as stop:  # --help, --version
