@@ -31,6 +31,7 @@ from jrope.folders import (
     read_json,
 )
 from jrope.hf import config_from_hf, config_to_hf
+from jrope.int8 import EMBEDDING, HEAD, Quantize, is_quantized, keeper
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 
@@ -48,7 +49,6 @@ __all__ = [
 
 Progress: TypeAlias = Callable[[str, int], None]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_SIZE = 5 * 2**30
 READERS = 4  # one alone reads from the page cache at a quarter of a GPU's copy rate
 
@@ -58,6 +58,7 @@ def load(
     dtype: Any = None,
     *,
     revision: str | None = None,
+    quantize: Quantize | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Load a LLaMA from a Hugging Face folder or hub repository.
@@ -70,6 +71,8 @@ def load(
       dtype: float32, bfloat16 or float16 (a name or a dtype) to cast to; None keeps
         each tensor's own.
       revision: branch, tag or commit of a hub repository.
+      quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
+        (after `dtype`); memory is that of the int8 tree and one tensor.
       progress: called with the name and bytes of each tensor that has arrived.
 
     Returns:
@@ -85,16 +88,19 @@ def load(
     folder = find_folder(path_or_repo, revision)
     config = read_llama_config(folder)
     tensors = open_tensors(folder)
+    keep = keeper(config, quantize)
     params: dict[str, jax.Array] = {}
     for name, host in _read_all(
         tensors, checked_names(folder, tensors, config), wanted
     ):
-        array = jax.device_put(host)
-        params[name] = array.block_until_ready()
+        array = jax.device_put(host).block_until_ready()
+        size = array.nbytes
         del host
+        params |= keep(name, array)
+        del array
         jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
         if progress is not None:
-            progress(name, array.nbytes)
+            progress(name, size)
     return nest(params), config
 
 
@@ -142,9 +148,13 @@ def save(
       The folder.
 
     Raises:
-      JropeError: arrays missing, left over, of wrong shape or dtype, all at once; a
-        configuration without words in Hugging Face; a folder with other files in it.
+      JropeError: arrays missing, left over, of wrong shape or dtype, all at once;
+        quantised ones; a configuration without words in Hugging Face; a folder with
+        other files in it.
     """
+    if is_quantized(params):
+        hint = "`jrope.dequantize` them first; what rounding lost stays lost"
+        raise JropeError(f"cannot save {folder}: int8 parameters; {hint}")
     flat = flatten(params)
     shapes = {name: tuple(np.shape(array)) for name, array in flat.items()}
     dtypes = {name: np.dtype(array.dtype) for name, array in flat.items()}

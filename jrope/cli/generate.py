@@ -12,6 +12,7 @@ import numpy as np
 from jrope.checkpoint import load, open_tensors, read_llama_config
 from jrope.cli.common import (
     add_dtype_argument,
+    add_quantize_argument,
     add_rope_arguments,
     apply_rope,
     number,
@@ -31,6 +32,7 @@ from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import find_folder
 from jrope.generate import stream
+from jrope.int8 import Quantize
 from jrope.request import Options, prepare
 from jrope.sample import Sampler
 
@@ -63,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
+    add_quantize_argument(parser)
     add_rope_arguments(parser)
 
 
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     }
     prepare(prompt, lengths, config, **options)  # finds what is wrong with them
     _warn(tokenizer, width + new, config)
-    params, timing = _load(folder, args.dtype)
+    params, timing = _load(folder, args.dtype, args.quantize)
     stops = [text for text in args.stop if text]
     answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]
     blocks = stream(params, prompt, lengths, config=config, **options)
@@ -148,7 +151,9 @@ def _warn(tokenizer: Any, total: int, config: LlamaConfig) -> None:
         )
 
 
-def _load(folder: Path, dtype: str | None) -> tuple[Any, Timing]:
+def _load(
+    folder: Path, dtype: str | None, quantize: Quantize | None
+) -> tuple[Any, Timing]:
     start = time.perf_counter()
     slots = open_tensors(folder).slots.values()
     size = sum(slot.stop - slot.start for slot in slots)
@@ -156,7 +161,7 @@ def _load(folder: Path, dtype: str | None) -> tuple[Any, Timing]:
         width = 4 if dtype == "float32" else 2
         size = sum(width * int(np.prod(slot.shape)) for slot in slots)
     with Progress("loading", size) as progress:
-        params, _ = load(folder, dtype, progress=progress)
+        params, _ = load(folder, dtype, quantize=quantize, progress=progress)
     return params, Timing(load=time.perf_counter() - start)
 
 
