@@ -2,12 +2,12 @@
 
 A matrix W [out, in] becomes integers q and one scale for each row, which is an output:
 
-    s[o] = max_i |W[o, i]| / 127,   q[o, i] = round(W[o, i] / s[o]),   W ~ s q
+    m[o] = max_i |W[o, i]|,  s[o] = m[o] / 127,  q[o, i] = round(W[o, i] (127 / m[o]))
 
-in float32, halves to even; no element is off by more than s / 2.  Activations stay what
-they are, so that (W x)[o] = s[o] sum_i q[o, i] x[i]: a factor after the sum.
+in float32, halves to even; s q is W to within s / 2.  Activations stay what they are,
+so that (W x)[o] is s[o] sum_i q[o, i] x[i]: a factor after the sum.
 
-Source: absmax quantisation with a scale for each output, Dettmers et al. 2022
+Source: absmax quantisation, a scale for each output of W, Dettmers et al. 2022
 (arXiv:2208.07339, sections 2.1 and 3.1), here of the weights alone.
 """
 
@@ -98,7 +98,8 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 
 def quantize_tensor(name: str, array: Any) -> dict[str, jax.Array]:
     """One matrix [out, in] as its integers and its scales [out], by name."""
-    weight, scale = _quantize(jnp.asarray(array))
+    # As an argument: XLA would multiply by a constant's rounded inverse.
+    weight, scale = _quantize(jnp.asarray(array), LIMIT)
     return {name: weight, _scale_name(name): scale}
 
 
@@ -137,11 +138,14 @@ def weight_bytes(
 
 
 @jax.jit
-def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    w = w.astype(jnp.float32)
-    scale = jnp.max(jnp.abs(w), axis=1) / LIMIT
-    whole = jnp.round(w / jnp.where(scale == 0, np.float32(1), scale)[:, None])
-    return jnp.clip(whole, -LIMIT, LIMIT).astype(jnp.int8), scale
+def _quantize(w: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    most = jnp.max(jnp.abs(w), axis=1)
+    w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
+    most = most.astype(jnp.float32)
+    nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
+    steps = jnp.where(nothing, 0, limit / most)[:, None]
+    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -limit, limit)
+    return whole.astype(jnp.int8), jnp.where(nothing, 0, most / limit)
 
 
 @partial(jax.jit, static_argnames=("dtype",))

@@ -19,6 +19,7 @@ from jrope.config import LlamaConfig
 from jrope.growing import attend_growing
 from jrope.rope import rotate
 
+BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -205,13 +206,35 @@ def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
     if jax.default_backend() == "cpu" and axis == 1 and w.dtype.itemsize <= 2:
         # XLA's CPU backend would transpose all weights once, ahead of a decode loop.
         w, x = jax.lax.optimization_barrier((w, x))
-    if w.dtype == jnp.int8:  # every one is exact in 16 bits
-        w = w.astype(x.dtype)
+    if w.dtype == jnp.int8:
+        if jax.default_backend() == "cpu":
+            return _product_in_blocks(x, w)
+        w = w.astype(x.dtype)  # exact; a GPU does it on the way to its tensor cores
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     precision = matmul_precision(x.dtype)
     return jax.lax.dot_general(
         x, w, contract, precision=precision, preferred_element_type=asked
     )
+
+
+def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] times int8 w [out, in]: float32 [..., out].
+
+    XLA's CPU backend widens integers before a product, and outside a loop it widens
+    those of all layers before the first: here it holds one block of them.
+    """
+    out = w.shape[0]
+    size = min(BLOCK, -(-out // 2))  # a loop of one step would be no loop
+
+    def block(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * size, out - size)  # the last may overlap another
+        part = jax.lax.dynamic_slice_in_dim(w, start, size).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(
+            y, _product(x, part, 1, jnp.float32), start, axis=-1
+        )
+
+    y = jnp.zeros((*x.shape[:-1], out), jnp.float32)
+    return jax.lax.fori_loop(0, -(-out // size), block, y)
 
 
 def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
