@@ -18,6 +18,7 @@ from conftest import make_tiny_hf
 import jrope
 from jrope import int8
 from jrope.bench_model import (
+    cache_bytes,
     named_shape,
     random_params,
     read_bytes,
@@ -36,13 +37,13 @@ from jrope.generate import generate
 from jrope.hf import config_from_hf
 from jrope.int8 import dequantize, quantize, weight_bytes
 from jrope.lab.journal import read_journal
+from jrope.layers import BLOCK
 from jrope.model import forward
 
 MODELS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tied": True, "kv_heads": 1},
-    "biases": {"kv_heads": 4, "bias": True},
-    "tied, biases": {"tied": True, "bias": True, "head_dim": 24},
+    "biases": {"kv_heads": 4, "bias": True, "head_dim": 24, "layers": 1},
 }
 each_model = pytest.mark.parametrize("case", MODELS)
 TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
@@ -291,9 +292,8 @@ def test_decoding_is_the_full_pass(case: str, rows: int, dtype: str) -> None:
     assert gap <= (4e-6 if dtype == "float32" else 2.0**-5)
 
 
-@each_model
-def test_generate_and_score_take_it(case: str) -> None:
-    params, config = model(case)
+def test_generate_and_score_take_it() -> None:
+    params, config = model("tied")
     narrow = quantize(params)
     plain = dequantize(narrow)
     options: dict[str, Any] = {"config": config, "max_new_tokens": 12}
@@ -330,27 +330,32 @@ def test_decoding_one_row_holds_no_wide_weights(dtype: str, tied: bool) -> None:
     sizes = [leaf.nbytes for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8]
     program = Decode(params, config, np.full(1, 32), 4, 64).program
     assert program.temp < max(sizes) / 2, "not even one matrix's integers twice"
-    assert_loop_carries_no_wide_matrix(program.call.as_text())
+    assert_loop_carries_no_wide_matrix(program.call.as_text(), plain=not tied)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_rows_widens_a_matrix_at_a_time(dtype: str) -> None:
-    """XLA's CPU backend widens for a product; not ahead of the loop, for all layers."""
+def test_decoding_rows_widens_a_block_at_a_time(dtype: str) -> None:
+    """XLA's CPU backend widens for a product; left alone, the weights of all layers.
+
+    (In bfloat16 it widens the cache, too.)
+    """
     temps = []
     for layers in (2, 6):
         config, params = middling(layers, dtype)
         program = Decode(params, config, np.full(2, 32), 4, 64).program
         assert_loop_carries_no_wide_matrix(program.call.as_text())
         temps.append(program.temp)
-    assert temps[1] - temps[0] < 2**20, "nothing more for four more layers"
+    more = cache_bytes(config, 2 * 64, 4) if dtype == "bfloat16" else 2**18
+    assert temps[1] - temps[0] < more, "nothing more for four more layers"
+    assert temps[1] < 2 * 4 * BLOCK * 1536
 
 
-def assert_loop_carries_no_wide_matrix(hlo: str) -> None:
+def assert_loop_carries_no_wide_matrix(hlo: str, plain: int = 0) -> None:
     """What the decode loop carries around: the integers, and no matrix of floats."""
-    (loop,) = (s for s in hlo.splitlines() if " while(" in s and "s8[8192,576]" in s)
-    carried = loop.split(" while(")[0]
-    assert "s8[960,576]" in carried
-    assert not re.search(r"f(32|16)\[(960|576|3072|8192),", carried)
+    loops = [s.split(" while(")[0] for s in hlo.splitlines() if " while(" in s]
+    (carried,) = (s for s in loops if "s8[8192,576]" in s and "s8[960,576]" in s)
+    floats = re.findall(r"f(?:32|16)\[(?:960|576|3072|8192),", carried)
+    assert len(floats) == plain, "but an embedding that is no head"
 
 
 def test_loading_holds_the_integers_and_one_wide_tensor(tmp_path: Path) -> None:
@@ -379,7 +384,7 @@ def test_loading_holds_the_integers_and_one_wide_tensor(tmp_path: Path) -> None:
 def test_quantising_makes_no_wider_copy(dtype: str) -> None:
     w = jax.ShapeDtypeStruct((2048, 1024), jnp.dtype(dtype))
     memory = int8._quantize.lower(w, int8.LIMIT).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= w.size * w.dtype.itemsize
+    assert memory.temp_size_in_bytes <= w.size * w.dtype.itemsize + 8 * 2048
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -447,17 +452,17 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bench_counts_integers_and_scales(quick: None, capsys: Any) -> None:
     words = ["--shape", "smollm2-135m", "--layers", "1", "--context", "64"]
-    words += ["--new", "4", "--repeat", "1", "--batch", "1,2", "--json", "-"]
+    words += ["--new", "4", "--repeat", "1", "--batch", "1,2", "--only", "decode"]
+    words += ["--json", "-"]
     assert main(["bench", *words, "--quantize", "int8"]) == 0
     out, err = capsys.readouterr()
-    assert "1 layers, bfloat16, int8 weights: 32" in err
+    assert "1 layers, bfloat16, int8 weights: 32.1 MB of weights" in err
     report, config = json.loads(out), with_layers(named_shape("smollm2-135m"), 1)
     assert report["model"]["quantize"] == "int8"
     assert report["model"]["dtype"] == "bfloat16"
     bytes_ = sum(weight_bytes(config, 2, "int8").values())
     assert report["model"]["weight_bytes"] == report["model"]["read_bytes"] == bytes_
-    steps = [row for row in report["rows"] if row["work"] == "decode"]
-    for row, filled in zip(steps, (64 + 2, 2 * 48 + 2 * 2), strict=True):
+    for row, filled in zip(report["rows"], (64 + 2, 2 * 48 + 2 * 2), strict=True):
         assert row["counted"] == step_bytes(config, filled, 2, "int8")
         at_best = row["counted"] / row["seconds"] / report["ceilings"]["read"]
         assert row["of_ceiling"] == pytest.approx(at_best)
@@ -465,8 +470,9 @@ def test_bench_counts_integers_and_scales(quick: None, capsys: Any) -> None:
     assert {row["order"] for row in report["rows"]} == {"out_in"}
 
 
-def test_bench_takes_a_folder_and_leaves_it_plain(quick: None, capsys: Any) -> None:
+def test_bench_takes_a_folder(quick: None, capsys: Any) -> None:
     words = ["--context", "16", "--new", "2", "--repeat", "1", "--fuse", "none"]
+    words += ["--only", "prefill"]
     words += ["--quantize", "int8", "--json", "-"]
     assert main(["bench", str(EMBEDDED), *words]) == 0
     report = json.loads(capsys.readouterr().out)
