@@ -219,7 +219,7 @@ def embed(model: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     # As unsigned, a negative id is out of range too, not counted from the end.
     ids, leaves = tokens.astype(jnp.uint32), model["embed_tokens"]
     weight = jnp.asarray(leaves["weight"])
-    if jax.default_backend() == "cpu" and weight.dtype.itemsize <= 2:
+    if jax.default_backend() == "cpu" and weight.dtype.itemsize == 2:
         # XLA's CPU backend would widen the whole table once, ahead of a decode loop.
         weight, ids = jax.lax.optimization_barrier((weight, ids))
     if "scale" not in leaves:
