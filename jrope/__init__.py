@@ -21,6 +21,8 @@ from jrope.evaluate import score as score
 from jrope.generate import Generation as Generation
 from jrope.generate import generate as generate
 from jrope.generate import stream as stream
+from jrope.int8 import dequantize as dequantize
+from jrope.int8 import quantize as quantize
 from jrope.model import Llama as Llama
 from jrope.model import forward as forward
 from jrope.model import init_params as init_params

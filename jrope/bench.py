@@ -27,7 +27,6 @@ from jrope.bench_model import (
     cache_bytes,
     prefill_flops,
     step_bytes,
-    weight_count,
 )
 from jrope.bench_report import Row, Work
 from jrope.bench_runs import (
@@ -42,6 +41,7 @@ from jrope.bench_runs import (
 from jrope.bench_versus import Peer
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
+from jrope.int8 import Quantize, is_quantized, weight_bytes
 from jrope.request import bucket
 from jrope.sample import Sampler
 
@@ -126,8 +126,9 @@ class Bench:
     ) -> None:
         self.weights, self.config, self.plan = weights, config, plan
         self.ceilings, self.peer = ceilings, peer
-        table = weights.arranged("none")["model"]["embed_tokens"]["weight"]
-        self.itemsize: int = table.dtype.itemsize
+        tree = weights.arranged("none")
+        self.itemsize: int = tree["model"]["norm"]["weight"].dtype.itemsize
+        self.quantize: Quantize | None = "int8" if is_quantized(tree) else None
 
     def rows(self) -> Iterator[Row]:
         """Every row as soon as it is known."""
@@ -184,7 +185,7 @@ class Bench:
             counted = prefill_flops(self.config, row.batch, row.context)
         else:
             filled = row.batch * row.context + row.batch * row.new // 2
-            counted = step_bytes(self.config, filled, self.itemsize)
+            counted = step_bytes(self.config, filled, self.itemsize, self.quantize)
         best = self.ceilings.matmul if prompt else self.ceilings.read
         return replace(
             row,
@@ -246,7 +247,8 @@ class Bench:
 
     def _check_size(self, task: Task, capacity: int) -> None:
         copies = 1 if self.peer is None or task.order == "none" else 2
-        weights = copies * weight_count(self.config) * self.itemsize
+        sizes = weight_bytes(self.config, self.itemsize, self.quantize)
+        weights = copies * sum(sizes.values())
         cache = cache_bytes(self.config, task.batch * capacity, self.itemsize)
         text = f"weights {weights / 1e9:.2f} + cache {cache / 1e9:.2f} GB are"
         check_fits(weights + cache, text)

@@ -18,6 +18,7 @@ import numpy as np
 from jrope.config import LlamaConfig, Tree, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.fuse import fuse, unfuse
+from jrope.int8 import EMBEDDING, Quantize, matrices, weight_bytes
 from jrope.rope import Rope
 
 Order = Literal["none", "out_in", "in_out"]
@@ -61,8 +62,11 @@ def first_layers(params: Mapping[str, Any], count: int) -> Tree:
     return {**params, "model": {**model, "layers": layers}}
 
 
-def random_params(config: LlamaConfig, dtype: Any) -> Tree:
-    """Weights that never leave the device: uniform noise in `dtype`, norms one."""
+def random_params(config: LlamaConfig, dtype: Any, how: Quantize | None = None) -> Tree:
+    """Weights that never leave the device: uniform noise in `dtype`, norms one.
+
+    With "int8" the matrices that `jrope.quantize` takes are made as integers.
+    """
 
     @partial(jax.jit, static_argnames=("shape",))
     def noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -72,10 +76,22 @@ def random_params(config: LlamaConfig, dtype: Any) -> Tree:
         centred = bits.astype(jnp.float32) / np.float32(2**15) - np.float32(1)
         return (centred * np.float32(config.initializer_range)).astype(dtype)
 
-    shapes = parameter_shapes(config)
-    return nest(
-        {name: noise(i, shape) for i, (name, shape) in enumerate(shapes.items())}
-    )
+    @partial(jax.jit, static_argnames=("shape",))
+    def integers(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
+        bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
+        whole = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
+        scale = np.float32(config.initializer_range / 127)
+        return whole, jnp.full(shape[:1], scale, jnp.float32)
+
+    shapes, flat = parameter_shapes(config), dict[str, jax.Array]()
+    chosen = set[str]() if how is None else matrices(shapes)
+    for i, (name, shape) in enumerate(shapes.items()):
+        if name in chosen:
+            names = (name, name.removesuffix("weight") + "scale")
+            flat |= zip(names, integers(i, shape), strict=True)
+        else:
+            flat[name] = noise(i, shape)
+    return nest(flat)
 
 
 class Weights:
@@ -139,9 +155,19 @@ def cache_bytes(config: LlamaConfig, slots: int, itemsize: int) -> int:
     return 2 * config.num_hidden_layers * width * slots * itemsize
 
 
-def step_bytes(config: LlamaConfig, filled: int, itemsize: int) -> int:
+def read_bytes(config: LlamaConfig, itemsize: int, how: Quantize | None = None) -> int:
+    """Bytes of the weights that a step reads (`read_weights`), scales included."""
+    sizes = weight_bytes(config, itemsize, how)
+    table = 0 if config.tie_word_embeddings else sizes[EMBEDDING]
+    return sum(sizes.values()) - table
+
+
+def step_bytes(
+    config: LlamaConfig, filled: int, itemsize: int, how: Quantize | None = None
+) -> int:
     """Bytes a decode step must read: weights, and the filled slots of all rows."""
-    return read_weights(config) * itemsize + cache_bytes(config, filled, itemsize)
+    slots = cache_bytes(config, filled, itemsize)
+    return read_bytes(config, itemsize, how) + slots
 
 
 def prefill_flops(config: LlamaConfig, batch: int, count: int) -> int:

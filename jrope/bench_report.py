@@ -9,8 +9,9 @@ from typing import Literal, final
 import jax
 
 from jrope.bench_device import Ceilings, Kernel, describe_device
-from jrope.bench_model import cache_bytes, read_weights, weight_count
+from jrope.bench_model import cache_bytes, read_bytes, weight_count
 from jrope.config import LlamaConfig
+from jrope.int8 import Quantize, weight_bytes
 
 Work = Literal["prefill", "decode"]
 WIDTH = "{:<8}{:<23}{:<9}{:<8}{:>5}{:>8}{:>12}{:>11}{:>7}{:>11}{:>7}{:>9}{:>9}{:>8}"
@@ -120,20 +121,21 @@ class Report:
     """A whole run: what it ran on, what it ran, the ceilings, the rows."""
 
     model: str
-    dtype: str
+    dtype: str  # of the activations, and of the weights that are not quantised
     config: LlamaConfig
     command: tuple[str, ...]
     ceilings: Ceilings
     rows: tuple[Row, ...] = ()
     busy: float | None = None  # the host's load before anything was measured
     load_seconds: float | None = None
+    quantize: Quantize | None = None
 
     def head(self) -> list[str]:
         """Device, versions, model and ceilings, above the table."""
         device, versions = describe_device(), package_versions()
         on = device["kind"] if device["kind"] != "cpu" else device["processor"]
         driver = f", driver {device['driver']}" if device["driver"] else ""
-        size = weight_count(self.config) * _itemsize(self.dtype)
+        size = self._weight_bytes()
         best = self.ceilings
         limits = [
             f"reads {_si(best.read, 'B/s')}",
@@ -144,8 +146,8 @@ class Report:
         lines = [
             f"{on}{driver}, {device['cores']} processor cores",
             ", ".join(f"{name} {number}" for name, number in versions.items()),
-            f"{self.model}, {self.config.num_hidden_layers} layers, {self.dtype}: "
-            f"{_si(size, 'B')} of weights",
+            f"{self.model}, {self.config.num_hidden_layers} layers, {self.dtype}"
+            f"{', int8 weights' if self.quantize else ''}: {_si(size, 'B')} of weights",
             f"at best the device {', '.join(limits)}",
         ]
         if self.load_seconds is not None:
@@ -179,14 +181,19 @@ class Report:
         """Every row of the table, once all is known."""
         return [line for row in self.rows for line in row.lines()]
 
+    def _weight_bytes(self) -> int:
+        sizes = weight_bytes(self.config, _itemsize(self.dtype), self.quantize)
+        return sum(sizes.values())
+
     def to_json(self) -> str:
         """Everything; kernels of a profile in full."""
         config, itemsize = self.config, _itemsize(self.dtype)
         sizes = {
             "layers": config.num_hidden_layers,
             "parameters": weight_count(config),
-            "weight_bytes": weight_count(config) * itemsize,
-            "read_bytes": read_weights(config) * itemsize,
+            "quantize": self.quantize,
+            "weight_bytes": self._weight_bytes(),
+            "read_bytes": read_bytes(config, itemsize, self.quantize),
             "slot_bytes": cache_bytes(config, 1, itemsize),
         }
         shape = asdict(config)

@@ -47,7 +47,7 @@ class Decode:
         new: int,
         capacity: int,
     ) -> None:
-        batch, dtype = len(lengths), params["model"]["embed_tokens"]["weight"].dtype
+        batch, dtype = len(lengths), params["model"]["norm"]["weight"].dtype
         prompt = np.ones((batch, 1), np.int32)
         request = prepare(prompt, None, config, max_new_tokens=new + 1, stop_ids=())
         self.params, self.rules, self.new = params, request.rules, new

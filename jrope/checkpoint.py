@@ -9,6 +9,7 @@ well, and the folder appears whole or not at all.  No torch.
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,6 +30,7 @@ from jrope.folders import (
     read_json,
 )
 from jrope.hf import config_from_hf, config_to_hf
+from jrope.int8 import EMBEDDING, HEAD, Quantize, is_quantized, keeper
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 
@@ -46,7 +48,6 @@ __all__ = [
 
 Progress: TypeAlias = Callable[[str, int], None]
 
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 SHARD_SIZE = 5 * 2**30
 READERS = 8  # one alone reads and copies at a fraction of what a GPU's link carries
 
@@ -56,6 +57,7 @@ def load(
     dtype: Any = None,
     *,
     revision: str | None = None,
+    quantize: Quantize | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Load a LLaMA from a Hugging Face folder or hub repository.
@@ -68,6 +70,8 @@ def load(
       dtype: float32, bfloat16 or float16 (a name or a dtype) to cast to; None keeps
         each tensor's own.
       revision: branch, tag or commit of a hub repository.
+      quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
+        (after `dtype`); memory is that of the int8 tree and one tensor (or eight).
       progress: called with the name and bytes of each tensor that has arrived.
 
     Returns:
@@ -81,16 +85,23 @@ def load(
     """
     wanted = _dtype(dtype)
     tensors, names, config = _open(find_folder(path_or_repo, revision))
+    keep = keeper(config, quantize)
     params: dict[str, jax.Array] = {}
-    for name, array in zip(names, _arrays(tensors, names, wanted), strict=True):
-        params[name] = array
+    for name, (kept, size) in zip(
+        names, _arrivals(tensors, names, wanted, keep), strict=True
+    ):
+        params |= kept
         if progress is not None:
-            progress(name, array.nbytes)
+            progress(name, size)
     return nest(params), config
 
 
 def load_shapes(
-    path_or_repo: PathLike, dtype: Any = None, *, revision: str | None = None
+    path_or_repo: PathLike,
+    dtype: Any = None,
+    *,
+    revision: str | None = None,
+    quantize: Quantize | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """What `load` gives for the same arguments, with a ShapeDtypeStruct for each array.
 
@@ -98,13 +109,12 @@ def load_shapes(
     """
     wanted = _dtype(dtype)
     tensors, names, config = _open(find_folder(path_or_repo, revision))
-    slots = ((name, tensors.slots[name]) for name in names)
-    return nest(
-        {
-            name: jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
-            for name, slot in slots
-        }
-    ), config
+    keep, shapes = keeper(config, quantize), dict[str, Any]()
+    for name in names:
+        slot = tensors.slots[name]
+        array = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
+        shapes |= jax.eval_shape(partial(keep, name), array)
+    return nest(shapes), config
 
 
 def _open(folder: Path) -> tuple[Tensors, list[str], LlamaConfig]:
@@ -114,15 +124,21 @@ def _open(folder: Path) -> tuple[Tensors, list[str], LlamaConfig]:
     return tensors, checked_names(folder, tensors, config), config
 
 
-def _arrays(
-    tensors: Tensors, names: Sequence[str], dtype: np.dtype[Any] | None
-) -> Iterator[jax.Array]:
-    """Every tensor on the device, in order; before an accelerator, several at once."""
+def _arrivals(
+    tensors: Tensors,
+    names: Sequence[str],
+    dtype: np.dtype[Any] | None,
+    keep: Callable[[str, jax.Array], dict[str, jax.Array]],
+) -> Iterator[tuple[dict[str, jax.Array], int]]:
+    """What is kept of every tensor, on the device, in order; and the bytes it had.
 
-    def fetch(name: str) -> jax.Array:
+    Before an accelerator several are read, copied and reduced at once.
+    """
+
+    def fetch(name: str) -> tuple[dict[str, jax.Array], int]:
         array = jax.device_put(tensors.read(name, dtype)).block_until_ready()
         jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
-        return array
+        return keep(name, array), array.nbytes
 
     if jax.default_backend() == "cpu":  # where the arrays stay
         yield from map(fetch, names)
@@ -158,9 +174,13 @@ def save(
       The folder.
 
     Raises:
-      JropeError: arrays missing, left over, of wrong shape or dtype, all at once; a
-        configuration without words in Hugging Face; a folder with other files in it.
+      JropeError: arrays missing, left over, of wrong shape or dtype, all at once;
+        quantised ones; a configuration without words in Hugging Face; a folder with
+        other files in it.
     """
+    if is_quantized(params):
+        hint = "`jrope.dequantize` them first; what rounding lost stays lost"
+        raise JropeError(f"cannot save {folder}: int8 parameters; {hint}")
     flat = flatten(params)
     shapes = {name: tuple(np.shape(array)) for name, array in flat.items()}
     dtypes = {name: np.dtype(array.dtype) for name, array in flat.items()}

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jrope.config import LlamaConfig, Tree
 from jrope.errors import JropeError
+from jrope.int8 import is_quantized
 from jrope.layers import FUSED
 
 Order = Literal["out_in", "in_out"]
@@ -28,11 +29,14 @@ def fuse(params: Mapping[str, Any], order: Order = "out_in") -> Tree:
       order: of the layers' matrices: "out_in" for one row, "in_out" for batches.
 
     Raises:
-      JropeError: another order.
+      JropeError: another order; in_out of quantised parameters.
     """
     names = {"out_in": ("kernel", "weight"), "in_out": ("weight", "kernel")}
     if order not in names:
         raise JropeError(f"order: got {order!r}, want one of {', '.join(names)}")
+
+    if order == "in_out" and is_quantized(params):
+        raise JropeError("order: int8 weights have a scale for each row; want out_in")
 
     def change(block: Mapping[str, Any]) -> Tree:
         return {n: _turn(leaves, *names[order]) for n, leaves in _join(block).items()}

@@ -19,6 +19,7 @@ from jrope.config import LlamaConfig
 from jrope.growing import attend_growing
 from jrope.rope import rotate
 
+BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -155,19 +156,23 @@ def linear(
 ) -> jax.Array:
     """factor * x W^T + b for W [out, in], summed in float32, rounded once to `dtype`.
 
-    A single 16-bit token is a multiply and a reduction: on GPU and CPU it streams the
-    weights faster than a matrix product of one row.  `fuse` may hold W as a `kernel`
-    [in, out] instead, which suits larger batches.
+    A single token that meets 8- or 16-bit weights is a multiply and a reduction: on GPU
+    and CPU it streams them faster than a matrix product of one row.  `fuse` may hold W
+    as a `kernel` [in, out] instead, which suits larger batches; `quantize` holds it as
+    integers, whose `scale` [out] comes after the sum.
     """
-    bias = weights.get("bias")
+    bias, scale = weights.get("bias"), weights.get("scale")
     dtype = x.dtype if dtype is None else dtype
-    exact = dtype if bias is None and factor is None else jnp.float32
+    plain = bias is None and factor is None and scale is None
+    exact = dtype if plain else jnp.float32
     if _is_row(weights, x):
         y = _row_product(x, weights["weight"])
     elif "kernel" in weights:
         y = _product(x, weights["kernel"], 0, exact)
     else:
         y = _product(x, weights["weight"], 1, exact)
+    if scale is not None:
+        y = y * _like(scale, y)
     if factor is not None:
         y = y * factor
     if bias is not None:
@@ -176,9 +181,9 @@ def linear(
 
 
 def _is_row(weights: Mapping[str, jax.Array], x: jax.Array) -> bool:
-    """Whether x is a single token to meet 16-bit weights [out, in]."""
+    """Whether x is a single token to meet 8- or 16-bit weights [out, in]."""
     single = x.size == x.shape[-1] and "weight" in weights
-    return single and jnp.dtype(weights["weight"].dtype).itemsize == 2
+    return single and jnp.dtype(weights["weight"].dtype).itemsize <= 2
 
 
 def _inverse_rms(x: jax.Array, eps: float) -> jax.Array:
@@ -198,14 +203,38 @@ def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
     # A GPU rounds its float32 sums to a 16-bit result for free; XLA's CPU backend is
     # three times faster when asked for float32 and rounded after.
     asked = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    if jax.default_backend() == "cpu" and axis == 1 and w.dtype.itemsize == 2:
+    if jax.default_backend() == "cpu" and axis == 1 and w.dtype.itemsize <= 2:
         # XLA's CPU backend would transpose all weights once, ahead of a decode loop.
         w, x = jax.lax.optimization_barrier((w, x))
+    if w.dtype == jnp.int8:
+        if jax.default_backend() == "cpu":
+            return _product_in_blocks(x, w)
+        w = w.astype(x.dtype)  # exact; a GPU does it on the way to its tensor cores
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     precision = matmul_precision(x.dtype)
     return jax.lax.dot_general(
         x, w, contract, precision=precision, preferred_element_type=asked
     )
+
+
+def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
+    """x [..., in] times int8 w [out, in]: float32 [..., out].
+
+    XLA's CPU backend widens integers before a product, and outside a loop it widens
+    those of all layers before the first: here it holds one block of them.
+    """
+    out = w.shape[0]
+    size = min(BLOCK, -(-out // 2))  # a loop of one step would be no loop
+
+    def block(i: jax.Array, y: jax.Array) -> jax.Array:
+        start = jnp.minimum(i * size, out - size)  # the last may overlap another
+        part = jax.lax.dynamic_slice_in_dim(w, start, size).astype(x.dtype)
+        return jax.lax.dynamic_update_slice_in_dim(
+            y, _product(x, part, 1, jnp.float32), start, axis=-1
+        )
+
+    y = jnp.zeros((*x.shape[:-1], out), jnp.float32)
+    return jax.lax.fori_loop(0, -(-out // size), block, y)
 
 
 def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:

@@ -91,7 +91,7 @@ def hidden_states(
     capacity: int | None = None,
     remat: bool = False,
 ) -> tuple[jax.Array, KVCache]:
-    """`forward` up to and including the final norm: [B, T, D] in the params' dtype.
+    """`forward` up to and including the final norm: [B, T, D] in the dtype of `embed`.
 
     With `remat`, a backward pass keeps no more than each layer's input, and computes
     the rest of the layer anew: less memory for a third more time.
@@ -104,7 +104,7 @@ def hidden_states(
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
-    x = embed(model["embed_tokens"]["weight"], tokens)
+    x = embed(model, tokens)
     starts = None if cache is None else cache.lengths
     room = (
         cache.capacity if cache is not None else count if capacity is None else capacity
@@ -211,15 +211,22 @@ def _remembered(
     return per_row(jnp.where(reset, trained, jnp.maximum(newest, known)), batch)
 
 
-def embed(weight: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it."""
+def embed(model: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+    """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it.
+
+    They are in the embedding's dtype; of a quantised one, in that of the norms.
+    """
     # As unsigned, a negative id is out of range too, not counted from the end.
-    ids = tokens.astype(jnp.uint32)
-    weight = jnp.asarray(weight)
+    ids, leaves = tokens.astype(jnp.uint32), model["embed_tokens"]
+    weight = jnp.asarray(leaves["weight"])
     if jax.default_backend() == "cpu" and weight.dtype.itemsize == 2:
         # XLA's CPU backend would widen the whole table once, ahead of a decode loop.
         weight, ids = jax.lax.optimization_barrier((weight, ids))
-    return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
+    if "scale" not in leaves:
+        return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
+    rows = weight.at[ids].get(mode="clip").astype(jnp.float32)
+    scale = jnp.asarray(leaves["scale"]).at[ids].get(mode="fill", fill_value=jnp.nan)
+    return (rows * scale[..., None]).astype(model["norm"]["weight"].dtype)
 
 
 def last_token(x: jax.Array, lengths: Any) -> jax.Array:

@@ -164,7 +164,7 @@ def jrope_stages(
     lengths = jnp.asarray(places.max(axis=1) + 1)
     cos, sin = table(config.rope, positions, length=lengths)
     model = params["model"]
-    x = embed(model["embed_tokens"]["weight"], tokens)
+    x = embed(model, tokens)
     seen = {"embeddings": x}
     layer = partial(decoder_layer, config=config, capacity=ids.shape[1])
     for i in range(config.num_hidden_layers):

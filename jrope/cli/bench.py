@@ -21,7 +21,6 @@ from jrope.bench_model import (
     first_layers,
     named_shape,
     random_params,
-    weight_count,
     with_layers,
 )
 from jrope.bench_report import Report
@@ -29,6 +28,7 @@ from jrope.bench_versus import Peer, import_peers
 from jrope.checkpoint import load, open_tensors, read_llama_config
 from jrope.cli.common import (
     DTYPES,
+    add_quantize_argument,
     add_rope_arguments,
     apply_rope,
     count,
@@ -39,6 +39,7 @@ from jrope.cli.common import (
 from jrope.config import LlamaConfig, Tree
 from jrope.errors import JropeError
 from jrope.folders import find_folder
+from jrope.int8 import weight_bytes
 from jrope.safetensors_read import DTYPES as STORED
 from jrope.sample import Sampler
 
@@ -60,6 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--layers", metavar="N", type=whole(1), help="only the first N layers")
     text = "of the weights (bfloat16; a folder's own)"
     add("--dtype", choices=DTYPES, help=text)
+    add_quantize_argument(parser)
     add("--only", choices=("prefill", "decode"), help="(both)")
     text = "rows, such as 1,8,32 (1)"
     add("--batch", metavar="N,...", type=listed(count), default=(1,), help=text)
@@ -95,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     plan, busy = _plan(args), host_load()
     _prepare_memory(args.versus is not None)
     config, dtype = _model(args)
-    _check_weights(config, dtype, 1 if args.versus is None else 2)
+    _check_weights(config, dtype, args)
     table = sys.stderr if args.json == "-" else sys.stdout
     ceilings = measure_ceilings(jnp.dtype(dtype))
     begin = time.perf_counter()
@@ -110,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
         ceilings=ceilings,
         busy=busy,
         load_seconds=loaded if args.folder else None,
+        quantize=args.quantize,
     )
     print(*report.head(), sep="\n", file=table, flush=True)
     weights = Weights(params, config, keep=peer is not None)
@@ -153,6 +156,10 @@ def _plan(args: argparse.Namespace) -> Plan:
     if not args.capacity_factor >= 1:
         got = args.capacity_factor
         raise JropeError(f"--capacity-factor: got {got}, want at least 1")
+    if args.quantize and args.versus:
+        raise JropeError("--versus: transformers does not have these int8 weights")
+    if args.quantize and args.fuse == "in_out":
+        raise JropeError("--fuse in_out: int8 weights lie out_in")
     return Plan(
         works=("prefill", "decode") if args.only is None else (args.only,),
         batches=args.batch,
@@ -162,7 +169,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         repeats=args.repeat,
         patience=args.patience,
         capacity_factor=args.capacity_factor,
-        order=args.fuse,
+        order="out_in" if args.quantize and args.fuse == "auto" else args.fuse,
         profile=args.profile,
     )
 
@@ -196,15 +203,17 @@ def _dtype(folder: Path) -> str:
 
 def _weights(args: argparse.Namespace, config: LlamaConfig, dtype: str) -> Tree:
     if args.shape is not None:
-        return random_params(config, jnp.dtype(dtype))
-    params, _ = load(args.folder, dtype)
+        return random_params(config, jnp.dtype(dtype), args.quantize)
+    params, _ = load(args.folder, dtype, quantize=args.quantize)
     return first_layers(params, config.num_hidden_layers)
 
 
-def _check_weights(config: LlamaConfig, dtype: str, copies: int) -> None:
-    size, limit = weight_count(config) * jnp.dtype(dtype).itemsize, memory_limit()
+def _check_weights(config: LlamaConfig, dtype: str, args: argparse.Namespace) -> None:
+    copies, limit = 1 if args.versus is None else 2, memory_limit()
+    sizes = weight_bytes(config, jnp.dtype(dtype).itemsize, args.quantize)
+    size, kind = sum(sizes.values()), args.quantize or dtype
     if limit is not None and size * copies > limit:
         raise JropeError(
-            f"{copies} x {size / 1e9:.1f} GB of {dtype} weights do not fit into the "
+            f"{copies} x {size / 1e9:.1f} GB of {kind} weights do not fit into the "
             f"device's {limit / 1e9:.1f} GB; --layers N takes a part of them"
         )

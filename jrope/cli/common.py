@@ -169,6 +169,12 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=text)
 
 
+def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --quantize."""
+    text = "hold the matrices as 8-bit integers, with a scale for each output"
+    parser.add_argument("--quantize", choices=("int8",), help=text)
+
+
 def apply_rope(config: LlamaConfig, args: argparse.Namespace) -> LlamaConfig:
     """The configuration with what `add_rope_arguments` added, where given.
 

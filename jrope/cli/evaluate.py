@@ -19,6 +19,7 @@ from jrope.checkpoint import load, open_tensors, read_llama_config
 from jrope.cli.common import (
     DTYPES,
     ROPE_HELP,
+    add_quantize_argument,
     count,
     listed,
     number,
@@ -43,6 +44,7 @@ from jrope.cli.terminal import Progress, duration_text
 from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.folders import find_folder
+from jrope.int8 import weight_bytes
 from jrope.lab.journal import Journal, current
 from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW
@@ -62,6 +64,7 @@ Distances: the mean score of all queries against all keys of the text, read with
 trained length, as if they stood so far apart.
 
 """
+_INT8 = ", int8 weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,6 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--distance", action="store_true", help="mean attention score by distance")
     text = "cast the weights (default: as the file has them)"
     add("--dtype", choices=DTYPES, help=text)
+    add_quantize_argument(parser)
     add("--buckets", action="store_true", help="also print perplexity by position")
     text = (
         "keep records as JSON lines; a run that was killed goes on with the same file"
@@ -124,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.out}: {journal.resumed} records kept", file=sys.stderr)
         laboratory = Laboratory(args, config, texts, tokenizer, journal)
         laboratory.check()
-        laboratory.measure(_weights(folder, args.dtype), methods, refused)
+        laboratory.measure(_weights(folder, config, args), methods, refused)
         records = current(journal.records)
     _finish(args, records)
     return 1 if any(r["kind"] == "failure" for r in records) else 0
@@ -168,7 +172,7 @@ def _header(
         "model_sha256": hash_model(folder),
         "command": shlex.join(["jrope", *sys.argv[1:]]),
         "device": device["processor"] if on_cpu else device["kind"],
-        "dtype": args.dtype or _dtype(folder),
+        "dtype": (args.dtype or _dtype(folder)) + _INT8 * (args.quantize == "int8"),
         "versions": {name: version(name) for name in packages},
         "trained_length": trained_length(config),
         "theta": config.rope.theta,
@@ -187,15 +191,19 @@ def _dtype(folder: Path) -> str:
     return ", ".join(names.get(code, code) for code in codes)
 
 
-def _weights(folder: Path, dtype: str | None) -> Any:
-    tensors = open_tensors(folder)
-    size = sum(slot.stop - slot.start for slot in tensors.slots.values())
+def _weights(folder: Path, config: LlamaConfig, args: argparse.Namespace) -> Any:
+    slots, dtype = open_tensors(folder).slots.values(), args.dtype
+    sizes = [slot.stop - slot.start for slot in slots]
+    width = 4 if "float32" in (dtype or _dtype(folder)) else 2
     if dtype is not None:
-        width = 4 if dtype == "float32" else 2
-        size = sum(width * math.prod(s.shape) for s in tensors.slots.values())
-    check_weights(size)
-    with Progress("loading", size) as progress:
-        params, _ = load(folder, dtype, progress=progress)
+        sizes = [width * math.prod(slot.shape) for slot in slots]
+    held = sum(sizes)
+    if args.quantize:  # each wide tensor goes when its integers are there
+        narrow = weight_bytes(config, width, args.quantize)
+        held = sum(narrow.values()) + max(sizes)
+    check_weights(held)
+    with Progress("loading", sum(sizes)) as progress:
+        params, _ = load(folder, dtype, quantize=args.quantize, progress=progress)
     return params
 
 

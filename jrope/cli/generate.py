@@ -12,6 +12,7 @@ from jrope.ahead import compile_ahead
 from jrope.checkpoint import read_llama_config
 from jrope.cli.common import (
     add_dtype_argument,
+    add_quantize_argument,
     add_rope_arguments,
     apply_rope,
     number,
@@ -64,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
+    add_quantize_argument(parser)
     add_rope_arguments(parser)
 
 
@@ -72,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     prompts, sampler = read_prompts(args.prompt, args.file), _sampler(args)
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
-    with Loading(folder, args.dtype) as loading:
+    with Loading(folder, args.dtype, args.quantize) as loading:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)

@@ -95,7 +95,7 @@ def _queries_and_keys(
     """
     model, count = params["model"], tokens.shape[1]
     widths = [n * config.head_dim for n in _heads(config)]
-    x = embed(model["embed_tokens"]["weight"], tokens)
+    x = embed(model, tokens)
     queries: list[jax.Array] = []
     keys: list[jax.Array] = []
     for i in range(config.num_hidden_layers):

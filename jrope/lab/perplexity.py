@@ -250,7 +250,7 @@ def _window_nll(
     `jrope.score` without a cache, and with 256 x V logits at once for all rows.
     """
     model, (batch, count) = params["model"], tokens.shape
-    x = embed(model["embed_tokens"]["weight"], tokens)
+    x = embed(model, tokens)
     cos, sin = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (cos, sin))
     for i in range(config.num_hidden_layers):
         weights = model["layers"][str(i)]

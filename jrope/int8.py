@@ -1,0 +1,160 @@
+"""Weights as 8-bit integers: half of bfloat16's bytes, and a step's time is its bytes.
+
+A matrix W [out, in] becomes integers q and one scale for each row, which is an output:
+
+    m[o] = max_i |W[o, i]|,  s[o] = m[o] / 127,  q[o, i] = round(W[o, i] (127 / m[o]))
+
+in float32, halves to even; s q is W to within s / 2.  Activations stay what they are,
+so that (W x)[o] is s[o] sum_i q[o, i] x[i]: a factor after the sum.
+
+Source: absmax quantisation, a scale for each output of W, Dettmers et al. 2022
+(arXiv:2208.07339, sections 2.1 and 3.1), here of the weights alone.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
+from jrope.errors import JropeError
+
+Quantize = Literal["int8"]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+LIMIT = np.float32(127)
+
+
+def quantize(params: Mapping[str, Any]) -> Tree:
+    """Projections and head as int8; the given tree stays as it is.
+
+    `forward`, `generate`, `stream`, `score` and `fuse` take either tree.  `load` with
+    quantize="int8" does the same to each tensor as it arrives, and never holds both.
+
+    Args:
+      params: a parameter tree, plain or of `fuse` in its order out_in.
+
+    Returns:
+      The tree with every matrix but an embedding beside a head of its own as `weight`
+      int8 [out, in] and `scale` float32 [out].  A tied embedding is the head, with a
+      scale for each entry of the vocabulary.  Norms and biases stay.
+
+    Raises:
+      JropeError: the tree is quantised already, or its matrices are kernels [in, out].
+    """
+    flat = flatten(params)
+    if is_quantized(params):
+        raise JropeError("quantize: the parameters are quantised already")
+    if any(name.endswith(".kernel") for name in flat):
+        raise JropeError(
+            "quantize: got kernels [in, out], which have no row for each output; "
+            "quantise before `fuse`, or fuse in its order out_in"
+        )
+    chosen = matrices({name: np.shape(array) for name, array in flat.items()})
+    found: dict[str, Any] = {}
+    for name, array in flat.items():
+        found |= quantize_tensor(name, array) if name in chosen else {name: array}
+    return nest(found)
+
+
+def dequantize(params: Mapping[str, Any], dtype: Any = None) -> Tree:
+    """The plain tree that a quantised one stands for, scale times integers.
+
+    It is not what was quantised: half a scale of each element is lost.
+
+    Args:
+      params: a tree of `quantize`.
+      dtype: of every array; None: that of the norms.
+
+    Raises:
+      JropeError: the tree is not quantised.
+    """
+    if not is_quantized(params):
+        raise JropeError("dequantize: the parameters are not quantised")
+    dtype = params["model"]["norm"]["weight"].dtype if dtype is None else dtype
+    flat, wide = flatten(params), jnp.dtype(dtype)
+    return nest(
+        {
+            name: _widen(array, flat.get(_scale_name(name)), wide)
+            for name, array in flat.items()
+            if not name.endswith(".scale")
+        }
+    )
+
+
+def is_quantized(params: Mapping[str, Any]) -> bool:
+    """Whether the tree, or a part of one, holds scales."""
+    return any(name.split(".")[-1] == "scale" for name in flatten(params))
+
+
+def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
+    """The names that are quantised: all matrices but an embedding that is no head."""
+    names = {n for n, s in shapes.items() if n.endswith(".weight") and len(s) == 2}
+    return names - {EMBEDDING} if HEAD in names else names
+
+
+def quantize_tensor(name: str, array: Any) -> dict[str, jax.Array]:
+    """One matrix [out, in] as its integers and its scales [out], by name."""
+    # As an argument: XLA would multiply by a constant's rounded inverse.
+    weight, scale = _quantize(jnp.asarray(array), LIMIT)
+    return {name: weight, _scale_name(name): scale}
+
+
+def keeper(
+    config: LlamaConfig, how: Quantize | None
+) -> Callable[[str, jax.Array], dict[str, jax.Array]]:
+    """What `load` keeps of each tensor that arrives: a function of name and array.
+
+    Raises:
+      JropeError: `how` is neither None nor "int8".
+    """
+    if how not in (None, "int8"):
+        raise JropeError(f"quantize is {how!r}, want None or 'int8'")
+    chosen = set[str]() if how is None else matrices(parameter_shapes(config))
+
+    def keep(name: str, array: jax.Array) -> dict[str, jax.Array]:
+        if name not in chosen:
+            return {name: array}
+        return jax.block_until_ready(quantize_tensor(name, array))
+
+    return keep
+
+
+def weight_bytes(
+    config: LlamaConfig, itemsize: int, how: Quantize | None = None
+) -> dict[str, int]:
+    """Bytes of every weight, with the scales of those that are quantised."""
+    shapes = parameter_shapes(config)
+    chosen = set[str]() if how is None else matrices(shapes)
+    return {
+        name: math.prod(shape) + 4 * shape[0]
+        if name in chosen
+        else math.prod(shape) * itemsize
+        for name, shape in shapes.items()
+    }
+
+
+@jax.jit
+def _quantize(w: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+    most = jnp.max(jnp.abs(w), axis=1)
+    w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
+    most = most.astype(jnp.float32)
+    nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
+    steps = jnp.where(nothing, 0, limit / most)[:, None]
+    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -limit, limit)
+    return whole.astype(jnp.int8), jnp.where(nothing, 0, most / limit)
+
+
+@partial(jax.jit, static_argnames=("dtype",))
+def _widen(array: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+    if scale is None:
+        return array.astype(dtype)
+    return (array.astype(jnp.float32) * scale[:, None]).astype(dtype)
+
+
+def _scale_name(name: str) -> str:
+    """Of the scale beside a weight; of nothing beside another name."""
+    return name.removesuffix("weight") + "scale"
