@@ -2,6 +2,7 @@
 
 import io
 import json
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,3 +291,20 @@ def test_ctrl_c_keeps_what_was_said(
     monkeypatch.setattr(generate, "stream", stream)
     out, err = succeed(capsys, "generate", model, "x", status=130)
     assert (out, err) == ("ab\n", "jrope: error: interrupted\n")
+
+
+def test_the_command_leaves_pytorch_unimported(model: Path) -> None:
+    """transformers imports it where it can; the answer does not change without it."""
+    words = ["jrope", "generate", str(model), "ab", "--max-new-tokens", "3"]
+    program = (
+        f"import sys; sys.argv = {words!r}\n"
+        "from jrope.cli import main\n"
+        "status = main()\n"
+        "assert 'transformers' in sys.modules and sys.modules['torch'] is None\n"
+        "sys.exit(status)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == library_text(model, ["ab"], max_new_tokens=3)[0] + "\n"

@@ -42,7 +42,7 @@ def test_leaving_early(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread ends with the tensor at hand, not with the folder."""
     left, arrived = threading.Event(), []
 
-    def slow(*args: Any, progress: Any) -> Any:
+    def slow(*_: Any, progress: Any, **__: Any) -> Any:
         for name in "abc":
             left.wait(10)
             arrived.append(name)
@@ -54,3 +54,13 @@ def test_leaving_early(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         left.set()
         raise JropeError("prompt: it is empty")
     assert arrived == ["a"]
+
+
+def test_int8(model: Path) -> None:
+    """Shapes of what is kept, progress in bytes of what arrives."""
+    expected, _ = load(model, quantize="int8")
+    with Loading(model, None, "int8") as weights:
+        assert kinds(weights.shapes) == kinds(expected)
+        params, _ = weights.wait()
+        jax.tree.map(np.testing.assert_array_equal, params, expected)
+        assert weights._arrived == weights._total
