@@ -98,8 +98,7 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 
 def quantize_tensor(name: str, array: Any) -> dict[str, jax.Array]:
     """One matrix [out, in] as its integers and its scales [out], by name."""
-    # As an argument: XLA would multiply by a constant's rounded inverse.
-    weight, scale = _quantize(jnp.asarray(array), LIMIT)
+    weight, scale = _quantize(jnp.asarray(array))
     return {name: weight, _scale_name(name): scale}
 
 
@@ -138,14 +137,20 @@ def weight_bytes(
 
 
 @jax.jit
-def _quantize(w: jax.Array, limit: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     most = jnp.max(jnp.abs(w), axis=1)
     w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
     most = most.astype(jnp.float32)
     nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
-    steps = jnp.where(nothing, 0, limit / most)[:, None]
-    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -limit, limit)
-    return whole.astype(jnp.int8), jnp.where(nothing, 0, most / limit)
+    # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
+    # quotient is off far behind the bits that stay.
+    with jax.enable_x64(True):
+        wide, limit = most.astype(jnp.float64), np.float64(LIMIT)
+        steps = (limit / wide).astype(jnp.float32)
+        scale = (wide / limit).astype(jnp.float32)
+    steps = jnp.where(nothing, 0, steps)[:, None]
+    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -LIMIT, LIMIT)
+    return whole.astype(jnp.int8), jnp.where(nothing, 0, scale)
 
 
 @partial(jax.jit, static_argnames=("dtype",))
