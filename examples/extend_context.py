@@ -86,9 +86,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         about = f"{texts.get(name, name.replace('-', ' '))} (default {size})"
         add(f"--{name}", type=whole(int(name != "seed")), default=size, help=about)
     about = (
-        "peak learning rate (default 1e-3, for 2 M weights; the papers: 2e-5 for 7 B)"
+        "peak learning rate (default 3e-4, for 2 M weights; the papers: 2e-5 for 7 B)"
     )
-    add("--rate", type=float, default=1e-3, help=about)
+    add("--rate", type=float, default=3e-4, help=about)
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     about = "keep what the layers compute for the backward pass: faster, more memory"
     add("--no-remat", dest="remat", action="store_false", help=about)

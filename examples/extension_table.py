@@ -64,7 +64,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     add("--steps", type=whole(2), nargs="+", default=[100, 400], help="(100 400)")
     add("--seeds", type=whole(0), nargs="+", default=[0], help="of the windows (0)")
     add("--batch", type=whole(1), default=16, help="windows of a step (default 16)")
-    add("--rate", type=float, default=1e-3, help="peak learning rate (default 1e-3)")
+    add("--rate", type=float, default=3e-4, help="peak learning rate (default 3e-4)")
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     args = parser.parse_args(argv)
     words = map(Path, sys.argv[1:] if argv is None else argv)

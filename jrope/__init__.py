@@ -11,8 +11,10 @@ names.  One letter key for dimensions, here, in einsums and in docstrings:
 from jrope import hf as hf
 from jrope import parity as parity
 from jrope import rope as rope
+from jrope.ahead import compile_ahead as compile_ahead
 from jrope.cache import KVCache as KVCache
 from jrope.checkpoint import load as load
+from jrope.checkpoint import load_shapes as load_shapes
 from jrope.checkpoint import save as save
 from jrope.config import LlamaConfig as LlamaConfig
 from jrope.config import with_rope as with_rope

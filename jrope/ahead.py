@@ -27,7 +27,7 @@ def compile_ahead(
 
     Args:
       params: the parameters, or a tree of ShapeDtypeStructs such as
-        `checkpoint.load_shapes` gives: compiling may then overlap with loading.
+        `load_shapes` gives: compiling may then overlap with loading.
       prompt, lengths, config, logprobs, options: as in `generate.generate`.
 
     Raises:
