@@ -71,22 +71,8 @@ def _slots(q: jax.Array, starts: jax.Array | None) -> jax.Array:
     return starts[:, None] + steps
 
 
-def _scores(q: jax.Array, k: jax.Array) -> jax.Array:
-    """q [B, T, K, G, H], k [B, S, K, H] -> float32 [B, K, G, T, S], scaled."""
-    dot = partial(jnp.einsum, precision=matmul_precision(q.dtype))
-    scores = dot("BTKGH,BSKH->BKGTS", q, k, preferred_element_type=jnp.float32)
-    return scores * _scale(q)
-
-
 def _scale(q: jax.Array) -> np.float32:
     return np.float32(1 / math.sqrt(q.shape[-1]))
-
-
-def _weigh(weights: jax.Array, v: jax.Array) -> jax.Array:
-    """weights float32 [B, K, G, T, S], v [B, S, K, H] -> float32 [B, T, K, G, H]."""
-    dot = partial(jnp.einsum, precision=matmul_precision(v.dtype))
-    weights = weights.astype(v.dtype)
-    return dot("BKGTS,BSKH->BTKGH", weights, v, preferred_element_type=jnp.float32)
 
 
 def _hidden(slots: jax.Array, first_key: int | jax.Array, keys: int) -> jax.Array:
@@ -95,18 +81,16 @@ def _hidden(slots: jax.Array, first_key: int | jax.Array, keys: int) -> jax.Arra
     return (key_slots[None, None, :] > slots[:, :, None])[:, None]
 
 
-def _split_groups(q: jax.Array, k: jax.Array) -> jax.Array:
-    batch, tokens, heads, head_dim = q.shape
-    return q.reshape(batch, tokens, k.shape[2], heads // k.shape[2], head_dim)
-
-
 def _whole(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
     """All T x S scores at once: short prompts."""
-    scores = _scores(_split_groups(q, k), k)
+    batch, tokens, _, head_dim = q.shape
+    grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
+    scores = _einsum("BTKGH,BSKH->BKGTS", grouped, k) * _scale(q)
     hidden = _hidden(slots, 0, k.shape[1])[:, None]
     scores = jnp.where(hidden, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores, axis=-1)
-    return _weigh(weights, v).astype(q.dtype).reshape(q.shape)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    y = _einsum("BKGTS,BSKH->BTKGH", weights, v)
+    return y.astype(q.dtype).reshape(q.shape)
 
 
 def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
@@ -124,12 +108,10 @@ def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> ja
     if jax.default_backend() == "cpu":
         # XLA's CPU backend would hold the slots of a single row in another order, too.
         k, v = jax.lax.optimization_barrier((k, v))
-    dot = partial(jnp.einsum, precision=matmul_precision(q.dtype))
-    dot = partial(dot, preferred_element_type=jnp.float32)
-    scores = dot("BNX,BSX->BNS", spread, k) * _scale(q)
+    scores = _einsum("BNX,BSX->BNS", spread, k) * _scale(q)
     scores = jnp.where(_hidden(slots, 0, k.shape[1])[:, 0], -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = dot("BNS,BSX->BNX", weights, v).reshape(batch, heads, kv_heads, head_dim)
+    y = _einsum("BNS,BSX->BNX", weights, v).reshape(batch, heads, kv_heads, head_dim)
     y = jnp.sum(jnp.where(own, y, 0), axis=2)
     return y.astype(q.dtype).reshape(q.shape)
 
@@ -199,14 +181,15 @@ def _attend_block(
         top, total, acc = carry
         keys = jax.lax.dynamic_slice_in_dim(k, first, BLOCK, axis=3)
         values = jax.lax.dynamic_slice_in_dim(v, first, BLOCK, axis=2)
-        scores = _matmul(q, keys) * _scale(q)
+        scores = _einsum("BKXH,BKHS->BKXS", q, keys) * _scale(q)
         scores = jnp.where(_hidden(slots, first, BLOCK), -jnp.inf, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # Block 0 holds a visible key for every query, so new_top is never -inf.
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-        acc = acc * shrink[..., None] + _matmul(weights.astype(v.dtype), values)
+        y = _einsum("BKXS,BKSH->BKXH", weights.astype(v.dtype), values)
+        acc = acc * shrink[..., None] + y
         return new_top, total, acc
 
     def step(
@@ -219,7 +202,9 @@ def _attend_block(
     return (acc / total[..., None]).astype(q.dtype)
 
 
-def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
-    """[..., x, y] times [..., y, z], summed in float32."""
+def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32, at the precision of the inputs' dtype."""
     precision = matmul_precision(a.dtype)
-    return jnp.matmul(a, b, precision=precision, preferred_element_type=jnp.float32)
+    return jnp.einsum(
+        equation, a, b, precision=precision, preferred_element_type=jnp.float32
+    )
