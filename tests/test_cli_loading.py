@@ -1,5 +1,7 @@
 """Weights that are loaded in a thread: they arrive, fail, or are no longer wanted."""
 
+import io
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,13 @@ from jrope.checkpoint import load
 from jrope.cli import loading
 from jrope.cli.loading import Loading
 from jrope.errors import JropeError
+
+
+class Terminal(io.StringIO):
+    """Says that somebody looks."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def kinds(tree: Any) -> Any:
@@ -63,4 +72,31 @@ def test_int8(model: Path) -> None:
         assert kinds(weights.shapes) == kinds(expected)
         params, _ = weights.wait()
         jax.tree.map(np.testing.assert_array_equal, params, expected)
-        assert weights._arrived == weights._total
+        assert weights._bar.done == weights._bar.total
+
+
+def test_the_bar_begins_when_it_may(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What arrived before counts; what is printed before `show` stays whole."""
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    go = threading.Event()
+    total = sum(leaf.nbytes for leaf in jax.tree.leaves(load(model)[0]))
+
+    def slow(*_: Any, progress: Any, **__: Any) -> Any:
+        progress("a", total // 2)
+        first.set()
+        go.wait(10)
+        progress("b", total - total // 2)
+        return None, None
+
+    first = threading.Event()
+    monkeypatch.setattr(loading, "load", slow)
+    with Loading(model, None) as weights:
+        first.wait(10)
+        assert sys.stderr.getvalue() == ""
+        weights.show()
+        go.set()
+        weights.wait()
+    assert "100%" in sys.stderr.getvalue()
+    assert sys.stderr.getvalue().endswith("\r\x1b[K")

@@ -82,7 +82,9 @@ def run(args: argparse.Namespace) -> int:
         options = _options(args, sampler, new)
         prepare(prompt, lengths, config, **options)  # finds what is wrong with them
         _warn(tokenizer, prompt.shape[1] + new, config)
-        compile_ahead(loading.shapes, prompt, lengths, config=config, **options)
+        loading.show()
+        if new:
+            compile_ahead(loading.shapes, prompt, lengths, config=config, **options)
         params, timing = loading.wait()
     stops = [text for text in args.stop if text]
     answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]

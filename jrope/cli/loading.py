@@ -1,7 +1,7 @@
 """Weights that arrive while the command does other things."""
 
 import time
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,27 @@ class Loading:
     def __init__(
         self, folder: Path, dtype: str | None, quantize: Quantize | None = None
     ) -> None:
-        # finds what headers can tell
-        self.shapes, _ = load_shapes(folder, dtype, quantize=quantize)
-        arriving, _ = load_shapes(folder, dtype)
+        arriving, _ = load_shapes(folder, dtype)  # finds what headers can tell
+        self.shapes = arriving
+        if quantize is not None:
+            self.shapes, _ = load_shapes(folder, dtype, quantize=quantize)
         jax.devices()  # starts the backend here, not in two threads at once
-        self._total = sum(
-            leaf.size * leaf.dtype.itemsize for leaf in flatten(arriving).values()
-        )
-        self._arrived, self._unwanted = 0, False
+        sizes = (leaf.size * leaf.dtype.itemsize for leaf in flatten(arriving).values())
+        self._bar, self._shown = Progress("loading", sum(sizes)), False
+        self._unwanted = False
         self._pool = ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._load, folder, dtype, quantize)
 
+    def show(self) -> None:
+        """Draw a bar from now on: nothing else may be printed until `wait` is over."""
+        self._shown = True
+
     def wait(self) -> tuple[Any, Timing]:
-        """The parameters, and how long loading took; a bar meanwhile."""
-        with Progress("loading", self._total) as progress:
-            while not self._future.done():
-                progress("", self._arrived - progress.done)
-                wait([self._future], timeout=0.1)
-        return self._future.result()
+        """The parameters, and how long loading took."""
+        try:
+            return self._future.result()
+        finally:
+            self._hide()
 
     def _load(
         self, folder: Path, dtype: str | None, quantize: Quantize | None
@@ -54,10 +57,17 @@ class Loading:
         params, _ = load(folder, dtype, quantize=quantize, progress=self._count)
         return params, Timing(load=time.perf_counter() - start)
 
-    def _count(self, _: str, nbytes: int) -> None:
+    def _count(self, name: str, nbytes: int) -> None:
         if self._unwanted:
             raise _Unwanted
-        self._arrived += nbytes
+        if self._shown:
+            self._bar(name, nbytes)
+        else:
+            self._bar.done += nbytes
+
+    def _hide(self) -> None:
+        self._shown = False
+        self._bar.__exit__()
 
     def __enter__(self) -> "Loading":
         return self
@@ -65,3 +75,4 @@ class Loading:
     def __exit__(self, *_: object) -> None:
         self._unwanted = True
         self._pool.shutdown()
+        self._hide()
