@@ -44,7 +44,7 @@ class Lazy:
 def make_parser(
     doc: str | None, src: str, *, dtype: str | None = None
 ) -> argparse.ArgumentParser:
-    """A parser with SRC, DST, --dtype and --overwrite; `doc` is the script's."""
+    """A parser with SRC, DST, --dtype and --force; `doc` is the script's."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -53,7 +53,7 @@ def make_parser(
     text = f"cast every tensor (default: {dtype or 'keep what it has'})"
     parser.add_argument("--dtype", choices=CODES, default=dtype, help=text)
     parser.add_argument(
-        "--overwrite", action="store_true", help="replace a checkpoint that DST holds"
+        "--force", action="store_true", help="replace a checkpoint that DST holds"
     )
     return parser
 
@@ -66,7 +66,7 @@ def run(
     """Parse, check DST, convert; bad input is one line and the exit status 2."""
     args = parser.parse_args(argv)
     try:
-        _check_places(args.src, args.dst, args.overwrite)
+        _check_places(args.src, args.dst, args.force)
         convert(args)
     except (JropeError, OSError) as error:
         line = " ".join(str(error).split())
@@ -78,13 +78,13 @@ def run(
     return 0
 
 
-def _check_places(src: Path, dst: Path, overwrite: bool) -> None:
+def _check_places(src: Path, dst: Path, force: bool) -> None:
     source, target = src.resolve(), dst.resolve()
     if source == target or target in source.parents:
         raise JropeError(f"DST {dst} holds SRC {src}; write elsewhere")
-    if dst.is_dir() and not overwrite and (names := sorted(dst.iterdir())):
+    if dst.is_dir() and not force and (names := sorted(dst.iterdir())):
         held = some([path.name for path in names])
-        raise JropeError(f"{dst} is not empty ({held}); give --overwrite to replace it")
+        raise JropeError(f"{dst} is not empty ({held}); give --force to replace it")
 
 
 def require(module: str, install: str) -> Any:

@@ -21,7 +21,7 @@ def test_help_explains_itself(script, capsys):
         importlib.import_module(script).main(["--help"])
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for word in ("SRC", "DST", "--overwrite", "--dtype"):
+    for word in ("SRC", "DST", "--force", "--dtype"):
         assert word in text
 
 
@@ -43,14 +43,14 @@ def test_targets_that_hold_something_are_kept(tiny_hf, tmp_path, run, refuse):
     dst.mkdir()
     run("pytorch_bin_to_hf", src, dst)
     before = (dst / "model.safetensors").stat().st_mtime_ns
-    assert "give --overwrite" in refuse("pytorch_bin_to_hf", src, dst)
+    assert "give --force" in refuse("pytorch_bin_to_hf", src, dst)
     assert (dst / "model.safetensors").stat().st_mtime_ns == before
-    run("pytorch_bin_to_hf", src, dst, "--overwrite", "--dtype", "bfloat16")
+    run("pytorch_bin_to_hf", src, dst, "--force", "--dtype", "bfloat16")
     assert open_tensors(dst).dtypes["model.norm.weight"] == "BF16"
     (dst / "diary.txt").write_text("mine")
-    assert "diary.txt" in refuse("pytorch_bin_to_hf", src, dst, "--overwrite")
-    assert "holds SRC" in refuse("pytorch_bin_to_hf", src, src, "--overwrite")
-    assert "holds SRC" in refuse("pytorch_bin_to_hf", src, tmp_path, "--overwrite")
+    assert "diary.txt" in refuse("pytorch_bin_to_hf", src, dst, "--force")
+    assert "holds SRC" in refuse("pytorch_bin_to_hf", src, src, "--force")
+    assert "holds SRC" in refuse("pytorch_bin_to_hf", src, tmp_path, "--force")
 
 
 def test_interruption_leaves_nothing(tiny_hf, tmp_path, capsys, monkeypatch):

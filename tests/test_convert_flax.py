@@ -67,9 +67,9 @@ def test_flax_checkpoint_is_what_the_module_takes(tiny_hf, tmp_path, run, refuse
     logits, _ = jrope.Llama(config).apply({"params": params}, tokens)
     wanted = tiny.model(torch.arange(6)[None]).logits.numpy()
     np.testing.assert_allclose(logits, wanted, atol=2e-5 * np.abs(wanted).max())
-    assert "give --overwrite" in refuse("hf_to_flax", src, dst)
-    run("hf_to_flax", src, dst, "--overwrite")
-    assert "holds SRC" in refuse("flax_to_hf", dst, dst, "--overwrite")
+    assert "give --force" in refuse("hf_to_flax", src, dst)
+    run("hf_to_flax", src, dst, "--force")
+    assert "holds SRC" in refuse("flax_to_hf", dst, dst, "--force")
 
 
 def test_flax_checkpoint_of_other_devices(tiny_hf, tmp_path, run):
