@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig, Tree, nest, parameter_shapes
+from jrope.config import EMBEDDING, LlamaConfig, Tree, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.fuse import fuse, unfuse
-from jrope.int8 import EMBEDDING, Quantize, matrices, weight_bytes
+from jrope.int8 import Quantize, matrices, weight_bytes
 from jrope.rope import Rope
 
 Order = Literal["none", "out_in", "in_out"]

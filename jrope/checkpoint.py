@@ -25,19 +25,17 @@ from jrope.folders import (
     PathLike,
     check_extras,
     check_target,
-    differences,
     find_folder,
     read_json,
 )
 from jrope.hf import config_from_hf, config_to_hf
-from jrope.int8 import EMBEDDING, HEAD, Quantize, is_quantized, keeper
+from jrope.int8 import Quantize, is_quantized, keeper
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
+from jrope.tensor_checks import check_tensors, checked_names
 
 __all__ = [
     "Tensors",
-    "check_tensors",
-    "checked_names",
     "load",
     "open_tensors",
     "read_config",
@@ -276,54 +274,6 @@ def _dtype(dtype: Any) -> np.dtype[Any] | None:
     except (TypeError, KeyError):
         wanted = ", ".join(known)
         raise JropeError(f"dtype is {dtype!r}, want None or one of {wanted}") from None
-
-
-def checked_names(folder: Path, tensors: Tensors, config: LlamaConfig) -> list[str]:
-    """The tensors to load from a folder, once its headers agree with `config`.
-
-    Left out are tables of rotary frequencies, and the head of a tied checkpoint, which
-    must equal the embedding: that alone is data, and is read.
-
-    Raises:
-      JropeError: tensors missing, left over, of wrong shape or dtype, all at once.
-    """
-    shapes, codes = tensors.shapes, tensors.dtypes
-    if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
-        if not tensors.same(EMBEDDING, HEAD):
-            raise JropeError(
-                f"{folder}: tie_word_embeddings is true but {HEAD} differs from "
-                f"{EMBEDDING}; set it to false, or delete the tensor"
-            )
-        del shapes[HEAD]
-    # Old checkpoints carry tables of frequencies, often rounded: never used.
-    for name in [name for name in shapes if name.endswith(".rotary_emb.inv_freq")]:
-        del shapes[name]
-    check_tensors(str(folder), config, shapes, codes)
-    return [*shapes]
-
-
-def check_tensors(
-    where: str,
-    config: LlamaConfig,
-    shapes: Mapping[str, tuple[int, ...]],
-    codes: Mapping[str, str] | None = None,
-) -> None:
-    """Compare tensors with what a configuration asks for.
-
-    Args:
-      where: begins the message.
-      config: names and shapes derive from it.
-      shapes: name -> shape of what there is.
-      codes: name -> dtype code, where dtypes are to be checked too.
-
-    Raises:
-      JropeError: one, that lists all that differs.
-    """
-    wanted = parameter_shapes(config)
-    odd = {n: c for n, c in (codes or {}).items() if n in shapes and c not in DTYPES}
-    if found := differences(wanted, shapes, odd):
-        counts = f"{len(shapes)} tensors, config.json asks for {len(wanted)}"
-        raise JropeError("; ".join([f"{where}: {counts}", *found]))
 
 
 def _on_host(array: Any) -> np.ndarray:

@@ -16,6 +16,7 @@ from jrope.rope import ROPE_TYPES, Lengths, LongRope, Precision, Rope
 from jrope.scaling import Method
 
 Tree = dict[str, Any]
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIASES = {
     "original": "original_length",
     "original_max_position_embeddings": "original_length",
@@ -134,7 +135,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     k = config.num_key_value_heads * config.head_dim
     attention = {"q_proj": (n, d), "k_proj": (k, d), "v_proj": (k, d), "o_proj": (d, n)}
     mlp = {"gate_proj": (f, d), "up_proj": (f, d), "down_proj": (d, f)}
-    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (v, d)}
+    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (v, d)}
     for layer in range(config.num_hidden_layers):
         prefix = f"model.layers.{layer}"
         blocks = [
@@ -150,7 +151,7 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"{prefix}.post_attention_layernorm.weight"] = (d,)
     shapes["model.norm.weight"] = (d,)
     if not config.tie_word_embeddings:
-        shapes["lm_head.weight"] = (v, d)
+        shapes[HEAD] = (v, d)
     return shapes
 
 

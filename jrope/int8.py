@@ -20,11 +20,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
+from jrope.config import (
+    EMBEDDING,
+    HEAD,
+    LlamaConfig,
+    Tree,
+    flatten,
+    nest,
+    parameter_shapes,
+)
 from jrope.errors import JropeError
 
 Quantize = Literal["int8"]
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LIMIT = np.float32(127)
 
 

@@ -45,8 +45,9 @@ ALLOWED = {
     "folders": "errors",
     "safetensors_read": "errors folders",
     "safetensors_write": "errors folders safetensors_read",
+    "tensor_checks": "config errors folders safetensors_read",
     "checkpoint": "config errors folders hf int8 rope safetensors_read "
-    "safetensors_write",
+    "safetensors_write tensor_checks",
     "parity_report": "errors",
     "parity": "checkpoint config errors hf layers model parity_report rope scaling",
     "bench_model": "config errors fuse int8 rope",

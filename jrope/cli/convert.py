@@ -10,7 +10,6 @@ import numpy as np
 from jrope.checkpoint import (
     SHARD_SIZE,
     Tensors,
-    checked_names,
     open_tensors,
     read_config,
     write_folder,
@@ -27,6 +26,7 @@ from jrope.errors import JropeError
 from jrope.folders import companions, find_folder
 from jrope.hf import config_from_hf, config_to_hf
 from jrope.safetensors_read import DTYPES
+from jrope.tensor_checks import checked_names
 
 _SCRIPTS = {  # files of other formats -> what turns them into a folder
     ".gguf": "gguf_to_hf.py",

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from jrope.checkpoint import Tensors, checked_names, open_tensors, read_llama_config
+from jrope.checkpoint import Tensors, open_tensors, read_llama_config
 from jrope.cli.common import (
     add_rope_arguments,
     apply_rope,
@@ -23,6 +23,7 @@ from jrope.config import LlamaConfig, parameter_shapes
 from jrope.folders import find_folder
 from jrope.rope import Rope, base_frequencies
 from jrope.safetensors_read import DTYPES
+from jrope.tensor_checks import checked_names
 
 Facts = dict[str, Any]
 _SAME = 1e-9  # frequencies whose ratio to the plain one is this close to 1 are kept
