@@ -18,7 +18,11 @@ import numpy as np
 import pytest
 
 pytest.register_assert_rewrite(
-    "checkpoint_helpers", "cli_helpers", "convert_helpers", "model_helpers"
+    "checkpoint_helpers",
+    "cli_helpers",
+    "convert_helpers",
+    "int8_helpers",
+    "model_helpers",
 )
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -1,113 +1,36 @@
-"""8-bit weights: the definition bit for bit, the same products, no wide copies."""
+"""8-bit weights: the definition bit for bit, and the same products."""
 
-import dataclasses
-import json
-import re
-from collections.abc import Mapping
-from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from conftest import make_tiny_hf
+from int8_helpers import (
+    EMBEDDED,
+    EPS,
+    TOKENS,
+    assert_equal,
+    definition,
+    each_model,
+    largest_gap,
+    matrix,
+    model,
+    rms_gap,
+    run,
+    wide,
+)
 
 import jrope
 from jrope import int8
-from jrope.bench_model import (
-    cache_bytes,
-    named_shape,
-    random_params,
-    read_bytes,
-    step_bytes,
-    with_layers,
-)
-from jrope.bench_runs import Decode, Prefill
 from jrope.cache import KVCache
 from jrope.checkpoint import load, save
-from jrope.cli import bench, main
-from jrope.cli import generate as cli_generate
-from jrope.config import LlamaConfig, flatten, nest, parameter_shapes
+from jrope.config import flatten, nest
 from jrope.errors import JropeError
 from jrope.evaluate import score
 from jrope.fuse import fuse, unfuse
-from jrope.generate import generate, stream
-from jrope.hf import config_from_hf
-from jrope.int8 import dequantize, quantize, weight_bytes
-from jrope.lab.journal import read_journal
-from jrope.layers import BLOCK
-from jrope.model import forward
-
-MODELS: dict[str, dict[str, Any]] = {
-    "untied": {},
-    "tied": {"tied": True, "kv_heads": 1},
-    "biases": {"kv_heads": 4, "bias": True, "head_dim": 24, "layers": 1},
-}
-each_model = pytest.mark.parametrize("case", MODELS)
-TOKENS = np.random.default_rng(0).integers(0, 61, (2, 9)).astype(np.int32)
-EMBEDDED = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
-EPS = 2.0**-24  # half a last bit of float32
-
-run = jax.jit(forward, static_argnames="config")
-
-
-@cache
-def model(case: str, dtype: str = "float32") -> tuple[dict[str, Any], LlamaConfig]:
-    tiny = make_tiny_hf(**MODELS[case])
-    flat = {name: jnp.asarray(x, dtype) for name, x in tiny.weights.items()}
-    return nest(flat), config_from_hf(tiny.config)
-
-
-def definition(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Integers and scales in float64, rounded to float32 where the formula is.
-
-    (A product or quotient of float32 numbers in float64, rounded, is float32's own.)
-    """
-    wide = w.astype(np.float64)
-    most = np.abs(wide).max(1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        steps = (127 / most).astype(np.float32).astype(np.float64)
-        whole = np.rint((wide * steps[:, None]).astype(np.float32))
-    whole = np.where(most[:, None] == 0, 0, np.clip(whole, -127, 127))
-    return whole.astype(np.int8), (most / 127).astype(np.float32)
-
-
-def matrix(dtype: Any) -> np.ndarray:
-    """Rows of every size, ties, a row of zeros, a lonely large number."""
-    random = np.random.default_rng(1)
-    w = random.standard_normal((40, 96)) * 10.0 ** random.integers(-4, 4, (40, 1))
-    w[3] = 0
-    w[4] = np.arange(96) / 2 + 0.5
-    w[4, 0] = -127  # scale 1: halves go to even
-    w[5, 1:] = 1e-3
-    w[5, 0] = 3e4
-    return w.astype(dtype)
-
-
-def assert_equal(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    got, want = flatten(got), flatten(want)
-    assert {*got} == {*want}
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype, name
-        np.testing.assert_array_equal(got[name], x, err_msg=name)
-
-
-def wide(got: Any) -> np.ndarray:
-    return np.asarray(got, np.float64)
-
-
-def largest_gap(got: Any, want: Any) -> float:
-    """As a part of the largest."""
-    return float(np.abs(wide(got) - wide(want)).max() / np.abs(wide(want)).max())
-
-
-def rms_gap(got: Any, want: Any) -> float:
-    gap = np.mean((wide(got) - wide(want)) ** 2) / np.mean(wide(want) ** 2)
-    return float(np.sqrt(gap))
-
+from jrope.generate import generate
+from jrope.int8 import dequantize, quantize
 
 # the integers
 
@@ -312,257 +235,3 @@ def test_ids_outside_the_vocabulary_are_nan(case: str) -> None:
     np.testing.assert_array_equal(
         np.isnan(logits).all(-1), [[True, True], [True, True], [False, False]]
     )
-
-
-# memory
-
-
-def middling(layers: int, dtype: str, tied: bool = True) -> Any:
-    """Integers of 3.5 MB a layer beside activations of kilobytes."""
-    shape = with_layers(named_shape("smollm2-135m"), layers)
-    config = dataclasses.replace(shape, vocab_size=8192, tie_word_embeddings=tied)
-    return config, fuse(random_params(config, jnp.dtype(dtype), "int8"))
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_one_row_holds_no_wide_weights(dtype: str, tied: bool) -> None:
-    config, params = middling(4, dtype, tied)
-    sizes = [leaf.nbytes for leaf in jax.tree.leaves(params) if leaf.dtype == jnp.int8]
-    program = Decode(params, config, np.full(1, 32), 4, 64).program
-    assert program.temp < max(sizes) / 2, "not even one matrix's integers twice"
-    assert_loop_carries_no_wide_matrix(program.call.as_text(), plain=not tied)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_decoding_rows_widens_a_block_at_a_time(dtype: str) -> None:
-    """XLA's CPU backend widens for a product; left alone, the weights of all layers.
-
-    (In bfloat16 it widens the cache, too.)
-    """
-    temps = []
-    for layers in (2, 6):
-        config, params = middling(layers, dtype)
-        program = Decode(params, config, np.full(2, 32), 4, 64).program
-        assert_loop_carries_no_wide_matrix(program.call.as_text())
-        temps.append(program.temp)
-    more = cache_bytes(config, 2 * 64, 4) if dtype == "bfloat16" else 2**18
-    assert temps[1] - temps[0] < more, "nothing more for four more layers"
-    assert temps[1] < 2 * 4 * BLOCK * 1536
-
-
-def assert_loop_carries_no_wide_matrix(hlo: str, plain: int = 0) -> None:
-    """What the decode loop carries around: the integers, and no matrix of floats."""
-    loops = [s.split(" while(")[0] for s in hlo.splitlines() if " while(" in s]
-    (carried,) = (s for s in loops if "s8[8192,576]" in s and "s8[960,576]" in s)
-    floats = re.findall(r"f(?:32|16)\[(?:960|576|3072|8192),", carried)
-    assert len(floats) == plain, "but an embedding that is no head"
-
-
-def test_loading_holds_the_integers_and_one_wide_tensor(tmp_path: Path) -> None:
-    config = dataclasses.replace(
-        with_layers(named_shape("smollm2-135m"), 2), vocab_size=4096
-    )
-    save(tmp_path / "m", random_params(config, jnp.bfloat16), config)
-    held, steps = 0, list[tuple[str, int, int]]()
-    before = sum(x.nbytes for x in jax.live_arrays())
-
-    def progress(name: str, size: int) -> None:
-        now = sum(x.nbytes for x in jax.live_arrays()) - before
-        steps.append((name, size, now))
-
-    narrow, _ = load(tmp_path / "m", "float32", quantize="int8", progress=progress)
-    sizes = weight_bytes(config, 4, "int8")
-    for name, size, now in steps:
-        held += sizes[name]
-        assert size == 4 * np.prod(parameter_shapes(config)[name]), "as it arrived"
-        assert held <= now <= held + 4096, "the wide one is gone"
-    assert sum(x.nbytes for x in flatten(narrow).values()) == held
-    assert_equal(narrow, quantize(load(tmp_path / "m", "float32")[0]))
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_quantising_makes_no_wider_copy(dtype: str) -> None:
-    w = jax.ShapeDtypeStruct((2048, 1024), jnp.dtype(dtype))
-    memory = int8._quantize.lower(w).compile().memory_analysis()
-    assert memory.temp_size_in_bytes <= w.size * w.dtype.itemsize + 8 * 2048
-
-
-@pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("dtype", [None, "float32", "bfloat16"])
-def test_load_is_quantize_of_load(
-    dtype: str | None, tied: bool, tmp_path: Path
-) -> None:
-    params, config = model("tied" if tied else "biases", "float16")
-    save(tmp_path / "m", params, config)
-    got, found = load(tmp_path / "m", dtype, quantize="int8")
-    assert found == config
-    assert_equal(got, quantize(load(tmp_path / "m", dtype)[0]))
-
-
-# bench
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_random_integers_are_shaped_like_quantised_weights(tied: bool) -> None:
-    config = dataclasses.replace(
-        with_layers(named_shape("smollm2-135m"), 1),
-        vocab_size=64,
-        tie_word_embeddings=tied,
-    )
-    made = flatten(random_params(config, jnp.bfloat16, "int8"))
-    want = flatten(quantize(random_params(config, jnp.bfloat16)))
-    assert {*made} == {*want}
-    for name, x in made.items():
-        assert (x.shape, x.dtype) == (want[name].shape, want[name].dtype), name
-        if x.dtype == jnp.int8:
-            whole = np.asarray(x)
-            assert whole.min() == -127 and whole.max() == 127
-            scale = np.asarray(made[name.replace("weight", "scale")])
-            np.testing.assert_allclose(scale * 127, 0.02, rtol=1e-6)
-    sizes = weight_bytes(config, 2, "int8")
-    assert sum(sizes.values()) == sum(x.nbytes for x in made.values())
-
-
-def test_bytes_are_those_by_hand() -> None:
-    config = named_shape("llama3-8b")
-    d, f, layers, v, kv = 4096, 14336, 32, 128256, 1024
-    layer = d * d + 2 * kv * d + d * d + 3 * d * f  # q, k, v, o; gate, up, down
-    rows = d + 2 * kv + d + 2 * f + d
-    norms = (2 * layers + 1) * d * 2
-    head = v * d + 4 * v
-    want = layers * (layer + 4 * rows) + norms + head
-    assert read_bytes(config, 2, "int8") == want
-    assert sum(weight_bytes(config, 2, "int8").values()) == want + v * d * 2
-    slots = 10 * 2 * layers * kv * 2
-    assert step_bytes(config, 10, 2, "int8") == want + slots
-    assert step_bytes(config, 10, 2) == read_bytes(config, 2) + slots
-    assert round(read_bytes(config, 2) / want, 3) == 1.998
-
-
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings of a moment, environment as it was."""
-    measure = bench.measure_ceilings
-    small = {"size": 2**18, "products": ((32, 32, 32),), "repeats": 1}
-    monkeypatch.setattr(bench, "measure_ceilings", partial(measure, **small))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    monkeypatch.setenv("JROPE_CACHE_DIR", "")
-
-
-def test_bench_counts_integers_and_scales(quick: None, capsys: Any) -> None:
-    words = ["--shape", "smollm2-135m", "--layers", "1", "--context", "64"]
-    words += ["--new", "4", "--repeat", "1", "--batch", "1,2", "--only", "decode"]
-    words += ["--json", "-"]
-    assert main(["bench", *words, "--quantize", "int8"]) == 0
-    out, err = capsys.readouterr()
-    assert "1 layers, bfloat16, int8 weights: 32.1 MB of weights" in err
-    report, config = json.loads(out), with_layers(named_shape("smollm2-135m"), 1)
-    assert report["model"]["quantize"] == "int8"
-    assert report["model"]["dtype"] == "bfloat16"
-    bytes_ = sum(weight_bytes(config, 2, "int8").values())
-    assert report["model"]["weight_bytes"] == report["model"]["read_bytes"] == bytes_
-    for row, filled in zip(report["rows"], (64 + 2, 2 * 48 + 2 * 2), strict=True):
-        assert row["counted"] == step_bytes(config, filled, 2, "int8")
-        at_best = row["counted"] / row["seconds"] / report["ceilings"]["read"]
-        assert row["of_ceiling"] == pytest.approx(at_best)
-        assert row["memory_bytes"] < 1.5 * bytes_
-    assert {row["order"] for row in report["rows"]} == {"out_in"}
-
-
-def test_bench_takes_a_folder(quick: None, capsys: Any) -> None:
-    words = ["--context", "16", "--new", "2", "--repeat", "1", "--fuse", "none"]
-    words += ["--only", "prefill"]
-    words += ["--quantize", "int8", "--json", "-"]
-    assert main(["bench", str(EMBEDDED), *words]) == 0
-    report = json.loads(capsys.readouterr().out)
-    assert {row["order"] for row in report["rows"]} == {"none"}
-    assert report["load_seconds"] > 0
-
-
-def test_prefill_runs_in_the_loops_arrangement() -> None:
-    config, params = middling(1, "bfloat16")
-    work = Prefill(params, config, 1, 32, 32)
-    assert work.run() > 0
-
-
-# the command line
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["generate", EMBEDDED, "x", "--quantize", "int4"], "invalid choice: 'int4'"),
-        (["evaluate", EMBEDDED, "--quantize", "8"], "invalid choice: '8'"),
-        (["bench", EMBEDDED, "--quantize"], "--quantize: expected one argument"),
-        (["bench", EMBEDDED, "--quantize", "int8", "--fuse", "in_out"], "lie out_in"),
-        (
-            ["bench", EMBEDDED, "--quantize", "int8", "--versus", "transformers"],
-            "transformers does not have these int8 weights",
-        ),
-        (["generate", "/no/folder", "x", "--quantize", "int8"], "no folder /no/folder"),
-    ],
-)
-def test_wrong_arguments_are_one_line(
-    words: list[Any], message: str, capsys: Any
-) -> None:
-    assert main([str(word) for word in words]) == 2
-    err = capsys.readouterr().err
-    assert err.startswith("jrope: error: ")
-    assert message in err
-    assert err.count("\n") == 1
-
-
-def test_weights_that_fit_only_as_integers(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    monkeypatch.setattr(bench, "memory_limit", lambda: 70 * 10**9)
-    assert main(["bench", "--shape", "llama3-70b", "--quantize", "int8"]) == 2
-    assert "71.6 GB of int8 weights" in capsys.readouterr().err
-
-
-def test_generate_on_the_command_line(
-    monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    """The text alone would not tell: 48 greedy tokens are those of wide weights."""
-    given: list[Any] = []
-
-    def spy(params: Any, *args: Any, **options: Any) -> Any:
-        given.append(params)
-        return stream(params, *args, **options)
-
-    monkeypatch.setattr(cli_generate, "stream", spy)
-    words = ["Emma had never been", "--max-new-tokens", "8", "--dtype", "float32"]
-    assert main(["generate", str(EMBEDDED), *words, "--quantize", "int8"]) == 0
-    params, _ = load(EMBEDDED, "float32")
-    assert_equal(given[0], quantize(params))
-    assert len(capsys.readouterr().out) > 10
-
-
-def evaluate(path: Path, *words: object, status: int = 0) -> float:
-    """The perplexity's logarithm on the embedded model's unseen text."""
-    text = ("--text", EMBEDDED / "held_out.txt", "--context", 256, "--stride", 256)
-    command = ["evaluate", EMBEDDED, *text, "--out", path, "--tokens", 8192, *words]
-    assert main([str(word) for word in command]) == status
-    (nll,) = (r["nll"] for r in read_journal(path) if r.get("windows") == "sliding")
-    return nll
-
-
-def test_perplexity_of_the_embedded_model_hardly_changes(
-    tmp_path: Path, capsys: Any
-) -> None:
-    """And a journal is gone on with only as it was begun."""
-    plain, narrow = tmp_path / "plain.jsonl", tmp_path / "int8.jsonl"
-    before = evaluate(plain, "--dtype", "float32")
-    after = evaluate(narrow, "--dtype", "float32", "--quantize", "int8")
-    assert before != after
-    assert abs(np.expm1(after - before)) < 0.003
-    assert "float32, int8 weights" in capsys.readouterr().out
-    kept = narrow.read_bytes()
-    evaluate(narrow, "--dtype", "float32", "--quantize", "int8")
-    assert narrow.read_bytes() == kept, "nothing was measured again"
-    evaluate(narrow, "--dtype", "float32", status=2)
-    err = capsys.readouterr().err
-    assert "a run with dtype float32, int8 weights (now float32): run it as" in err
-    evaluate(plain, "--dtype", "float32", "--quantize", "int8", status=2)
