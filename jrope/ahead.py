@@ -50,6 +50,9 @@ def compile_ahead(
     lowered.append(
         decode.lower(params, cache, rows, request.rules, limit, config=config)
     )
-    with ThreadPoolExecutor(len(lowered)) as pool:
+    pool = ThreadPoolExecutor(len(lowered))
+    try:
         for job in [pool.submit(program.compile) for program in lowered]:
             job.result()
+    finally:  # after Ctrl-C, too, which nothing can tell the compiler
+        pool.shutdown(wait=False, cancel_futures=True)

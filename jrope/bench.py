@@ -41,7 +41,7 @@ from jrope.bench_runs import (
 from jrope.bench_versus import Peer
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
-from jrope.int8 import Quantize, is_quantized, weight_bytes
+from jrope.int8 import Quantization, is_quantized, weight_bytes
 from jrope.request import bucket
 from jrope.sample import Sampler
 
@@ -128,7 +128,7 @@ class Bench:
         self.ceilings, self.peer = ceilings, peer
         tree = weights.arranged("none")
         self.itemsize: int = tree["model"]["norm"]["weight"].dtype.itemsize
-        self.quantize: Quantize | None = "int8" if is_quantized(tree) else None
+        self.quantize: Quantization | None = "int8" if is_quantized(tree) else None
 
     def rows(self) -> Iterator[Row]:
         """Every row as soon as it is known."""

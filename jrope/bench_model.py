@@ -18,7 +18,7 @@ import numpy as np
 from jrope.config import EMBEDDING, LlamaConfig, Tree, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.fuse import fuse, unfuse
-from jrope.int8 import Quantize, matrices, weight_bytes
+from jrope.int8 import Quantization, matrices, scale_name, weight_bytes
 from jrope.rope import Rope
 
 Order = Literal["none", "out_in", "in_out"]
@@ -62,7 +62,9 @@ def first_layers(params: Mapping[str, Any], count: int) -> Tree:
     return {**params, "model": {**model, "layers": layers}}
 
 
-def random_params(config: LlamaConfig, dtype: Any, how: Quantize | None = None) -> Tree:
+def random_params(
+    config: LlamaConfig, dtype: Any, quantize: Quantization | None = None
+) -> Tree:
     """Weights that never leave the device: uniform noise in `dtype`, norms one.
 
     With "int8" the matrices that `jrope.quantize` takes are made as integers.
@@ -84,10 +86,10 @@ def random_params(config: LlamaConfig, dtype: Any, how: Quantize | None = None) 
         return whole, jnp.full(shape[:1], scale, jnp.float32)
 
     shapes, flat = parameter_shapes(config), dict[str, jax.Array]()
-    chosen = set[str]() if how is None else matrices(shapes)
+    chosen = set[str]() if quantize is None else matrices(shapes)
     for i, (name, shape) in enumerate(shapes.items()):
         if name in chosen:
-            names = (name, name.removesuffix("weight") + "scale")
+            names = (name, scale_name(name))
             flat |= zip(names, integers(i, shape), strict=True)
         else:
             flat[name] = noise(i, shape)
@@ -143,31 +145,30 @@ def weight_count(config: LlamaConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def read_weights(config: LlamaConfig) -> int:
-    """Parameters that a step reads: all but the embedding table, unless it is tied."""
-    table = config.vocab_size * config.hidden_size
-    return weight_count(config) - (0 if config.tie_word_embeddings else table)
-
-
 def cache_bytes(config: LlamaConfig, slots: int, itemsize: int) -> int:
     """Bytes of keys and values in `slots` slots, of all rows together."""
     width = config.num_key_value_heads * config.head_dim
     return 2 * config.num_hidden_layers * width * slots * itemsize
 
 
-def read_bytes(config: LlamaConfig, itemsize: int, how: Quantize | None = None) -> int:
-    """Bytes of the weights that a step reads (`read_weights`), scales included."""
-    sizes = weight_bytes(config, itemsize, how)
+def read_bytes(
+    config: LlamaConfig, itemsize: int, quantize: Quantization | None = None
+) -> int:
+    """Bytes that a step reads of the weights: all but an embedding that is no head."""
+    sizes = weight_bytes(config, itemsize, quantize)
     table = 0 if config.tie_word_embeddings else sizes[EMBEDDING]
     return sum(sizes.values()) - table
 
 
 def step_bytes(
-    config: LlamaConfig, filled: int, itemsize: int, how: Quantize | None = None
+    config: LlamaConfig,
+    filled: int,
+    itemsize: int,
+    quantize: Quantization | None = None,
 ) -> int:
     """Bytes a decode step must read: weights, and the filled slots of all rows."""
     slots = cache_bytes(config, filled, itemsize)
-    return read_bytes(config, itemsize, how) + slots
+    return read_bytes(config, itemsize, quantize) + slots
 
 
 def prefill_flops(config: LlamaConfig, batch: int, count: int) -> int:

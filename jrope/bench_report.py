@@ -11,7 +11,7 @@ import jax
 from jrope.bench_device import Ceilings, Kernel, describe_device
 from jrope.bench_model import cache_bytes, read_bytes, weight_count
 from jrope.config import LlamaConfig
-from jrope.int8 import Quantize, weight_bytes
+from jrope.int8 import Quantization, weight_bytes
 
 Work = Literal["prefill", "decode"]
 WIDTH = "{:<8}{:<23}{:<9}{:<8}{:>5}{:>8}{:>12}{:>11}{:>7}{:>11}{:>7}{:>9}{:>9}{:>8}"
@@ -128,7 +128,7 @@ class Report:
     rows: tuple[Row, ...] = ()
     busy: float | None = None  # the host's load before anything was measured
     load_seconds: float | None = None
-    quantize: Quantize | None = None
+    quantize: Quantization | None = None
 
     def head(self) -> list[str]:
         """Device, versions, model and ceilings, above the table."""

@@ -9,7 +9,6 @@ well, and the folder appears whole or not at all.  No torch.
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,7 +28,7 @@ from jrope.folders import (
     read_json,
 )
 from jrope.hf import config_from_hf, config_to_hf
-from jrope.int8 import Quantize, is_quantized, keeper
+from jrope.int8 import Quantization, is_quantized, keeper
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 from jrope.tensor_checks import check_tensors, checked_names
@@ -55,7 +54,7 @@ def load(
     dtype: Any = None,
     *,
     revision: str | None = None,
-    quantize: Quantize | None = None,
+    quantize: Quantization | None = None,
     progress: Progress | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Load a LLaMA from a Hugging Face folder or hub repository.
@@ -82,8 +81,9 @@ def load(
     >>> params, config = load("path/to/hf-folder", dtype="bfloat16")  # doctest: +SKIP
     """
     wanted = _dtype(dtype)
-    tensors, names, config = _open(find_folder(path_or_repo, revision))
-    keep = keeper(config, quantize)
+    folder = find_folder(path_or_repo, revision)
+    config, tensors = read_llama_config(folder), open_tensors(folder)
+    names, keep = checked_names(folder, tensors, config), keeper(config, quantize)
     params: dict[str, jax.Array] = {}
     for name, (kept, size) in zip(
         names, _arrivals(tensors, names, wanted, keep), strict=True
@@ -95,31 +95,19 @@ def load(
 
 
 def load_shapes(
-    path_or_repo: PathLike,
-    dtype: Any = None,
-    *,
-    revision: str | None = None,
-    quantize: Quantize | None = None,
+    path_or_repo: PathLike, dtype: Any = None, *, revision: str | None = None
 ) -> tuple[Tree, LlamaConfig]:
     """What `load` gives for the same arguments, with a ShapeDtypeStruct for each array.
 
     Reads and checks headers only: to compile, or to plan memory, before the weights.
     """
-    wanted = _dtype(dtype)
-    tensors, names, config = _open(find_folder(path_or_repo, revision))
-    keep, shapes = keeper(config, quantize), dict[str, Any]()
-    for name in names:
+    wanted, folder = _dtype(dtype), find_folder(path_or_repo, revision)
+    config, tensors = read_llama_config(folder), open_tensors(folder)
+    shapes: dict[str, jax.ShapeDtypeStruct] = {}
+    for name in checked_names(folder, tensors, config, data=False):
         slot = tensors.slots[name]
-        array = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
-        shapes |= jax.eval_shape(partial(keep, name), array)
+        shapes[name] = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
     return nest(shapes), config
-
-
-def _open(folder: Path) -> tuple[Tensors, list[str], LlamaConfig]:
-    """The tensors of a folder, the names of those to load, and its configuration."""
-    config = read_llama_config(folder)
-    tensors = open_tensors(folder)
-    return tensors, checked_names(folder, tensors, config), config
 
 
 def _arrivals(

@@ -1,4 +1,4 @@
-"""Weights as 8-bit integers: half of bfloat16's bytes, and a step's time is its bytes.
+"""Weights as 8-bit integers: half of bfloat16's bytes, to hold and to read.
 
 A matrix W [out, in] becomes integers q and one scale for each row, which is an output:
 
@@ -31,15 +31,16 @@ from jrope.config import (
 )
 from jrope.errors import JropeError
 
-Quantize = Literal["int8"]
+Quantization = Literal["int8"]
 LIMIT = np.float32(127)
 
 
 def quantize(params: Mapping[str, Any]) -> Tree:
     """Projections and head as int8; the given tree stays as it is.
 
-    `forward`, `generate`, `stream`, `score` and `fuse` take either tree.  `load` with
-    quantize="int8" does the same to each tensor as it arrives, and never holds both.
+    `forward`, `generate`, `stream`, `score` and `fuse` take either tree (`Llama` takes
+    plain ones).  `load` with quantize="int8" does the same to each tensor as it
+    arrives, and never holds both.  A row with a NaN or an infinity gives NaN outputs.
 
     Args:
       params: a parameter tree, plain or of `fuse` in its order out_in.
@@ -77,15 +78,15 @@ def dequantize(params: Mapping[str, Any], dtype: Any = None) -> Tree:
       dtype: of every array; None: that of the norms.
 
     Raises:
-      JropeError: the tree is not quantised.
+      JropeError: the tree is not quantised, or `dtype` is none of a float.
     """
     if not is_quantized(params):
         raise JropeError("dequantize: the parameters are not quantised")
     dtype = params["model"]["norm"]["weight"].dtype if dtype is None else dtype
-    flat, wide = flatten(params), jnp.dtype(dtype)
+    flat, wide = flatten(params), _float(dtype)
     return nest(
         {
-            name: _widen(array, flat.get(_scale_name(name)), wide)
+            name: _widen(array, flat.get(scale_name(name)), wide)
             for name, array in flat.items()
             if not name.endswith(".scale")
         }
@@ -103,23 +104,28 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
     return names - {EMBEDDING} if HEAD in names else names
 
 
+def scale_name(name: str) -> str:
+    """Of the scale that stands beside a weight; nothing stands under other names."""
+    return name.removesuffix(".weight") + ".scale"
+
+
 def quantize_tensor(name: str, array: Any) -> dict[str, jax.Array]:
     """One matrix [out, in] as its integers and its scales [out], by name."""
     weight, scale = _quantize(jnp.asarray(array))
-    return {name: weight, _scale_name(name): scale}
+    return {name: weight, scale_name(name): scale}
 
 
 def keeper(
-    config: LlamaConfig, how: Quantize | None
+    config: LlamaConfig, quantize: Quantization | None
 ) -> Callable[[str, jax.Array], dict[str, jax.Array]]:
     """What `load` keeps of each tensor that arrives: a function of name and array.
 
     Raises:
-      JropeError: `how` is neither None nor "int8".
+      JropeError: `quantize` is neither None nor "int8".
     """
-    if how not in (None, "int8"):
-        raise JropeError(f"quantize is {how!r}, want None or 'int8'")
-    chosen = set[str]() if how is None else matrices(parameter_shapes(config))
+    if quantize not in (None, "int8"):
+        raise JropeError(f"quantize is {quantize!r}, want None or 'int8'")
+    chosen = set[str]() if quantize is None else matrices(parameter_shapes(config))
 
     def keep(name: str, array: jax.Array) -> dict[str, jax.Array]:
         if name not in chosen:
@@ -130,11 +136,11 @@ def keeper(
 
 
 def weight_bytes(
-    config: LlamaConfig, itemsize: int, how: Quantize | None = None
+    config: LlamaConfig, itemsize: int, quantize: Quantization | None = None
 ) -> dict[str, int]:
     """Bytes of every weight, with the scales of those that are quantised."""
     shapes = parameter_shapes(config)
-    chosen = set[str]() if how is None else matrices(shapes)
+    chosen = set[str]() if quantize is None else matrices(shapes)
     return {
         name: math.prod(shape) + 4 * shape[0]
         if name in chosen
@@ -167,6 +173,11 @@ def _widen(array: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     return (array.astype(jnp.float32) * scale[:, None]).astype(dtype)
 
 
-def _scale_name(name: str) -> str:
-    """Of the scale beside a weight; of nothing beside another name."""
-    return name.removesuffix("weight") + "scale"
+def _float(dtype: Any) -> np.dtype[Any]:
+    try:
+        wide = jnp.dtype(dtype)
+    except TypeError:
+        wide = jnp.dtype(bool)
+    if not jnp.issubdtype(wide, jnp.floating):
+        raise JropeError(f"dtype is {dtype!r}, want a float's, such as 'bfloat16'")
+    return wide

@@ -233,7 +233,8 @@ def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
             y, _product(x, part, 1, jnp.float32), start, axis=-1
         )
 
-    y = jnp.zeros((*x.shape[:-1], out), jnp.float32)
+    # All is overwritten.  Of x, since XLA would make constants of all layers at once.
+    y = jnp.broadcast_to(x.reshape(-1)[0].astype(jnp.float32), (*x.shape[:-1], out))
     return jax.lax.fori_loop(0, -(-out // size), block, y)
 
 

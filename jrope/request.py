@@ -18,6 +18,7 @@ from jrope.sample import Sampler
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
 SMALLEST_BUCKET = 16
+LONGEST = 2**30  # tokens of a row: positions, and the buckets above them, are int32
 
 
 class Options(TypedDict, total=False):
@@ -119,6 +120,9 @@ def prepare(
     valid = np.arange(width)[None, :] < lengths[:, None]
     _check_ids("prompt", prompt[valid], config)
     check_count("max_new_tokens", max_new_tokens, 0)
+    if width + max_new_tokens > LONGEST:
+        got = f"{max_new_tokens} after a prompt of {width}"
+        raise JropeError(f"max_new_tokens: got {got}, want at most {LONGEST} in all")
     if prefill_chunk is not None:
         check_count("prefill_chunk", prefill_chunk, 1)
     padded = bucket(width)

@@ -9,18 +9,20 @@ from jrope.folders import differences
 from jrope.safetensors_read import DTYPES, Tensors
 
 
-def checked_names(folder: Path, tensors: Tensors, config: LlamaConfig) -> list[str]:
+def checked_names(
+    folder: Path, tensors: Tensors, config: LlamaConfig, *, data: bool = True
+) -> list[str]:
     """The tensors to load from a folder, once its headers agree with `config`.
 
     Left out are tables of rotary frequencies, and the head of a tied checkpoint, which
-    must equal the embedding: that alone is data, and is read.
+    must equal the embedding: that alone is data, and is not looked at unless `data`.
 
     Raises:
       JropeError: tensors missing, left over, of wrong shape or dtype, all at once.
     """
     shapes, codes = tensors.shapes, tensors.dtypes
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
-        if not tensors.same(EMBEDDING, HEAD):
+        if data and not tensors.same(EMBEDDING, HEAD):
             raise JropeError(
                 f"{folder}: tie_word_embeddings is true but {HEAD} differs from "
                 f"{EMBEDDING}; set it to false, or delete the tensor"

@@ -16,7 +16,7 @@ from jrope.bench_model import (
     named_shape,
     prefill_flops,
     random_params,
-    read_weights,
+    read_bytes,
     step_bytes,
     weight_count,
     with_layers,
@@ -32,10 +32,10 @@ def test_counts_of_a_tiny_model_are_those_by_hand():
     layer = attention + 3 * 8 * 12
     norms = 2 * 2 * 8 + 8
     assert weight_count(config) == 2 * layer + norms + 2 * 50 * 8
-    assert read_weights(config) == 2 * layer + norms + 50 * 8
+    assert read_bytes(config, 2) == 2 * (2 * layer + norms + 50 * 8)
     slots = 2 * 2 * 1 * 4 * 10  # keys and values, layers, K, H, slots
     assert cache_bytes(config, 10, 2) == slots * 2
-    assert step_bytes(config, 10, 2) == (read_weights(config) + slots) * 2
+    assert step_bytes(config, 10, 2) == read_bytes(config, 2) + 2 * slots
     # per row: matrices, scores and weighted sums of half the square, one token's head
     row = 2 * (2 * layer) * 6 + 2 * (2 * 2 * 8 * 6 * 6) // 2 + 2 * 50 * 8
     assert prefill_flops(config, 3, 6) == 3 * row
@@ -43,14 +43,14 @@ def test_counts_of_a_tiny_model_are_those_by_hand():
 
 def test_tied_head_is_read():
     config = tiny(tie_word_embeddings=True)
-    assert read_weights(config) == weight_count(config) == read_weights(tiny())
+    assert read_bytes(config, 1) == weight_count(config) == read_bytes(tiny(), 1)
 
 
 def test_counts_of_llama3_8b_are_the_known_ones():
     config = named_shape("llama3-8b")
     assert weight_count(config) == 8_030_261_248
     assert round(weight_count(config) * 2 / 1e9, 2) == 16.06
-    assert round(read_weights(config) * 2 / 1e9, 2) == 15.01
+    assert round(read_bytes(config, 2) / 1e9, 2) == 15.01
     assert cache_bytes(config, 1, 2) == 131072
 
 

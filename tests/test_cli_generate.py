@@ -295,9 +295,22 @@ def test_ctrl_c_keeps_what_was_said(
 
 def test_the_command_leaves_pytorch_unimported(model: Path) -> None:
     """transformers imports it where it can; the answer does not change without it."""
-    words = ["jrope", "generate", str(model), "ab", "--max-new-tokens", "3"]
+    done = run_without_torch("generate", model, "ab", "--max-new-tokens", "3")
+    assert done.stdout == library_text(model, ["ab"], max_new_tokens=3)[0] + "\n"
+
+
+def test_evaluate_leaves_pytorch_unimported(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("abc" * 20)
+    words = ("--text", tmp_path / "text", "--context", "16")
+    done = run_without_torch("evaluate", model, *words)
+    assert "Perplexity" in done.stdout
+
+
+def run_without_torch(*words: object) -> subprocess.CompletedProcess[str]:
+    """The command in a process of its own, which must not have imported PyTorch."""
+    argv = ["jrope", *map(str, words)]
     program = (
-        f"import sys; sys.argv = {words!r}\n"
+        f"import sys; sys.argv = {argv!r}\n"
         "from jrope.cli import main\n"
         "status = main()\n"
         "assert 'transformers' in sys.modules and sys.modules['torch'] is None\n"
@@ -307,4 +320,4 @@ def test_the_command_leaves_pytorch_unimported(model: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout == library_text(model, ["ab"], max_new_tokens=3)[0] + "\n"
+    return done

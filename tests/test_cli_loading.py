@@ -1,8 +1,11 @@
 """Weights that are loaded in a thread: they arrive, fail, or are no longer wanted."""
 
+import dataclasses
 import io
+import json
 import sys
 import threading
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import numpy as np
 import pytest
 from cli_helpers import model as model
 
-from jrope.checkpoint import load
+from jrope.checkpoint import Tensors, load, load_shapes, save
 from jrope.cli import loading
 from jrope.cli.loading import Loading
 from jrope.errors import JropeError
@@ -58,11 +61,48 @@ def test_leaving_early(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             progress(name, 1)
 
     monkeypatch.setattr(loading, "load", slow)
-    with pytest.raises(JropeError, match="prompt"), Loading(model, None) as weights:
-        weights._unwanted = True  # as leaving sets it, but before the tensor arrives
-        left.set()
+    threading.Timer(0.5, left.set).start()  # long after the context is left
+    with pytest.raises(JropeError, match="prompt"), Loading(model, None):
         raise JropeError("prompt: it is empty")
     assert arrived == ["a"]
+
+
+def test_a_failed_load_is_told_before_anything_is_compiled(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shorter(*_: Any, **__: Any) -> Any:
+        raise JropeError("it became shorter")
+
+    monkeypatch.setattr(loading, "load", shorter)
+    with Loading(model, None) as weights:
+        wait([weights._future])
+        with pytest.raises(JropeError, match="became shorter"):
+            weights.show()
+
+
+def test_shapes_come_from_headers_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a tied checkpoint that stores its head too, the data is compared once."""
+    params, config = load(model)
+    params["lm_head"] = params["model"]["embed_tokens"]
+    untied = dataclasses.replace(config, tie_word_embeddings=False)
+    save(tmp_path / "tied", params, untied)
+    fields = json.loads((tmp_path / "tied" / "config.json").read_text())
+    fields["tie_word_embeddings"] = True
+    (tmp_path / "tied" / "config.json").write_text(json.dumps(fields))
+    same, compared = Tensors.same, []
+
+    def spy(self: Tensors, *names: str) -> bool:
+        compared.append(names)
+        return same(self, *names)
+
+    monkeypatch.setattr(Tensors, "same", spy)
+    assert "lm_head" not in load_shapes(tmp_path / "tied")[0]
+    assert compared == []
+    with Loading(tmp_path / "tied", None) as weights:
+        weights.wait()
+    assert len(compared) == 1
 
 
 def test_int8(model: Path) -> None:

@@ -559,6 +559,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         {"max_new_tokens": -1},
         "max_new_tokens: got -1, want an integer, at least 0",
     ),
+    "more than can be counted": (
+        {"max_new_tokens": 2**31},
+        "max_new_tokens: got 2147483648 after a prompt of 18, want at most",
+    ),
     "half a token": ({"max_new_tokens": 2.5}, "max_new_tokens: got 2.5, want an integ"),
     "true": ({"max_new_tokens": True}, "max_new_tokens: got True, want an integer"),
     "stop outside": (

@@ -21,10 +21,11 @@ from jrope.bench_model import (
     random_params,
     with_layers,
 )
-from jrope.bench_runs import Decode
+from jrope.bench_runs import Decode, Prefill
 from jrope.checkpoint import load, save
 from jrope.config import flatten, parameter_shapes
-from jrope.int8 import quantize, weight_bytes
+from jrope.fuse import fuse
+from jrope.int8 import Quantization, quantize, weight_bytes
 from jrope.layers import BLOCK
 
 
@@ -102,3 +103,18 @@ def test_load_is_quantize_of_load(
     got, found = load(tmp_path / "m", dtype, quantize="int8")
     assert found == config
     assert_equal(got, quantize(load(tmp_path / "m", dtype)[0]))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_prompt_takes_no_more_with_integers(dtype: str) -> None:
+    """But for a block widened and one result; deeper models no more than plain ones."""
+
+    def temporaries(layers: int, how: Quantization | None) -> int:
+        shape = with_layers(named_shape("smollm2-135m"), layers)
+        params = fuse(random_params(shape, jnp.dtype(dtype), how))
+        return Prefill(params, shape, 1, 256, 256).program.temp
+
+    block = 1024 * 1536 * jnp.dtype(dtype).itemsize
+    for layers in (2, 5):
+        plain, narrow = temporaries(layers, None), temporaries(layers, "int8")
+        assert narrow <= plain + block + 256 * 3072 * 4

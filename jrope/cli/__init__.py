@@ -59,7 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         _discard_output()
         return 141
     except KeyboardInterrupt:
-        return _failed("interrupted", 130)
+        status = _failed("interrupted", 130)
+        if argv is None:  # threads may still compile, and would be waited for
+            sys.stderr.flush()
+            os._exit(status)
+        return status
     except JropeError as error:
         return _failed(str(error))
     except OSError as error:

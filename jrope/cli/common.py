@@ -3,13 +3,13 @@
 import argparse
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import jax
 
-from jrope.config import ALIASES, LlamaConfig, with_rope
+from jrope.config import ALIASES, LlamaConfig, flatten, with_rope
 from jrope.errors import JropeError
 from jrope.rope import ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
 
@@ -219,6 +219,11 @@ def rope_name(rope: Rope) -> str:
     """The method's name in `ROPE_TYPES`, or "default"."""
     names = {kind: name for name, kind in ROPE_TYPES.items()}
     return names.get(type(rope.scaling), "default")
+
+
+def array_bytes(tree: Mapping[str, Any]) -> list[int]:
+    """Bytes of each array, or of what a ShapeDtypeStruct describes."""
+    return [leaf.size * leaf.dtype.itemsize for leaf in flatten(tree).values()]
 
 
 def enable_compile_cache() -> None:

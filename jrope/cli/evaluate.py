@@ -6,7 +6,6 @@ Exit status: 0 all measured, 1 something failed or did not fit, 2 bad input.
 import argparse
 import datetime
 import importlib.util
-import math
 import os
 import shlex
 import sys
@@ -14,12 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jrope.bench_device import describe_device
-from jrope.checkpoint import load, open_tensors, read_llama_config
+from jrope.checkpoint import READERS, load, load_shapes, open_tensors, read_llama_config
 from jrope.cli.common import (
     DTYPES,
     ROPE_HELP,
     add_quantize_argument,
+    array_bytes,
     count,
     listed,
     number,
@@ -44,7 +46,7 @@ from jrope.cli.terminal import Progress, duration_text
 from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.folders import find_folder
-from jrope.int8 import weight_bytes
+from jrope.int8 import quantize
 from jrope.lab.journal import Journal, current
 from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW
@@ -128,7 +130,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"{args.out}: {journal.resumed} records kept", file=sys.stderr)
         laboratory = Laboratory(args, config, texts, tokenizer, journal)
         laboratory.check()
-        laboratory.measure(_weights(folder, config, args), methods, refused)
+        laboratory.measure(_weights(folder, args), methods, refused)
         records = current(journal.records)
     _finish(args, records)
     return 1 if any(r["kind"] == "failure" for r in records) else 0
@@ -191,19 +193,18 @@ def _dtype(folder: Path) -> str:
     return ", ".join(names.get(code, code) for code in codes)
 
 
-def _weights(folder: Path, config: LlamaConfig, args: argparse.Namespace) -> Any:
-    slots, dtype = open_tensors(folder).slots.values(), args.dtype
-    sizes = [slot.stop - slot.start for slot in slots]
-    width = 4 if "float32" in (dtype or _dtype(folder)) else 2
-    if dtype is not None:
-        sizes = [width * math.prod(slot.shape) for slot in slots]
-    held = sum(sizes)
+def _weights(folder: Path, args: argparse.Namespace) -> Any:
+    plain, _ = load_shapes(folder, args.dtype)
+    arriving = sorted(array_bytes(plain))
+    held = sum(arriving)
     if args.quantize:  # each wide tensor goes when its integers are there
-        narrow = weight_bytes(config, width, args.quantize)
-        held = sum(narrow.values()) + max(sizes)
+        at_once = 1 if jax.default_backend() == "cpu" else READERS
+        held = sum(array_bytes(jax.eval_shape(quantize, plain))) + sum(
+            arriving[-at_once:]
+        )
     check_weights(held)
-    with Progress("loading", sum(sizes)) as progress:
-        params, _ = load(folder, dtype, quantize=args.quantize, progress=progress)
+    with Progress("loading", sum(arriving)) as progress:
+        params, _ = load(folder, args.dtype, quantize=args.quantize, progress=progress)
     return params
 
 

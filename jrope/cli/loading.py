@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 
+from jrope import int8
 from jrope.checkpoint import load, load_shapes
+from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
-from jrope.config import flatten
-from jrope.int8 import Quantize
+from jrope.int8 import Quantization
 
 
 class _Unwanted(Exception):
@@ -26,21 +27,26 @@ class Loading:
     """
 
     def __init__(
-        self, folder: Path, dtype: str | None, quantize: Quantize | None = None
+        self, folder: Path, dtype: str | None, quantize: Quantization | None = None
     ) -> None:
-        arriving, _ = load_shapes(folder, dtype)  # finds what headers can tell
-        self.shapes = arriving
-        if quantize is not None:
-            self.shapes, _ = load_shapes(folder, dtype, quantize=quantize)
+        plain, _ = load_shapes(folder, dtype)  # finds what headers can tell
+        self.shapes = (
+            plain if quantize is None else jax.eval_shape(int8.quantize, plain)
+        )
         jax.devices()  # starts the backend here, not in two threads at once
-        sizes = (leaf.size * leaf.dtype.itemsize for leaf in flatten(arriving).values())
-        self._bar, self._shown = Progress("loading", sum(sizes)), False
+        self._bar, self._shown = Progress("loading", sum(array_bytes(plain))), False
         self._unwanted = False
         self._pool = ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._load, folder, dtype, quantize)
 
     def show(self) -> None:
-        """Draw a bar from now on: nothing else may be printed until `wait` is over."""
+        """Draw a bar from now on: nothing else may be printed until `wait` is over.
+
+        Raises:
+          JropeError: the load has failed already.
+        """
+        if self._future.done():
+            self._future.result()
         self._shown = True
 
     def wait(self) -> tuple[Any, Timing]:
@@ -51,7 +57,7 @@ class Loading:
             self._hide()
 
     def _load(
-        self, folder: Path, dtype: str | None, quantize: Quantize | None
+        self, folder: Path, dtype: str | None, quantize: Quantization | None
     ) -> tuple[Any, Timing]:
         start = time.perf_counter()
         params, _ = load(folder, dtype, quantize=quantize, progress=self._count)
@@ -72,7 +78,7 @@ class Loading:
     def __enter__(self) -> "Loading":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._unwanted = True
-        self._pool.shutdown()
+        self._pool.shutdown(wait=kind is not KeyboardInterrupt)
         self._hide()

@@ -14,7 +14,7 @@ from jrope.cli.text import Answer
 
 @dataclass
 class Timing:
-    """Seconds, from the moment when the weights were there."""
+    """Seconds: of loading, while other things were done; then since the weights."""
 
     load: float
     first: float | None = None
