@@ -82,7 +82,11 @@ def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     """
     batch, tokens = new.shape[:2]
     if batch == tokens == 1:  # one row: a plain update, which XLA fuses
-        return jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)
+        slots = jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)
+        if jax.default_backend() == "cpu":
+            # XLA's CPU backend would write, hence copy, once for each that reads.
+            slots = jax.lax.optimization_barrier(slots)
+        return slots
     where = starts[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     return slots.at[rows, where].set(new, mode="drop")
