@@ -28,6 +28,10 @@ from jrope.fuse import fuse
 from jrope.int8 import Quantization, quantize, weight_bytes
 from jrope.layers import BLOCK
 
+of_the_cpu_backend = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="memory as XLA's CPU backend uses it"
+)
+
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -39,6 +43,7 @@ def test_decoding_one_row_holds_no_wide_weights(dtype: str, tied: bool) -> None:
     assert_loop_carries_no_wide_matrix(program.call.as_text(), plain=not tied)
 
 
+@of_the_cpu_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_decoding_rows_widens_a_block_at_a_time(dtype: str) -> None:
     """XLA's CPU backend widens for a product; left alone, the weights of all layers.
@@ -64,6 +69,7 @@ def assert_loop_carries_no_wide_matrix(hlo: str, plain: int = 0) -> None:
     assert len(floats) == plain, "but an embedding that is no head"
 
 
+@of_the_cpu_backend  # others take several at once
 def test_loading_holds_the_integers_and_one_wide_tensor(tmp_path: Path) -> None:
     config = dataclasses.replace(
         with_layers(named_shape("smollm2-135m"), 2), vocab_size=4096
@@ -105,6 +111,7 @@ def test_load_is_quantize_of_load(
     assert_equal(got, quantize(load(tmp_path / "m", dtype)[0]))
 
 
+@of_the_cpu_backend
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_a_prompt_takes_no_more_with_integers(dtype: str) -> None:
     """But for a block widened and one result; deeper models no more than plain ones."""
