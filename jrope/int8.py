@@ -156,11 +156,12 @@ def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     most = most.astype(jnp.float32)
     nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
     # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
-    # quotient is off far behind the bits that stay.
+    # quotient is off far behind the bits that stay.  They are chosen in float64, since
+    # LLVM makes a float32 division of a quotient that is cast at once.
     with jax.enable_x64(True):
         wide, limit = most.astype(jnp.float64), np.float64(LIMIT)
-        steps = (limit / wide).astype(jnp.float32)
-        scale = (wide / limit).astype(jnp.float32)
+        both = jax.lax.reduce_precision(jnp.stack((limit / wide, wide / limit)), 8, 23)
+        steps, scale = both.astype(jnp.float32)
     steps = jnp.where(nothing, 0, steps)[:, None]
     whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -LIMIT, LIMIT)
     return whole.astype(jnp.int8), jnp.where(nothing, 0, scale)

@@ -184,7 +184,8 @@ def test_sixteen_bit_activations_lose_no_more_than_with_wide_weights(
 ) -> None:
     """Beside float32 with the same integers; the wide weights are rounded, too.
 
-    One row of one token goes the way of the multiply-reduce.
+    One row of one token goes the way of the multiply-reduce.  Of n values the measured
+    error is off by 1 / sqrt(2 n) of itself, and two of them meet: three deviations.
     """
     params, config = model(case, dtype)
     narrow = quantize(params)
@@ -195,7 +196,8 @@ def test_sixteen_bit_activations_lose_no_more_than_with_wide_weights(
         other, _ = run(plain, tokens, config=config)
         assert cache.keys[0].dtype == jnp.dtype(dtype) and got.dtype == jnp.float32
         step = 2.0**-8 if dtype == "bfloat16" else 2.0**-11
-        assert rms_gap(got, want) <= max(1.1 * rms_gap(other, want), step)
+        chance = 1 + 3 / np.sqrt(want.size)
+        assert rms_gap(got, want) <= max(chance * rms_gap(other, want), step)
         assert largest_gap(got, want) <= 4 * step
 
 
