@@ -20,6 +20,7 @@ from jrope.growing import attend_growing
 from jrope.rope import rotate
 
 BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
+PAIRED = 2**25  # int8 weights from which a GPU reads two rows at a time
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
@@ -244,5 +245,11 @@ def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
         # XLA's CPU backend would widen all weights once, ahead of a decode loop.
         w, x = jax.lax.optimization_barrier((w, x))
     row = x.reshape(1, -1).astype(jnp.float32)
-    y = jnp.sum(w.astype(jnp.float32) * row, axis=1)
-    return y.reshape(*x.shape[:-1], -1)
+    many = w.dtype == jnp.int8 and w.size >= PAIRED and w.shape[0] % 2 == 0
+    # XLA gives a row to a block of threads, whose loads of bytes are too few in flight;
+    # sums of one shape share a kernel, and a block takes a row of each half.
+    halves = 2 if many and jax.default_backend() == "gpu" else 1
+    sums = [
+        jnp.sum(part.astype(jnp.float32) * row, axis=1) for part in jnp.split(w, halves)
+    ]
+    return jnp.concatenate(sums).reshape(*x.shape[:-1], -1)

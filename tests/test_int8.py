@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -31,6 +32,7 @@ from jrope.evaluate import score
 from jrope.fuse import fuse, unfuse
 from jrope.generate import generate
 from jrope.int8 import dequantize, quantize
+from jrope.layers import linear
 
 # the integers
 
@@ -175,6 +177,30 @@ def test_logits_are_those_of_the_dequantised_weights(case: str, fused: bool) -> 
     got, _ = run(fuse(narrow) if fused else narrow, TOKENS, config=config)
     assert got.dtype == jnp.float32
     assert largest_gap(got, want) <= 4e-6
+
+
+@pytest.mark.parametrize(("rows", "sums"), [(40, 2), (41, 1)])
+def test_a_gpu_reads_two_rows_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, rows: int, sums: int
+) -> None:
+    """Rows in the order they were in; 96 products and their sums, rounded each."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jrope.layers, "PAIRED", 1)
+    random = np.random.default_rng(2)
+    weights = {
+        "weight": jnp.asarray(random.integers(-127, 128, (rows, 96)), jnp.int8),
+        "scale": jnp.asarray(random.uniform(1e-3, 1e-2, rows), jnp.float32),
+    }
+    x = jnp.asarray(random.standard_normal((1, 1, 96)), jnp.float32)
+    want = wide(x) @ (wide(weights["scale"])[:, None] * wide(weights["weight"])).T
+    most = (
+        np.abs(wide(x))
+        @ np.abs(wide(weights["weight"]) * wide(weights["scale"])[:, None]).T
+    )
+    got = linear(weights, x)
+    assert got.shape == (1, 1, rows)
+    assert (np.abs(wide(got) - want) <= 98 * EPS * most).all()
+    assert str(jax.make_jaxpr(linear)(weights, x)).count("reduce_sum") == sums
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
