@@ -32,6 +32,17 @@ def base_frequencies(
     return dtype(1) / wavelength_powers(rotary_dim, theta, dtype)
 
 
+def round_to(x: Any, dtype: Float) -> Any:
+    """float64 numbers rounded to `dtype`, still held in float64.
+
+    Not by casts: for a GPU, XLA drops one there and back, and LLVM makes a quotient
+    that is cast a float32 division, which is approximate.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return x.astype(dtype).astype(np.float64)
+    return x if dtype is np.float64 else jax.lax.reduce_precision(x, 8, 23)
+
+
 def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
     """theta * factor ** (d / (d - 2)): the base that stretches the last pair `factor`x.
 

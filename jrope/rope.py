@@ -36,7 +36,14 @@ import numpy as np
 from jax.core import Tracer
 
 from jrope.errors import JropeError
-from jrope.frequencies import Float, Length, base_frequencies, check, is_positive
+from jrope.frequencies import (
+    Float,
+    Length,
+    base_frequencies,
+    check,
+    is_positive,
+    round_to,
+)
 from jrope.scaling import (
     ROPE_TYPES,
     DynamicNTK,
@@ -246,7 +253,7 @@ def _divide(p: jax.Array, condense: float) -> jax.Array:
         return p
     with jax.enable_x64(True):
         quotient = p.astype(jnp.float64) / np.float64(np.float32(condense))
-        return quotient.astype(jnp.float32)
+        return round_to(quotient, np.float32).astype(jnp.float32)
 
 
 def _phase_words(inv_freq: Any, condense: float) -> tuple[Any, Any]:

@@ -20,6 +20,7 @@ dynamic NTK, bloc97 and emozilla 2023; YaRN, Peng et al. 2023 (arXiv:2309.00071)
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar, Protocol, final
 
 import jax.numpy as jnp
@@ -35,6 +36,7 @@ from jrope.frequencies import (
     is_positive,
     like_rows,
     ntk_theta,
+    round_to,
     wavelength_powers,
 )
 
@@ -112,7 +114,7 @@ class DynamicNTK:
         wide = np.float64  # every product below is exact or correctly rounded to dtype
         grown = xp.maximum(n, self.original_length).astype(dtype)[..., None]
         product = (dtype(self.factor) * grown).astype(wide)
-        ratio = (product / wide(self.original_length)).astype(dtype)
+        ratio = round_to(product / wide(self.original_length), dtype).astype(dtype)
         growth = (ratio - dtype(self.factor - 1)).astype(wide)
         stretch = xp.power(growth, wide(rotary_dim / (rotary_dim - 2))).astype(dtype)
         stretched = (dtype(theta) * stretch).astype(wide)
@@ -120,8 +122,8 @@ class DynamicNTK:
         exponent = (
             np.arange(0, rotary_dim, 2).astype(dtype) / dtype(rotary_dim)
         ).astype(wide)
-        powers = xp.power(base, like_rows(exponent, base.ndim)).astype(dtype)
-        return (wide(1) / powers.astype(wide)).astype(dtype), 1.0
+        powers = round_to(xp.power(base, like_rows(exponent, base.ndim)), dtype)
+        return round_to(wide(1) / powers, dtype).astype(dtype), 1.0
 
 
 @final
@@ -206,10 +208,7 @@ class DynamicYarn:
         n = self.original_length if length is None else length
         xp = np if isinstance(n, int | np.ndarray | np.integer) else jnp
         wide = np.float64  # as in DynamicNTK: each result is rounded to dtype
-
-        def rounded(x: Any) -> Any:
-            return x.astype(dtype).astype(wide)
-
+        rounded = partial(round_to, dtype=dtype)
         scale = xp.asarray(n).astype(wide) / wide(self.original_length)
         scale = xp.maximum(scale, wide(self.factor))
         keep = _kept(self, rotary_dim, theta, True, dtype)

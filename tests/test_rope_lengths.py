@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import Literal
 from rope_cases import (
     CASES,
     FIRST_CASES,
@@ -23,7 +24,7 @@ from rope_cases import (
 )
 
 from jrope.errors import JropeError
-from jrope.rope import DynamicNTK, Linear, table
+from jrope.rope import DynamicNTK, Linear, Rope, table
 
 
 @each(CASES)
@@ -69,6 +70,47 @@ def test_length_is_traced_not_static(case: Case, precision: Any) -> None:
         angle = positions[:, None] * case.truth(length)[0].astype(np.float64)
         slack = angle * 2 * ULP if precision == "parity" else 0
         assert (errors(got, want) <= slack + ULP / 2).all()
+
+
+def casts(jaxpr: Any, makers: list[str], found: set[tuple[str, str]]) -> list[str]:
+    """Collect (what made x, "dtype to dtype") of every cast of an x; what made results.
+
+    Functions that are called count as what is in them.
+    """
+    made = dict(zip(jaxpr.invars, makers, strict=True))
+
+    def maker(x: Any) -> str:
+        return "" if isinstance(x, Literal) else made.get(x, "")
+
+    for eqn in jaxpr.eqns:
+        inputs, names = [maker(x) for x in eqn.invars], [str(eqn.primitive)]
+        if "jaxpr" in eqn.params:
+            names = casts(eqn.params["jaxpr"].jaxpr, inputs, found)
+        elif names == ["convert_element_type"]:
+            names = [f"{eqn.invars[0].aval.dtype} to {eqn.outvars[0].aval.dtype}"]
+            found.add((inputs[0], names[0]))
+        made |= dict(zip(eqn.outvars, names, strict=True))
+    return [maker(x) for x in jaxpr.outvars]
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [LENGTH_CASES[name][0].rope() for name in ("dynamic", "dynamic-yarn")]
+    + [plain(condense=7.3)],
+    ids=["dynamic", "dynamic-yarn", "condense"],
+)
+def test_no_rounding_that_compilers_drop(rope: Rope) -> None:
+    """On their way to a GPU, where float32 divisions are inexact; a CPU hides it.
+
+    float64 to float32 and back is nothing to XLA, and a quotient that is cast is a
+    division in float32 to LLVM.
+    """
+    run = jax.make_jaxpr(lambda p, n: table(rope, p, length=n))
+    jaxpr, found = run(sample(64), np.int32(8192)).jaxpr, set[tuple[str, str]]()
+    casts(jaxpr, [""] * len(jaxpr.invars), found)
+    assert "float64 to float32" in {kind for _, kind in found}
+    assert ("float64 to float32", "float32 to float64") not in found
+    assert ("div", "float64 to float32") not in found
 
 
 @each({name: cases[:2] for name, cases in LENGTH_CASES.items()})
