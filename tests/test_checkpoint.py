@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
 from jrope.checkpoint import (
+    READERS,
     Tensors,
     load,
     open_tensors,
@@ -217,16 +219,19 @@ def test_host_memory_stays_bounded(
     assert saving < 64 * 2**20
 
 
+@pytest.mark.parametrize(("backend", "readers"), [("cpu", 1), ("gpu", READERS)])
 def test_a_copied_host_buffer_is_dropped_at_once(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, backend: str, readers: int
 ) -> None:
+    """Whoever reads one finds none of their own, and one of each other reader's."""
     import weakref
 
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
     buffers: list[weakref.ref[np.ndarray]] = []
     read = Tensors.read
 
     def misaligned(self: Tensors, *args: Any) -> np.ndarray:
-        assert not any(buffer() is not None for buffer in buffers)
+        assert sum(buffer() is not None for buffer in buffers) < readers
         array = read(self, *args)
         memory = np.empty(array.nbytes + 65, np.uint8)
         start = -memory.ctypes.data % 64 + 1  # no backend can take this over
@@ -238,3 +243,27 @@ def test_a_copied_host_buffer_is_dropped_at_once(
     monkeypatch.setattr(Tensors, "read", misaligned)
     load(folder)
     assert len(buffers) == 21
+
+
+def test_after_an_error_nothing_more_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Readers that have begun finish, those that wait in the queue do not begin."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    read, names, told = Tensors.read, list[str](), threading.Event()
+
+    def first_fails(self: Tensors, name: str, *args: Any) -> np.ndarray:
+        names.append(name)
+        if len(names) == 1:
+            raise JropeError("the first")
+        told.wait(60)
+        return read(self, name, *args)
+
+    monkeypatch.setattr(Tensors, "read", first_fails)
+    before = set(threading.enumerate())
+    with pytest.raises(JropeError, match="the first"):
+        load(folder)
+    told.set()
+    for thread in set(threading.enumerate()) - before:
+        thread.join(60)
+    assert len(names) <= READERS + 1  # whoever failed may have begun another
