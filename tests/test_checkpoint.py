@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -259,11 +260,15 @@ def test_after_an_error_nothing_more_is_read(
         told.wait(60)
         return read(self, name, *args)
 
+    shutdown = ThreadPoolExecutor.shutdown
+
+    def telling(self: ThreadPoolExecutor, **how: Any) -> None:
+        shutdown(self, wait=False, cancel_futures=how.get("cancel_futures", False))
+        told.set()
+        shutdown(self)
+
     monkeypatch.setattr(Tensors, "read", first_fails)
-    before = set(threading.enumerate())
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", telling)
     with pytest.raises(JropeError, match="the first"):
         load(folder)
-    told.set()
-    for thread in set(threading.enumerate()) - before:
-        thread.join(60)
     assert len(names) <= READERS + 1  # whoever failed may have begun another
