@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.products import matmul_precision
+
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
@@ -39,12 +41,6 @@ def attend(
     if q.shape[1] * k.shape[1] <= WHOLE:
         return _whole(q, k, v, _slots(q, starts))
     return _blockwise(q, k, v, _slots(q, starts))
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 means float32 on every device: no TF32, no bfloat16 passes."""
-    wide = jnp.dtype(dtype) == jnp.float32
-    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
 
 
 def _cudnn_takes(q: jax.Array) -> bool:

@@ -23,7 +23,8 @@ from jrope.cache import KVCache, per_row
 from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
 from jrope.errors import JropeError
 from jrope.growing import slot_table
-from jrope.layers import decoder_layer, linear, rms_norm
+from jrope.layers import decoder_layer, rms_norm
+from jrope.products import linear
 from jrope.rope import LongRope, table
 
 

@@ -12,9 +12,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import jrope.attention
-from jrope.attention import attend, matmul_precision
+from jrope.attention import attend
 from jrope.config import LlamaConfig, nest, parameter_shapes
 from jrope.model import forward
+from jrope.products import matmul_precision
 from jrope.rope import Rope
 
 HEADS = [(4, 4), (4, 2), (4, 1)]

@@ -32,7 +32,7 @@ from jrope.evaluate import score
 from jrope.fuse import fuse, unfuse
 from jrope.generate import generate
 from jrope.int8 import dequantize, quantize
-from jrope.layers import linear
+from jrope.products import linear
 
 # the integers
 
@@ -185,7 +185,7 @@ def test_a_gpu_reads_two_rows_at_a_time(
 ) -> None:
     """Rows in the order they were in; 96 products and their sums, rounded each."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(jrope.layers, "PAIRED", 1)
+    monkeypatch.setattr(jrope.products, "PAIRED", 1)
     random = np.random.default_rng(2)
     weights = {
         "weight": jnp.asarray(random.integers(-127, 128, (rows, 96)), jnp.int8),

@@ -26,7 +26,7 @@ from jrope.checkpoint import load, save
 from jrope.config import flatten, parameter_shapes
 from jrope.fuse import fuse
 from jrope.int8 import Quantization, quantize, weight_bytes
-from jrope.layers import BLOCK
+from jrope.products import BLOCK
 
 of_the_cpu_backend = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="memory as XLA's CPU backend uses it"
