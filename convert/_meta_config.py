@@ -8,9 +8,9 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
-from _common import EMBEDDING, HEAD, Lazy, note, same_bits
+from _common import Lazy, note, same_bits
 
-from jrope.config import LlamaConfig
+from jrope.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import read_json, some
 from jrope.rope import Rope

@@ -19,8 +19,6 @@ from typing import Any
 
 import numpy as np
 from _common import (
-    EMBEDDING,
-    HEAD,
     Lazy,
     make_parser,
     note,
@@ -31,6 +29,7 @@ from _common import (
 from _meta_config import kv_heads, make_config, read_params
 from _torch import open_pickle
 
+from jrope.config import EMBEDDING, HEAD
 from jrope.errors import JropeError
 from jrope.folders import some
 from jrope.rope import interleaved_to_half

@@ -30,6 +30,7 @@ from jrope.config import (
     parameter_shapes,
 )
 from jrope.errors import JropeError
+from jrope.frequencies import round_to
 
 Quantization = Literal["int8"]
 LIMIT = np.float32(127)
@@ -156,11 +157,10 @@ def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
     most = most.astype(jnp.float32)
     nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
     # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
-    # quotient is off far behind the bits that stay.  They are chosen in float64, since
-    # LLVM makes a float32 division of a quotient that is cast at once.
+    # quotient is off far behind the bits that stay.
     with jax.enable_x64(True):
         wide, limit = most.astype(jnp.float64), np.float64(LIMIT)
-        both = jax.lax.reduce_precision(jnp.stack((limit / wide, wide / limit)), 8, 23)
+        both = round_to(jnp.stack((limit / wide, wide / limit)), np.float32)
         steps, scale = both.astype(jnp.float32)
     steps = jnp.where(nothing, 0, steps)[:, None]
     whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -LIMIT, LIMIT)

@@ -1,7 +1,6 @@
 """Models, the definition in float64 and measures, for the tests of 8-bit weights."""
 
 import dataclasses
-from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_tiny_hf
+from model_helpers import params_of
 
 from jrope.bench_model import named_shape, random_params, with_layers
-from jrope.config import LlamaConfig, flatten, nest
+from jrope.config import LlamaConfig
 from jrope.fuse import fuse
-from jrope.hf import config_from_hf
 from jrope.model import forward
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -33,9 +32,7 @@ run = jax.jit(forward, static_argnames="config")
 
 @cache
 def model(case: str, dtype: str = "float32") -> tuple[dict[str, Any], LlamaConfig]:
-    tiny = make_tiny_hf(**MODELS[case])
-    flat = {name: jnp.asarray(x, dtype) for name, x in tiny.weights.items()}
-    return nest(flat), config_from_hf(tiny.config)
+    return params_of(make_tiny_hf(**MODELS[case]), dtype)
 
 
 def definition(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -62,14 +59,6 @@ def matrix(dtype: Any) -> np.ndarray:
     w[5, 1:] = 1e-3
     w[5, 0] = 3e4
     return w.astype(dtype)
-
-
-def assert_equal(got: Mapping[str, Any], want: Mapping[str, Any]) -> None:
-    got, want = flatten(got), flatten(want)
-    assert {*got} == {*want}
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype, name
-        np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
 def wide(got: Any) -> np.ndarray:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from jrope.config import LlamaConfig, nest
+from jrope.config import LlamaConfig, flatten, nest
 from jrope.hf import config_from_hf
 from jrope.model import forward
 from jrope.parity_report import Error
@@ -46,13 +46,27 @@ def make(tiny_hf: Any) -> Callable[..., Model]:
     def build(rope: Rope | None = None, **shape: Any) -> Model:
         tiny = tiny_hf(**shape)
         torch.set_num_threads(1)  # two only wait for each other at this size
-        config = config_from_hf(tiny.config)
+        params, config = params_of(tiny)
         if rope is not None:
             config = dataclasses.replace(config, rope=rope)
-        params = nest({name: jnp.asarray(w) for name, w in tiny.weights.items()})
         return Model(tiny.model, tiny.weights, params, config)
 
     return build
+
+
+def params_of(tiny: Any, dtype: str = "float32") -> tuple[dict[str, Any], LlamaConfig]:
+    """A tiny transformers model as our parameters and configuration."""
+    flat = {name: jnp.asarray(x, dtype) for name, x in tiny.weights.items()}
+    return nest(flat), config_from_hf(tiny.config)
+
+
+def assert_equal(got: Any, want: Any) -> None:
+    """Two trees of the same names, dtypes and bits."""
+    got, want = flatten(got), flatten(want)
+    assert {*got} == {*want}
+    for name, x in want.items():
+        assert got[name].dtype == x.dtype, name
+        np.testing.assert_array_equal(got[name], x, err_msg=name)
 
 
 def tokens_of(config: LlamaConfig, *shape: int, seed: int = 0) -> jax.Array:

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_tiny_hf
+from model_helpers import assert_equal, params_of
 
-from jrope.config import LlamaConfig, flatten, nest
+from jrope.config import LlamaConfig, flatten
 from jrope.errors import JropeError
 from jrope.evaluate import score
 from jrope.fuse import Order, fuse, unfuse
 from jrope.generate import generate
-from jrope.hf import config_from_hf
 from jrope.model import forward
 
 ORDERS: tuple[Order, ...] = ("out_in", "in_out")
@@ -34,17 +34,7 @@ run = jax.jit(forward, static_argnames="config")
 
 @cache
 def model(case: str, dtype: str = "float32") -> tuple[dict[str, Any], LlamaConfig]:
-    tiny = make_tiny_hf(**MODELS[case])
-    flat = {name: jnp.asarray(x, dtype) for name, x in tiny.weights.items()}
-    return nest(flat), config_from_hf(tiny.config)
-
-
-def assert_equal(got: Any, want: Any) -> None:
-    got, want = flatten(got), flatten(want)
-    assert {*got} == {*want}
-    for name, x in want.items():
-        assert got[name].dtype == x.dtype, name
-        np.testing.assert_array_equal(got[name], x, err_msg=name)
+    return params_of(make_tiny_hf(**MODELS[case]), dtype)
 
 
 def logits(params: Any, config: LlamaConfig) -> np.ndarray:

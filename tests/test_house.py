@@ -35,7 +35,7 @@ ALLOWED = {
     "cache": "config errors",
     "layers": "activations attention cache config growing products rope",
     "model": "cache config errors growing layers products rope",
-    "int8": "config errors",
+    "int8": "config errors frequencies",
     "fuse": "config errors int8 layers",
     "evaluate": "cache config errors model rope",
     "request": "config errors sample",

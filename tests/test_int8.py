@@ -11,7 +11,6 @@ from int8_helpers import (
     EMBEDDED,
     EPS,
     TOKENS,
-    assert_equal,
     definition,
     each_model,
     largest_gap,
@@ -21,6 +20,7 @@ from int8_helpers import (
     run,
     wide,
 )
+from model_helpers import assert_equal
 
 import jrope
 from jrope import int8

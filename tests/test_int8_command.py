@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from int8_helpers import (
     EMBEDDED,
-    assert_equal,
     middling,
 )
+from model_helpers import assert_equal
 
 from jrope.bench_model import (
     named_shape,

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from int8_helpers import (
-    assert_equal,
     middling,
     model,
 )
+from model_helpers import assert_equal
 
 from jrope import int8
 from jrope.bench_model import (
