@@ -24,9 +24,9 @@ from _common import (
 )
 
 from jrope.checkpoint import read_llama_config
-from jrope.config import flatten, nest
 from jrope.errors import JropeError
 from jrope.folders import companions, some
+from jrope.tree import flatten, nest
 
 PARAMS = "params"
 

@@ -30,10 +30,11 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jrope.checkpoint import load, save
-from jrope.config import LlamaConfig, Tree, with_rope
+from jrope.config import LlamaConfig, with_rope
 from jrope.evaluate import score
 from jrope.hf import config_from_hf
 from jrope.model import count_parameters, init_params
+from jrope.tree import Tree
 
 BOS, EOS, HEAD_DIM = 0, 1, 32
 Rows = dict[str, dict[int, float]]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.products import matmul_precision
+from jrope.numerics import matmul_precision
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once

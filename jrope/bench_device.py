@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.products import matmul_precision
+from jrope.numerics import matmul_precision
 
 READ = {"gpu": 4 * 2**30, "cpu": 512 * 2**20}  # bytes, several times any cache
 # M, K, N; the ragged ones often beat the square

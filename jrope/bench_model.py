@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import EMBEDDING, LlamaConfig, Tree, nest, parameter_shapes
+from jrope.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
 from jrope.fuse import fuse, unfuse
 from jrope.int8 import Quantization, matrices, scale_name, weight_bytes
 from jrope.rope import Rope
+from jrope.tree import Tree, nest
 
 Order = Literal["none", "out_in", "in_out"]
 

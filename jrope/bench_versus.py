@@ -13,10 +13,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrope.config import LlamaConfig, flatten
+from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
 from jrope.sample import Sampler
+from jrope.tree import flatten
 
 EAGER, COMPILED = "transformers", "transformers, compiled"
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig, Tree, flatten, nest, parameter_shapes
+from jrope.config import LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
 from jrope.folders import (
     CONFIG,
@@ -32,6 +32,7 @@ from jrope.int8 import Quantization, is_quantized, keeper
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 from jrope.tensor_checks import check_tensors, checked_names
+from jrope.tree import Tree, flatten, nest
 
 __all__ = [
     "Tensors",

@@ -5,17 +5,15 @@ a checkpoint (`hf.config_from_hf` reads them) or by whoever trains one.
 """
 
 import dataclasses
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
 from jrope.activations import ACTIVATIONS
-from jrope.errors import JropeError
+from jrope.errors import JropeError, did_you_mean, is_integer, is_number
 from jrope.rope import ROPE_TYPES, Lengths, LongRope, Precision, Rope
 from jrope.scaling import Method
 
-Tree = dict[str, Any]
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIASES = {
     "original": "original_length",
@@ -84,13 +82,13 @@ class LlamaConfig:
     def _problems(self) -> Iterator[str]:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type is int and not _is_integer(value, at_least=1):
+            if field.type is int and not is_integer(value, at_least=1):
                 yield f"{field.name} is {value!r}, want a positive integer"
             if field.type is bool and not isinstance(value, bool):
                 yield f"{field.name} is {value!r}, want true or false"
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
-            if not _is_number(value) or value < 0:
+            if not is_number(value) or value < 0:
                 yield f"{name} is {value!r}, want a finite number >= 0"
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
@@ -100,7 +98,7 @@ class LlamaConfig:
 
     def _head_problems(self) -> Iterator[str]:
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
-        good = _is_integer(heads, at_least=1) and _is_integer(kv_heads, at_least=1)
+        good = is_integer(heads, at_least=1) and is_integer(kv_heads, at_least=1)
         if good and heads % kv_heads:
             yield (
                 f"num_attention_heads {heads} is not a multiple of "
@@ -108,7 +106,7 @@ class LlamaConfig:
             )
         if not isinstance(self.rope, Rope):
             yield f"rope is {self.rope!r}, want a Rope"
-        elif _is_integer(self.head_dim, at_least=1):
+        elif is_integer(self.head_dim, at_least=1):
             got = self.rope.rotary_dim
             if got > self.head_dim:
                 yield f"rope.rotary_dim {got} exceeds head_dim {self.head_dim}"
@@ -116,10 +114,10 @@ class LlamaConfig:
     def _token_problems(self) -> Iterator[str]:
         single = {"bos_token_id": self.bos_token_id, "pad_token_id": self.pad_token_id}
         for name, value in single.items():
-            if value is not None and not _is_integer(value, at_least=0):
+            if value is not None and not is_integer(value, at_least=0):
                 yield f"{name} is {value!r}, want null or an integer >= 0"
         good = isinstance(self.eos_token_id, tuple)
-        if not good or not all(_is_integer(i, at_least=0) for i in self.eos_token_id):
+        if not good or not all(is_integer(i, at_least=0) for i in self.eos_token_id):
             got = self.eos_token_id
             yield f"eos_token_id is {got!r}, want a tuple of integers >= 0"
 
@@ -153,33 +151,6 @@ def parameter_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     if not config.tie_word_embeddings:
         shapes[HEAD] = (v, d)
     return shapes
-
-
-def nest(flat: Mapping[str, Any]) -> Tree:
-    """Dotted names to nested dictionaries.
-
-    >>> nest({"a.b": 1, "a.c": 2})
-    {'a': {'b': 1, 'c': 2}}
-    """
-    tree: Tree = {}
-    for name, value in flat.items():
-        *path, last = name.split(".")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[last] = value
-    return tree
-
-
-def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """Nested dictionaries to dotted names, the inverse of `nest`."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= {f"{key}.{name}": leaf for name, leaf in flatten(value).items()}
-        else:
-            flat[key] = value
-    return flat
 
 
 def with_rope(
@@ -231,9 +202,10 @@ def with_rope(
 def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> Any:
     if name != "default" and name not in ROPE_TYPES:
         known = ["default", "condense", *ROPE_TYPES]
-        near = difflib.get_close_matches(name, known, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        raise JropeError(f"unknown rope type {name!r}; known: {', '.join(known)}{hint}")
+        raise JropeError(
+            f"unknown rope type {name!r}; known: {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
+        )
     kind = ROPE_TYPES.get(name)
     known_fields = dataclasses.fields(kind) if kind else ()
     names = {field.name for field in known_fields}
@@ -253,21 +225,9 @@ def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> A
         fields.setdefault("original_length", trained)
     if kind is LongRope and "attention_factor" not in fields:
         length = fields["original_length"]
-        if _is_integer(length, at_least=1):  # else LongRope says what is wrong
+        if is_integer(length, at_least=1):  # else LongRope says what is wrong
             fields.setdefault("factor", config.max_position_embeddings / length)
     missing = [f.name for f in known_fields if f.default is dataclasses.MISSING]
     if missing := [name for name in missing if name not in fields]:
         raise JropeError(f"rope type {name!r} needs {', '.join(missing)}")
     return kind(**fields)
-
-
-def _is_integer(value: object, *, at_least: int) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int):
-        return False
-    return value >= at_least
-
-
-def _is_number(value: object) -> bool:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return -1e30 < value < 1e30  # NaN is not

@@ -5,9 +5,9 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jrope.errors import JropeError
+from jrope.errors import check, is_positive
+from jrope.numerics import Float
 
-Float: TypeAlias = type[np.float32] | type[np.float64]
 Length: TypeAlias = int | jax.Array | np.ndarray | None
 
 
@@ -32,17 +32,6 @@ def base_frequencies(
     return dtype(1) / wavelength_powers(rotary_dim, theta, dtype)
 
 
-def round_to(x: Any, dtype: Float) -> Any:
-    """float64 numbers rounded to `dtype`, still held in float64.
-
-    Not by casts: for a GPU, XLA drops one there and back, and LLVM makes a quotient
-    that is cast a float32 division, which is approximate.
-    """
-    if isinstance(x, np.ndarray | np.generic):
-        return x.astype(dtype).astype(np.float64)
-    return x if dtype is np.float64 else jax.lax.reduce_precision(x, 8, 23)
-
-
 def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
     """theta * factor ** (d / (d - 2)): the base that stretches the last pair `factor`x.
 
@@ -51,31 +40,6 @@ def ntk_theta(theta: float, factor: float, rotary_dim: int) -> float:
     """
     check(rotary_dim > 2, "rotary_dim", rotary_dim, "more than 2 for NTK scaling")
     return theta * factor ** (rotary_dim / (rotary_dim - 2))
-
-
-def check(good: bool, name: str, got: object, wanted: str) -> None:
-    """Raise a JropeError that names the field, its value and what is allowed."""
-    if not good:
-        raise JropeError(f"{name}: got {got!r}, want {wanted}")
-
-
-def is_positive(value: object) -> bool:
-    """Whether value is a number above 0 that float32 can hold; booleans are not."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return False
-    return 0 < value < 1e30  # NaN is not
-
-
-def like_rows(values: np.ndarray, ndim: int) -> np.ndarray:
-    """[R] -> [1, ..., R], to meet one frequency row per sequence."""
-    return values.reshape((1,) * (ndim - 1) + values.shape)
-
-
-def check_positive(method: object, *names: str) -> None:
-    """Raise a JropeError unless each named field is a number above 0."""
-    for name in names:
-        value = getattr(method, name)
-        check(is_positive(value), name, value, "a finite number > 0")
 
 
 def check_length(method: object) -> None:

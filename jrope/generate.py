@@ -15,9 +15,10 @@ import numpy as np
 
 from jrope.cache import KVCache
 from jrope.config import LlamaConfig
+from jrope.errors import check_count
 from jrope.evaluate import token_logprobs
 from jrope.model import hidden_states, last_token, unembed
-from jrope.request import Options, Request, Rules, check_count, prepare
+from jrope.request import Options, Request, Rules, prepare
 from jrope.sample import log_probs
 
 

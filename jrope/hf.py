@@ -15,13 +15,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from jrope.config import LlamaConfig
-from jrope.errors import JropeError
-from jrope.frequencies import check
+from jrope.errors import JropeError, check, did_you_mean
 from jrope.hf_rope import (
     ORIGINAL,
     PARTIAL,
     SCHEMAS,
-    nearest,
     positive_integer,
     rope_from_hf,
     rope_to_hf,
@@ -185,7 +183,7 @@ def _unread(config: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {repr(got)[:80]}, want {values[0]!r}: {advice}"
     known = {*HANDLED, *IGNORED, *HARMLESS}
     if unknown := [key for key in config if key not in known]:
-        names = ", ".join(f"{key!r}{nearest(key, known)}" for key in unknown)
+        names = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)
         yield (
             f"unknown {names}: correct or remove what does not change the model; a key "
             "that does belongs to another architecture"

@@ -10,13 +10,12 @@ A method's keys are its dataclass's fields, so a new method needs nothing here.
 """
 
 import dataclasses
-import difflib
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
-from jrope.errors import JropeError
-from jrope.frequencies import check, is_positive, ntk_theta
+from jrope.errors import JropeError, check, did_you_mean, is_positive
+from jrope.frequencies import ntk_theta
 from jrope.rope import ROPE_TYPES, DynamicYarn, Linear, LongRope, NTKAware, Rope
 
 SCHEMAS = ("rope_scaling", "rope_parameters")
@@ -113,12 +112,6 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
     }
 
 
-def nearest(word: str, known: Iterable[str]) -> str:
-    """A hint that names the known word most like this one, or nothing."""
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]!r}?)" if near else ""
-
-
 def _written(scaling: Any) -> tuple[str, dict[str, Any]]:
     if scaling is None:
         return "default", {}
@@ -167,7 +160,7 @@ def _kind(where: str, values: Mapping[str, Any]) -> str:
         if kinds[key] not in KINDS:
             raise JropeError(
                 f"unknown rope type {kind!r} in {where}.{key}; known: "
-                f"{', '.join(KINDS)}{nearest(str(kind), KINDS)}"
+                f"{', '.join(KINDS)}{did_you_mean(str(kind), KINDS)}"
             )
     if len({*kinds.values()}) > 1:
         raise JropeError(
@@ -197,7 +190,7 @@ def _with_outer(
         check(ORIGINAL in known, ORIGINAL, outer, wanted)
         given[ORIGINAL] = outer
     if unknown := [key for key in given if key not in known]:
-        hints = ", ".join(f"{key!r}{nearest(key, known)}" for key in unknown)
+        hints = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)
         raise JropeError(
             f"{where}: rope type {kind!r} does not read {hints}; it reads "
             f"{', '.join(known) or 'rope_theta only'}.  Remove or correct the key"

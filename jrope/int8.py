@@ -20,17 +20,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import (
-    EMBEDDING,
-    HEAD,
-    LlamaConfig,
-    Tree,
-    flatten,
-    nest,
-    parameter_shapes,
-)
+from jrope.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
-from jrope.frequencies import round_to
+from jrope.numerics import round_to
+from jrope.tree import Tree, flatten, nest
 
 Quantization = Literal["int8"]
 LIMIT = np.float32(127)

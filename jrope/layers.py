@@ -17,7 +17,8 @@ from jrope.attention import attend
 from jrope.cache import grow, write
 from jrope.config import LlamaConfig
 from jrope.growing import attend_growing
-from jrope.products import is_row, like_channels, linear
+from jrope.numerics import with_rank
+from jrope.products import is_row, linear
 from jrope.rope import rotate
 
 # block: (name when joined by `fuse`, the projections in it)
@@ -118,7 +119,7 @@ def mlp(weights: Mapping[str, Any], x: jax.Array, config: LlamaConfig) -> jax.Ar
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     """weight * x / sqrt(mean(x^2) + eps), float32 inside, rounded before the weight."""
     normed = (x.astype(jnp.float32) * _inverse_rms(x, eps)).astype(x.dtype)
-    return normed * like_channels(weight, x)
+    return normed * with_rank(weight, x.ndim)
 
 
 def linears(
@@ -137,7 +138,7 @@ def linears(
     joined, names = FUSED[block]
     parts = [weights[name] for name in ([joined] if joined in weights else names)]
     if x.dtype == jnp.bfloat16 and all(is_row(part, x) for part in parts):
-        x, factor = x * like_channels(norm[0], x), _inverse_rms(x, norm[1])
+        x, factor = x * with_rank(norm[0], x.ndim), _inverse_rms(x, norm[1])
     else:
         x, factor = rms_norm(x, *norm), None
     ys = [linear(part, x, factor=factor) for part in parts]

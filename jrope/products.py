@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jrope.numerics import matmul_precision, with_rank
+
 BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
 PAIRED = 2**25  # int8 weights from which a GPU reads two rows at a time
 
@@ -35,11 +37,11 @@ def linear(
     else:
         y = _product(x, weights["weight"], 1, exact)
     if scale is not None:
-        y = y * like_channels(scale, y)
+        y = y * with_rank(scale, y.ndim)
     if factor is not None:
         y = y * factor
     if bias is not None:
-        y = y + like_channels(bias, y).astype(jnp.float32)
+        y = y + with_rank(bias, y.ndim).astype(jnp.float32)
     return y.astype(dtype)
 
 
@@ -47,17 +49,6 @@ def is_row(weights: Mapping[str, jax.Array], x: jax.Array) -> bool:
     """Whether x is a single token to meet 8- or 16-bit weights [out, in]."""
     single = x.size == x.shape[-1] and "weight" in weights
     return single and jnp.dtype(weights["weight"].dtype).itemsize <= 2
-
-
-def matmul_precision(dtype: jnp.dtype) -> jax.lax.Precision:
-    """float32 means float32 on every device: no TF32, no bfloat16 passes."""
-    wide = jnp.dtype(dtype) == jnp.float32
-    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
-
-
-def like_channels(weight: jax.Array, x: jax.Array) -> jax.Array:
-    """[D] to the rank of x [..., D]."""
-    return weight.reshape((1,) * (x.ndim - 1) + weight.shape)
 
 
 def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:

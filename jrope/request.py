@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.config import LlamaConfig
-from jrope.errors import JropeError
+from jrope.errors import JropeError, check_count
 from jrope.sample import Sampler
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
@@ -139,13 +139,6 @@ def prepare(
         prefill_chunk=chunk,
         width=width,
     )
-
-
-def check_count(name: str, value: Any, least: int) -> None:
-    """Raise a JropeError unless value is an integer of at least `least`."""
-    whole = isinstance(value, int | np.integer) and not isinstance(value, bool)
-    if not whole or value < least:
-        raise JropeError(f"{name}: got {value!r}, want an integer, at least {least}")
 
 
 def _check_lengths(

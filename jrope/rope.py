@@ -35,15 +35,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jrope.errors import JropeError
-from jrope.frequencies import (
-    Float,
-    Length,
-    base_frequencies,
-    check,
-    is_positive,
-    round_to,
-)
+from jrope.errors import JropeError, check, is_positive
+from jrope.frequencies import Length, base_frequencies
+from jrope.numerics import Float, round_to, rounded, with_rank
 from jrope.scaling import (
     ROPE_TYPES,
     DynamicNTK,
@@ -229,8 +223,7 @@ def _untold_length(rope: Rope, positions: Any) -> int:
 
 def _per_pair(values: Any, ndim: int) -> jax.Array:
     """[R], or a row per sequence [..., R], to the rank of positions [..., T, 1]."""
-    values = values if values.ndim == 1 else values[..., None, :]
-    return jnp.reshape(values, (1,) * (ndim - values.ndim) + values.shape)
+    return with_rank(values if values.ndim == 1 else values[..., None, :], ndim)
 
 
 @partial(jax.jit, static_argnames=("condense", "scaling"))
@@ -321,11 +314,11 @@ def rotate(
     else:
         a, b = wide[..., 0::2], wide[..., 1::2]
     if precision == "parity":
-        rounded = partial(_rounded, dtype=x.dtype)
-        cos, sin = rounded(cos), rounded(sin)
+        short = partial(rounded, dtype=x.dtype)
+        cos, sin = short(cos), short(sin)
         turned = (
-            rounded(a * cos) - rounded(b * sin),
-            rounded(b * cos) + rounded(a * sin),
+            short(a * cos) - short(b * sin),
+            short(b * cos) + short(a * sin),
         )
     else:
         turned = (a * cos - b * sin, b * cos + a * sin)
@@ -336,18 +329,6 @@ def rotate(
     y = y.astype(x.dtype)
     whole = 2 * pairs == x.shape[-1]
     return y if whole else jnp.concatenate([y, x[..., 2 * pairs :]], axis=-1)
-
-
-def _rounded(x: jax.Array, dtype: Any) -> jax.Array:
-    """x rounded to `dtype` but held in float32: XLA may not skip it, unlike a cast."""
-    if jnp.dtype(dtype) == jnp.float32:
-        return x
-    kind = jnp.finfo(dtype)
-    rounded = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
-    if kind.nexp == 8:  # bfloat16 has float32's range
-        return rounded
-    step = float(kind.smallest_subnormal)  # reduce_precision flushes these to zero
-    return jnp.where(jnp.abs(x) < float(kind.tiny), jnp.round(x / step) * step, rounded)
 
 
 def interleaved_to_half(

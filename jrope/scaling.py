@@ -26,19 +26,15 @@ from typing import Any, ClassVar, Protocol, final
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.errors import check, check_positive, is_positive
 from jrope.frequencies import (
-    Float,
     Length,
     base_frequencies,
-    check,
     check_length,
-    check_positive,
-    is_positive,
-    like_rows,
     ntk_theta,
-    round_to,
     wavelength_powers,
 )
+from jrope.numerics import Float, round_to, with_rank
 
 
 class Method(Protocol):
@@ -122,7 +118,7 @@ class DynamicNTK:
         exponent = (
             np.arange(0, rotary_dim, 2).astype(dtype) / dtype(rotary_dim)
         ).astype(wide)
-        powers = round_to(xp.power(base, like_rows(exponent, base.ndim)), dtype)
+        powers = round_to(xp.power(base, with_rank(exponent, base.ndim)), dtype)
         return round_to(wide(1) / powers, dtype).astype(dtype), 1.0
 
 
@@ -214,7 +210,7 @@ class DynamicYarn:
         keep = _kept(self, rotary_dim, theta, True, dtype)
         powers = wavelength_powers(rotary_dim, theta, dtype)
         plain, keep, move, powers = (
-            like_rows(x.astype(wide), scale.ndim + 1)
+            with_rank(x.astype(wide), scale.ndim + 1)
             for x in (dtype(1) / powers, keep, dtype(1) - keep, powers)
         )
         slow = rounded(wide(1) / rounded(rounded(scale)[..., None] * powers))
@@ -320,7 +316,7 @@ class LongRope:
         else:
             xp = np if isinstance(n, np.ndarray | np.integer) else jnp
             past = n[..., None] > self.original_length
-            inv_freq = xp.where(past, *(like_rows(f, past.ndim) for f in (long, short)))
+            inv_freq = xp.where(past, *(with_rank(f, past.ndim) for f in (long, short)))
         return inv_freq, self.attention_scaling
 
 

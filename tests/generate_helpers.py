@@ -12,10 +12,11 @@ import torch
 from conftest import TinyHF, make_tiny_hf
 from transformers import GenerationConfig
 
-from jrope.config import LlamaConfig, nest
+from jrope.config import LlamaConfig
 from jrope.generate import Generation, decode, generate, stream
 from jrope.hf import config_from_hf
 from jrope.sample import Sampler
+from jrope.tree import nest
 
 MODULE = importlib.import_module("jrope.generate")  # `jrope.generate` is the function
 VOCABULARY = 61

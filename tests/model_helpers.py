@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from jrope.config import LlamaConfig, flatten, nest
+from jrope.config import LlamaConfig
 from jrope.hf import config_from_hf
 from jrope.model import forward
 from jrope.parity_report import Error
@@ -26,6 +26,7 @@ from jrope.rope import (
     Rope,
     Yarn,
 )
+from jrope.tree import flatten, nest
 
 
 class Model(NamedTuple):

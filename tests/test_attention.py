@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import jrope.attention
 from jrope.attention import attend
-from jrope.config import LlamaConfig, nest, parameter_shapes
+from jrope.config import LlamaConfig, parameter_shapes
 from jrope.model import forward
-from jrope.products import matmul_precision
+from jrope.numerics import matmul_precision
 from jrope.rope import Rope
+from jrope.tree import nest
 
 HEADS = [(4, 4), (4, 2), (4, 1)]
 each_heads = pytest.mark.parametrize("heads", HEADS, ids=["MHA", "GQA", "MQA"])

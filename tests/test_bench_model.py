@@ -21,9 +21,9 @@ from jrope.bench_model import (
     weight_count,
     with_layers,
 )
-from jrope.config import flatten
 from jrope.errors import JropeError
 from jrope.model import forward
+from jrope.tree import flatten
 
 
 def test_counts_of_a_tiny_model_are_those_by_hand():

@@ -9,14 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrope.activations import ACTIVATIONS
-from jrope.config import (
-    ALIASES,
-    LlamaConfig,
-    flatten,
-    nest,
-    parameter_shapes,
-    with_rope,
-)
+from jrope.config import ALIASES, LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.rope import (
@@ -31,6 +24,7 @@ from jrope.rope import (
     Rope,
     Yarn,
 )
+from jrope.tree import flatten, nest
 
 PAIRS = 8
 FACTORS = tuple(1.0 + r for r in range(PAIRS))

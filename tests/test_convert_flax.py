@@ -20,7 +20,7 @@ from convert_helpers import run as run
 
 import jrope
 from jrope.checkpoint import read_config
-from jrope.config import flatten, nest
+from jrope.tree import flatten, nest
 
 
 def saved(folder: Path, tiny: Any, weights: Mapping[str, np.ndarray]) -> Path:

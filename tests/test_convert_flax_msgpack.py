@@ -21,7 +21,7 @@ from convert_helpers import run as run
 
 import jrope
 from jrope.checkpoint import read_config
-from jrope.config import nest
+from jrope.tree import nest
 
 
 def flax_tree(weights: Mapping[str, np.ndarray]) -> dict[str, Any]:

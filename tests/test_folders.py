@@ -11,8 +11,8 @@ from checkpoint_helpers import made as made
 from checkpoint_helpers import tiny as tiny
 
 from jrope.checkpoint import load, save
-from jrope.config import flatten
 from jrope.errors import JropeError
+from jrope.tree import flatten
 
 # The hub
 

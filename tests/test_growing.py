@@ -14,7 +14,7 @@ from conftest import TinyHF, make_tiny_hf
 from transformers import DynamicCache
 
 from jrope.cache import KVCache
-from jrope.config import LlamaConfig, nest, with_rope
+from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.evaluate import score
 from jrope.generate import generate, stream
@@ -22,6 +22,7 @@ from jrope.hf import config_from_hf
 from jrope.model import forward
 from jrope.parity_report import Error
 from jrope.rope import LongRope, Rope
+from jrope.tree import nest
 
 TRAINED, PAIRS, TIME = 12, 8, 40
 SHORT = tuple(1 + 0.1 * r for r in range(PAIRS))

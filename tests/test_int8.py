@@ -26,13 +26,13 @@ import jrope
 from jrope import int8
 from jrope.cache import KVCache
 from jrope.checkpoint import load, save
-from jrope.config import flatten, nest
 from jrope.errors import JropeError
 from jrope.evaluate import score
 from jrope.fuse import fuse, unfuse
 from jrope.generate import generate
 from jrope.int8 import dequantize, quantize
 from jrope.products import linear
+from jrope.tree import flatten, nest
 
 # the integers
 

@@ -26,10 +26,10 @@ from jrope.bench_runs import Prefill
 from jrope.checkpoint import load
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
-from jrope.config import flatten
 from jrope.generate import stream
 from jrope.int8 import quantize, weight_bytes
 from jrope.lab.journal import read_journal
+from jrope.tree import flatten
 
 # bench
 

@@ -10,11 +10,11 @@ import reference
 import torch
 from conftest import make_tiny_hf
 
-from jrope.config import nest
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.lab.distance import Means, describe, mean_queries_and_keys, scores_at
 from jrope.rope import DynamicNTK, Linear, Rope, Yarn
+from jrope.tree import nest
 
 DISTANCES = [0, 1, 5, 40, 999]
 DIM, LENGTH = 8, 1000

@@ -18,12 +18,13 @@ from model_helpers import (
 )
 from model_helpers import make as make
 
-from jrope.config import flatten, parameter_shapes
+from jrope.config import parameter_shapes
 from jrope.errors import JropeError
 from jrope.model import Llama, forward, init_params
 from jrope.parity import torch_stages
 from jrope.parity_report import stage
 from jrope.rope import ROPE_TYPES, Rope
+from jrope.tree import flatten
 
 SHAPES: dict[str, dict[str, Any]] = {
     "MHA": {"kv_heads": 4},

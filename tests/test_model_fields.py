@@ -11,11 +11,12 @@ import pytest
 from model_helpers import PLAIN, Model, changed, logits_of, tokens_of
 from model_helpers import make as make
 
-from jrope.config import LlamaConfig, flatten, parameter_shapes, with_rope
+from jrope.config import LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
 from jrope.generate import generate
 from jrope.model import forward, init_params
 from jrope.rope import Linear, Rope
+from jrope.tree import flatten
 
 
 def is_read_by_forward(model: Model, other: LlamaConfig) -> None:

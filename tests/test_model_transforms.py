@@ -13,9 +13,10 @@ from model_helpers import make as make
 
 import jrope.layers
 from jrope.cache import KVCache
-from jrope.config import LlamaConfig, flatten
+from jrope.config import LlamaConfig
 from jrope.model import count_parameters, forward, init_params
 from jrope.rope import Llama3, Rope
+from jrope.tree import flatten
 
 
 def loss_of(params: Any, tokens: jax.Array, config: LlamaConfig) -> jax.Array:

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from parity_helpers import METHODS, TRAINED
 
-from jrope.config import LlamaConfig, nest, with_rope
+from jrope.config import LlamaConfig, with_rope
 from jrope.generate import generate
 from jrope.hf import config_from_hf
 from jrope.model import forward
 from jrope.parity import jrope_stages, torch_stages
 from jrope.parity_report import Error, stage
 from jrope.rope import ROPE_TYPES
+from jrope.tree import nest
 
 LENGTHS = np.array([96, 40, 17])
 KINDS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key/value heads of 4

@@ -16,9 +16,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from jrope.checkpoint import load
-from jrope.config import flatten
 from jrope.generate import generate, stream
 from jrope.parity import compare
+from jrope.tree import flatten
 
 NEIGHBOUR = Path(__file__).parents[2] / "shared" / "data" / "stories260K"
 STORIES = Path(os.environ.get("JROPE_STORIES260K") or NEIGHBOUR)

@@ -1,0 +1,47 @@
+"""Arithmetic that every package shares: roundings that compilers keep, precision, rank.
+
+A cast to a narrower type and back is no rounding to XLA, which may drop the pair; what
+has to be rounded to a narrower type and held in a wider one goes through here.
+"""
+
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Float: TypeAlias = type[np.float32] | type[np.float64]
+
+
+def round_to(x: Any, dtype: Float) -> Any:
+    """float64 numbers rounded to `dtype`, still held in float64.
+
+    Not by casts: for a GPU, XLA (seen in jax 0.11) drops one there and back, and LLVM
+    makes a quotient that is cast a float32 division, which is approximate.
+    """
+    if isinstance(x, np.ndarray | np.generic):
+        return x.astype(dtype).astype(np.float64)
+    return x if dtype is np.float64 else jax.lax.reduce_precision(x, 8, 23)
+
+
+def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+    """x rounded to `dtype` but held in float32: XLA may not skip it, unlike a cast."""
+    if jnp.dtype(dtype) == jnp.float32:
+        return x
+    kind = jnp.finfo(dtype)
+    short = jax.lax.reduce_precision(x, kind.nexp, kind.nmant)
+    if kind.nexp == 8:  # bfloat16 has float32's range
+        return short
+    step = float(kind.smallest_subnormal)  # reduce_precision flushes these to zero
+    return jnp.where(jnp.abs(x) < float(kind.tiny), jnp.round(x / step) * step, short)
+
+
+def with_rank(x: Any, ndim: int) -> Any:
+    """x [...] with axes of size 1 in front, to broadcast against `ndim` dimensions."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)
+
+
+def matmul_precision(dtype: Any) -> jax.lax.Precision:
+    """float32 means float32 on every device: no TF32, no bfloat16 passes."""
+    wide = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
