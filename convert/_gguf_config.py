@@ -10,9 +10,8 @@ from _common import Lazy
 from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import some
-from jrope.frequencies import base_frequencies
-from jrope.rope import Rope
-from jrope.scaling import Linear, Llama3, Method, Yarn
+from jrope.rope import Method, Rope, base_frequencies
+from jrope.rope.methods import Linear, Llama3, Yarn
 
 FACTORS = "rope_freqs.weight"
 INTEGERS = (

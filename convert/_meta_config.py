@@ -14,7 +14,7 @@ from jrope.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import read_json, some
 from jrope.rope import Rope
-from jrope.scaling import Llama3
+from jrope.rope.methods import Llama3
 
 REQUIRED = ("dim", "n_layers", "n_heads", "norm_eps")
 OPTIONAL = ("n_kv_heads", "vocab_size", "multiple_of", "ffn_dim_multiplier")

@@ -5,24 +5,15 @@ a checkpoint (`hf.config_from_hf` reads them) or by whoever trains one.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, final
 
 from jrope.activations import ACTIVATIONS
-from jrope.errors import JropeError, did_you_mean, is_integer, is_number
-from jrope.rope import ROPE_TYPES, Lengths, LongRope, Precision, Rope
-from jrope.scaling import Method
+from jrope.errors import JropeError, is_integer, is_number
+from jrope.rope import Lengths, Method, Precision, Rope, build
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-ALIASES = {
-    "original": "original_length",
-    "original_max_position_embeddings": "original_length",
-    "low": "low_freq_factor",
-    "high": "high_freq_factor",
-    "short": "short_factor",
-    "long": "long_factor",
-}
 
 
 @final
@@ -188,7 +179,9 @@ def with_rope(
             )
         method, condense, fields = None, fields["factor"], {}
     if isinstance(method, str):
-        changes["scaling"] = _named_method(config, method, fields)
+        trained = config.rope.trained_length or config.max_position_embeddings
+        longest = config.max_position_embeddings
+        changes["scaling"] = build(method, fields, trained=trained, longest=longest)
     elif fields:
         raise JropeError(f"fields {sorted(fields)} given without a method's name")
     elif method is not None:
@@ -197,37 +190,3 @@ def with_rope(
     changes |= {name: value for name, value in told.items() if value is not None}
     rope = dataclasses.replace(config.rope, **changes)
     return dataclasses.replace(config, rope=rope)
-
-
-def _named_method(config: LlamaConfig, name: str, given: Mapping[str, Any]) -> Any:
-    if name != "default" and name not in ROPE_TYPES:
-        known = ["default", "condense", *ROPE_TYPES]
-        raise JropeError(
-            f"unknown rope type {name!r}; known: {', '.join(known)}"
-            f"{did_you_mean(name, known)}"
-        )
-    kind = ROPE_TYPES.get(name)
-    known_fields = dataclasses.fields(kind) if kind else ()
-    names = {field.name for field in known_fields}
-    fields: dict[str, Any] = {}
-    for key, value in given.items():
-        field = ALIASES.get(key, key)
-        if field in fields:
-            raise JropeError(f"rope type {name!r}: {field!r} is given twice")
-        fields[field] = value
-    if unknown := sorted(set(fields) - names):
-        wanted = ", ".join(sorted(names)) or "none"
-        raise JropeError(f"rope type {name!r} has no field {unknown}; fields: {wanted}")
-    if kind is None:
-        return None
-    trained = config.rope.trained_length or config.max_position_embeddings
-    if "original_length" in names:
-        fields.setdefault("original_length", trained)
-    if kind is LongRope and "attention_factor" not in fields:
-        length = fields["original_length"]
-        if is_integer(length, at_least=1):  # else LongRope says what is wrong
-            fields.setdefault("factor", config.max_position_embeddings / length)
-    missing = [f.name for f in known_fields if f.default is dataclasses.MISSING]
-    if missing := [name for name in missing if name not in fields]:
-        raise JropeError(f"rope type {name!r} needs {', '.join(missing)}")
-    return kind(**fields)

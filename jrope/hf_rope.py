@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from jrope.errors import JropeError, check, did_you_mean, is_positive
-from jrope.frequencies import ntk_theta
 from jrope.rope import ROPE_TYPES, DynamicYarn, Linear, LongRope, NTKAware, Rope
+from jrope.rope.frequencies import ntk_theta
 
 SCHEMAS = ("rope_scaling", "rope_parameters")
 ORIGINAL = "original_max_position_embeddings"

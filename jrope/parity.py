@@ -39,8 +39,7 @@ from jrope.hf import config_to_hf
 from jrope.layers import decoder_layer, rms_norm
 from jrope.model import embed, forward
 from jrope.parity_report import Report, segment, stage
-from jrope.rope import DynamicYarn, table
-from jrope.scaling import Method
+from jrope.rope import DynamicYarn, Method, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 FAR = 131072

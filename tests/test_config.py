@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrope.activations import ACTIVATIONS
-from jrope.config import ALIASES, LlamaConfig, parameter_shapes, with_rope
+from jrope.config import LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.rope import (
+    ALIASES,
     ROPE_TYPES,
     DynamicNTK,
     DynamicYarn,

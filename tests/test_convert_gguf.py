@@ -15,7 +15,7 @@ from convert_helpers import run as run
 import jrope
 from jrope.checkpoint import read_config
 from jrope.rope import half_to_interleaved
-from jrope.scaling import Linear, Yarn
+from jrope.rope.methods import Linear, Yarn
 
 
 def gguf_name(name: str) -> str:

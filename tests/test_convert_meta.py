@@ -22,7 +22,7 @@ from convert_helpers import run as run
 import jrope
 from jrope.checkpoint import read_config
 from jrope.rope import half_to_interleaved
-from jrope.scaling import Llama3
+from jrope.rope.methods import Llama3
 
 HIDDEN = 192  # what Meta's formula gives for dim 64 and multiple_of 32
 

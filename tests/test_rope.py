@@ -4,7 +4,6 @@ Every test of a method runs over one table, `CASES`.
 """
 
 import dataclasses
-import doctest
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,8 +29,6 @@ from rope_cases import (
     sample,
 )
 
-import jrope.frequencies
-import jrope.rope
 from jrope.rope import (
     ROPE_TYPES,
     DynamicNTK,
@@ -225,12 +222,3 @@ def test_condense_and_scaling_add_up(precision: Any) -> None:
     both = plain(condense=2, scaling=Linear(factor=4), precision=precision)
     one = plain(condense=8, precision=precision)
     assert_same(table(both, sample(2**16)), table(one, sample(2**16)))
-
-
-# Examples
-
-
-@pytest.mark.parametrize("module", [jrope.rope, jrope.frequencies])
-def test_examples_in_docstrings(module: Any) -> None:
-    results = doctest.testmod(module)
-    assert results.attempted and not results.failed

@@ -9,9 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from jrope.config import ALIASES, LlamaConfig, with_rope
+from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
-from jrope.rope import ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
+from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
 from jrope.tree import flatten
 
 DTYPES = ("float32", "bfloat16", "float16")

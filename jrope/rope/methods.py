@@ -27,14 +27,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import check, check_positive, is_positive
-from jrope.frequencies import (
+from jrope.numerics import Float, round_to, with_rank
+from jrope.rope.frequencies import (
     Length,
     base_frequencies,
     check_length,
     ntk_theta,
     wavelength_powers,
 )
-from jrope.numerics import Float, round_to, with_rank
 
 
 class Method(Protocol):
