@@ -17,10 +17,10 @@ import numpy as np
 
 from jrope.checkpoint import write_folder
 from jrope.cli.terminal import Progress, bytes_text
-from jrope.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import parse_json, some
 from jrope.hf import config_to_hf
+from jrope.model.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.safetensors_read import DTYPES, inside
 from jrope.tensor_checks import check_tensors
 

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from _common import Lazy
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import some
+from jrope.model.config import LlamaConfig
 from jrope.rope import Method, Rope, base_frequencies
 from jrope.rope.methods import Linear, Llama3, Yarn
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from _common import Lazy, note, same_bits
 
-from jrope.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import read_json, some
+from jrope.model.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.rope import Rope
 from jrope.rope.methods import Llama3
 

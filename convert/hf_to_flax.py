@@ -26,9 +26,9 @@ from _common import end_line, make_parser, require, run
 
 from jrope.checkpoint import load
 from jrope.cli.terminal import Progress
-from jrope.config import LlamaConfig
 from jrope.folders import CONFIG, check_target, companions, find_folder
 from jrope.hf import config_to_hf
+from jrope.model.config import LlamaConfig
 from jrope.safetensors_write import replacing, write_json
 from jrope.tree import flatten
 

@@ -29,9 +29,9 @@ from _common import (
 from _meta_config import kv_heads, make_config, read_params
 from _torch import open_pickle
 
-from jrope.config import EMBEDDING, HEAD
 from jrope.errors import JropeError
 from jrope.folders import some
+from jrope.model.config import EMBEDDING, HEAD
 from jrope.rope import interleaved_to_half
 
 # Meta's name -> Hugging Face's, and the axis that model parallelism splits.

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from jrope.checkpoint import read_llama_config
-from jrope.config import with_rope
 from jrope.lab.figures import figures
 from jrope.lab.style import to_svg
+from jrope.model.with_rope import with_rope
 
 HERE = Path(__file__).parent
 folder = Path(sys.argv[1] if sys.argv[1:] else HERE / "models" / "jrope-tiny")

@@ -30,10 +30,11 @@ import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from jrope.checkpoint import load, save
-from jrope.config import LlamaConfig, with_rope
-from jrope.evaluate import score
 from jrope.hf import config_from_hf
-from jrope.model import count_parameters, init_params
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import count_parameters, init_params
+from jrope.model.scores import score
+from jrope.model.with_rope import with_rope
 from jrope.tree import Tree
 
 BOS, EOS, HEAD_DIM = 0, 1, 32

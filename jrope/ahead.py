@@ -7,8 +7,8 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from jrope.config import LlamaConfig
 from jrope.generate import decode, first_of, first_token, piece_of, prefill
+from jrope.model.config import LlamaConfig
 from jrope.request import Options, prepare
 
 

@@ -39,9 +39,9 @@ from jrope.bench_runs import (
     told,
 )
 from jrope.bench_versus import Peer
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.int8 import Quantization, is_quantized, weight_bytes
+from jrope.model.config import LlamaConfig
 from jrope.request import bucket
 from jrope.sample import Sampler
 

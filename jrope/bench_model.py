@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
 from jrope.fuse import fuse, unfuse
 from jrope.int8 import Quantization, matrices, scale_name, weight_bytes
+from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.rope import Rope
 from jrope.tree import Tree, nest
 

@@ -11,10 +11,10 @@ import numpy as np
 
 from jrope.bench_device import memory_limit
 from jrope.bench_versus import COMPILED
-from jrope.cache import KVCache
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.generate import decode, first_token, prefill
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
 from jrope.request import prepare
 from jrope.sample import Sampler
 

@@ -13,9 +13,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
+from jrope.model.config import LlamaConfig
 from jrope.sample import Sampler
 from jrope.tree import flatten
 

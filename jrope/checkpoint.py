@@ -16,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
 from jrope.folders import (
     CONFIG,
@@ -29,6 +28,7 @@ from jrope.folders import (
 )
 from jrope.hf import config_from_hf, config_to_hf
 from jrope.int8 import Quantization, is_quantized, keeper
+from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 from jrope.tensor_checks import check_tensors, checked_names

@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import jax.numpy as jnp
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.int8 import is_quantized
-from jrope.layers import FUSED
+from jrope.model.config import LlamaConfig
+from jrope.model.layers import FUSED
 from jrope.tree import Tree
 
 Order = Literal["out_in", "in_out"]

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.cache import KVCache
-from jrope.config import LlamaConfig
 from jrope.errors import check_count
-from jrope.evaluate import token_logprobs
-from jrope.model import hidden_states, last_token, unembed
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import hidden_states, last_token, unembed
+from jrope.model.scores import token_logprobs
 from jrope.request import Options, Request, Rules, prepare
 from jrope.sample import log_probs
 

@@ -14,7 +14,6 @@ Tensor names need no table: the parameter tree is the tensor's name split at the
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError, check, did_you_mean
 from jrope.hf_rope import (
     ORIGINAL,
@@ -24,6 +23,7 @@ from jrope.hf_rope import (
     rope_from_hf,
     rope_to_hf,
 )
+from jrope.model.config import LlamaConfig
 
 REQUIRED = (
     "vocab_size",

@@ -20,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
+from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.numerics import round_to
 from jrope.tree import Tree, flatten, nest
 

@@ -33,11 +33,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.checkpoint import load
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
-from jrope.layers import decoder_layer, rms_norm
-from jrope.model import embed, forward
+from jrope.model.config import LlamaConfig
+from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.llama import embed, forward
+from jrope.model.with_rope import with_rope
 from jrope.parity_report import Report, segment, stage
 from jrope.rope import DynamicYarn, Method, table
 

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError, check_count
+from jrope.model.config import LlamaConfig
 from jrope.sample import Sampler
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this

@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from jrope.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
 from jrope.folders import differences
+from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.safetensors_read import DTYPES, Tensors
 
 

@@ -18,8 +18,8 @@ from transformers import PreTrainedTokenizerFast
 
 from jrope.checkpoint import write_folder
 from jrope.cli import main
-from jrope.config import parameter_shapes
 from jrope.hf import config_from_hf
+from jrope.model.config import parameter_shapes
 
 ANSWER = " é😀日!"  # no byte twice, so that one follows from the other
 SPECIAL = ["<s>", "</s>", "<|system|>", "<|user|>", "<|assistant|>"]

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import reference
 
-from jrope.config import LlamaConfig
 from jrope.hf import config_from_hf
-from jrope.model import forward
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import forward
 from jrope.parity_report import Error
 from jrope.rope import (
     DynamicNTK,

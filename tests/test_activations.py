@@ -9,7 +9,7 @@ import pytest
 from model_helpers import close, logits_of, tokens_of, truth
 from model_helpers import make as make
 
-from jrope.activations import ACTIVATIONS
+from jrope.model.activations import ACTIVATIONS
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 
 from jrope.ahead import compile_ahead
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.fuse import fuse
 from jrope.generate import generate, stream
 from jrope.hf import config_from_hf
-from jrope.model import init_params
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import init_params
 
 CONFIG = {
     "vocab_size": 61,

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jrope.attention
-from jrope.attention import attend
-from jrope.config import LlamaConfig, parameter_shapes
-from jrope.model import forward
+import jrope.model.attention
+from jrope.model.attention import attend
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.llama import forward
 from jrope.numerics import matmul_precision
 from jrope.rope import Rope
 from jrope.tree import nest
@@ -49,8 +49,8 @@ def random(
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Blocks of 8: short prompts go the long prompts' way."""
-    monkeypatch.setattr(jrope.attention, "BLOCK", 8)
-    monkeypatch.setattr(jrope.attention, "WHOLE", 0)
+    monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
+    monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
     jax.clear_caches()
     yield
     jax.clear_caches()
@@ -167,8 +167,8 @@ def test_gradients_of_blocks_are_those_of_the_whole(
         return jnp.sum(jnp.sin(attend(q, k, v, starts)))
 
     want = jax.grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(jrope.attention, "BLOCK", 8)
-    monkeypatch.setattr(jrope.attention, "WHOLE", 0)
+    monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
+    monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
     got = jax.grad(loss, (0, 1, 2))(q, k, v)
     for ours, right in zip(got, want, strict=True):
         assert float(jnp.abs(right).max()) > 0.1

@@ -22,7 +22,7 @@ from jrope.bench_model import (
     with_layers,
 )
 from jrope.errors import JropeError
-from jrope.model import forward
+from jrope.model.llama import forward
 from jrope.tree import flatten
 
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrope.cache import KVCache, grow, per_row, write
-from jrope.config import LlamaConfig
+from jrope.model.cache import KVCache, grow, per_row, write
+from jrope.model.config import LlamaConfig
 from jrope.rope import Rope
 
 CONFIG = LlamaConfig(

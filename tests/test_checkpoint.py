@@ -30,9 +30,9 @@ from jrope.checkpoint import (
     save,
     write_folder,
 )
-from jrope.config import parameter_shapes
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
+from jrope.model.config import parameter_shapes
 from jrope.tree import flatten
 
 # Loading

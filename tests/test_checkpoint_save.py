@@ -27,9 +27,9 @@ from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
 from jrope.checkpoint import load, open_tensors, read_config, save, write_folder
-from jrope.config import parameter_shapes
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
+from jrope.model.config import parameter_shapes
 from jrope.tree import flatten, nest
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BF16}

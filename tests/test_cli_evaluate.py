@@ -14,9 +14,9 @@ from jrope.checkpoint import load
 from jrope.cli import evaluate, main
 from jrope.cli.evaluate_plan import split_ropes
 from jrope.cli.terminal import TimeLeft, duration_text
-from jrope.config import with_rope
-from jrope.evaluate import score
 from jrope.lab import journal, memory, perplexity
+from jrope.model.scores import score
+from jrope.model.with_rope import with_rope
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 TEXT = EMBEDDED / "held_out.txt"

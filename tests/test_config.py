@@ -8,10 +8,11 @@ from conftest import make_tiny_hf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrope.activations import ACTIVATIONS
-from jrope.config import LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
+from jrope.model.activations import ACTIVATIONS
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.with_rope import with_rope
 from jrope.rope import (
     ALIASES,
     ROPE_TYPES,

@@ -10,10 +10,10 @@ import pytest
 import torch
 from conftest import TinyHF, make_tiny_hf
 
-from jrope.config import LlamaConfig, parameter_shapes
-from jrope.evaluate import LOGITS_AT_ONCE, score, token_logprobs
 from jrope.hf import config_from_hf
-from jrope.model import forward
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.llama import forward
+from jrope.model.scores import LOGITS_AT_ONCE, score, token_logprobs
 from jrope.tree import nest
 
 VOCABULARY = 61

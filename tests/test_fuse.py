@@ -10,12 +10,12 @@ import pytest
 from conftest import make_tiny_hf
 from model_helpers import assert_equal, params_of
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
-from jrope.evaluate import score
 from jrope.fuse import Order, fuse, unfuse
 from jrope.generate import generate
-from jrope.model import forward
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import forward
+from jrope.model.scores import score
 from jrope.tree import flatten
 
 ORDERS: tuple[Order, ...] = ("out_in", "in_out")

@@ -24,8 +24,8 @@ from generate_helpers import (
 )
 from generate_helpers import steps as steps
 
-from jrope.evaluate import score
 from jrope.generate import generate
+from jrope.model.scores import score
 from jrope.request import prepare
 from jrope.sample import Sampler
 

@@ -21,9 +21,9 @@ from generate_helpers import (
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrope.cache import KVCache
 from jrope.errors import JropeError
 from jrope.generate import decode, first_token, generate, prefill, stream
+from jrope.model.cache import KVCache
 from jrope.request import bucket, prepare
 from jrope.sample import Sampler
 

@@ -13,13 +13,14 @@ import torch
 from conftest import TinyHF, make_tiny_hf
 from transformers import DynamicCache
 
-from jrope.cache import KVCache
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
-from jrope.evaluate import score
 from jrope.generate import generate, stream
 from jrope.hf import config_from_hf
-from jrope.model import forward
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import forward
+from jrope.model.scores import score
+from jrope.model.with_rope import with_rope
 from jrope.parity_report import Error
 from jrope.rope import LongRope, Rope
 from jrope.tree import nest

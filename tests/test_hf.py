@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
 from jrope.hf import HANDLED, HARMLESS, IGNORED, config_from_hf, config_to_hf
+from jrope.model.config import LlamaConfig
+from jrope.model.with_rope import with_rope
 from jrope.rope import (
     ROPE_TYPES,
     DynamicNTK,

@@ -24,14 +24,14 @@ from model_helpers import assert_equal
 
 import jrope
 from jrope import int8
-from jrope.cache import KVCache
 from jrope.checkpoint import load, save
 from jrope.errors import JropeError
-from jrope.evaluate import score
 from jrope.fuse import fuse, unfuse
 from jrope.generate import generate
 from jrope.int8 import dequantize, quantize
-from jrope.products import linear
+from jrope.model.cache import KVCache
+from jrope.model.products import linear
+from jrope.model.scores import score
 from jrope.tree import flatten, nest
 
 # the integers

@@ -23,10 +23,10 @@ from jrope.bench_model import (
 )
 from jrope.bench_runs import Decode, Prefill
 from jrope.checkpoint import load, save
-from jrope.config import parameter_shapes
 from jrope.fuse import fuse
 from jrope.int8 import Quantization, quantize, weight_bytes
-from jrope.products import BLOCK
+from jrope.model.config import parameter_shapes
+from jrope.model.products import BLOCK
 from jrope.tree import flatten
 
 of_the_cpu_backend = pytest.mark.skipif(

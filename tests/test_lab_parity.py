@@ -16,9 +16,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
 from jrope.checkpoint import load
-from jrope.config import with_rope
 from jrope.hf import config_to_hf
 from jrope.lab.perplexity import perplexity
+from jrope.model.with_rope import with_rope
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 TEXT = EMBEDDED / "held_out.txt"

@@ -11,11 +11,12 @@ from conftest import make_tiny_hf
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jrope.config import LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
-from jrope.evaluate import score
 from jrope.hf import config_from_hf
 from jrope.lab import memory, perplexity
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.scores import score
+from jrope.model.with_rope import with_rope
 from jrope.tree import nest
 
 METHODS = {

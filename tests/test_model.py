@@ -18,9 +18,9 @@ from model_helpers import (
 )
 from model_helpers import make as make
 
-from jrope.config import parameter_shapes
 from jrope.errors import JropeError
-from jrope.model import Llama, forward, init_params
+from jrope.model.config import parameter_shapes
+from jrope.model.llama import Llama, forward, init_params
 from jrope.parity import torch_stages
 from jrope.parity_report import stage
 from jrope.rope import ROPE_TYPES, Rope

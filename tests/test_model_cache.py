@@ -10,8 +10,8 @@ import pytest
 from model_helpers import ROPES, close, each_rope, logits_of, some_ropes, tokens_of
 from model_helpers import make as make
 
-from jrope.cache import KVCache
-from jrope.model import forward
+from jrope.model.cache import KVCache
+from jrope.model.llama import forward
 from jrope.rope import Rope
 
 

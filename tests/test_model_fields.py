@@ -11,10 +11,11 @@ import pytest
 from model_helpers import PLAIN, Model, changed, logits_of, tokens_of
 from model_helpers import make as make
 
-from jrope.config import LlamaConfig, parameter_shapes, with_rope
 from jrope.errors import JropeError
 from jrope.generate import generate
-from jrope.model import forward, init_params
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.llama import forward, init_params
+from jrope.model.with_rope import with_rope
 from jrope.rope import Linear, Rope
 from jrope.tree import flatten
 

@@ -11,10 +11,10 @@ import pytest
 from model_helpers import changed, close, logits_of, some_ropes, tokens_of
 from model_helpers import make as make
 
-import jrope.layers
-from jrope.cache import KVCache
-from jrope.config import LlamaConfig
-from jrope.model import count_parameters, forward, init_params
+import jrope.model.layers
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import count_parameters, forward, init_params
 from jrope.rope import Llama3, Rope
 from jrope.tree import flatten
 
@@ -136,7 +136,7 @@ def test_405b_is_checked_without_arrays() -> None:
 def test_a_layer_is_traced_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(layers=6)
     calls = []
-    original = jrope.layers.attention
+    original = jrope.model.layers.attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from parity_helpers import METHODS, TRAINED
 
-from jrope.config import LlamaConfig, with_rope
 from jrope.generate import generate
 from jrope.hf import config_from_hf
-from jrope.model import forward
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import forward
+from jrope.model.with_rope import with_rope
 from jrope.parity import jrope_stages, torch_stages
 from jrope.parity_report import Error, stage
 from jrope.rope import ROPE_TYPES

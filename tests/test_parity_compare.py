@@ -13,8 +13,9 @@ from parity_helpers import folder as folder
 import jrope.checkpoint
 import jrope.hf
 import jrope.parity
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
+from jrope.model.config import LlamaConfig
+from jrope.model.with_rope import with_rope
 from jrope.parity import compare, jrope_stages, place
 from jrope.parity_report import Error
 

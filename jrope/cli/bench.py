@@ -36,10 +36,10 @@ from jrope.cli.common import (
     number,
     whole,
 )
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import find_folder
 from jrope.int8 import weight_bytes
+from jrope.model.config import LlamaConfig
 from jrope.safetensors_read import DTYPES as STORED
 from jrope.sample import Sampler
 from jrope.tree import Tree

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import jax
 
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
+from jrope.model.config import LlamaConfig
+from jrope.model.with_rope import with_rope
 from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
 from jrope.tree import flatten
 

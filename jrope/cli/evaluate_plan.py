@@ -14,8 +14,9 @@ import numpy as np
 
 from jrope.cli.common import parse_rope
 from jrope.cli.text import load_tokenizer, vocabulary
-from jrope.config import LlamaConfig, with_rope
 from jrope.errors import JropeError
+from jrope.model.config import LlamaConfig
+from jrope.model.with_rope import with_rope
 from jrope.rope import ROPE_TYPES
 
 OWN = "model"  # the rotary embedding that the folder has

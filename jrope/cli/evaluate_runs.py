@@ -16,10 +16,10 @@ from jrope.cli.common import trained_length
 from jrope.cli.evaluate_plan import Text, cost
 from jrope.cli.evaluate_table import failure_line
 from jrope.cli.terminal import TimeLeft
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.lab import distance, passkey, perplexity
 from jrope.lab.journal import Journal
+from jrope.model.config import LlamaConfig
 from jrope.rope import base_frequencies
 
 _DISTANCE_TOKENS = 16384  # read for the mean queries and keys

@@ -29,10 +29,10 @@ from jrope.cli.text import (
     read_prompts,
     vocabulary,
 )
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.folders import find_folder
 from jrope.generate import stream
+from jrope.model.config import LlamaConfig
 from jrope.request import Options, prepare
 from jrope.sample import Sampler
 

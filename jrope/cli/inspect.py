@@ -19,8 +19,8 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.cli.terminal import bytes_text
-from jrope.config import LlamaConfig, parameter_shapes
 from jrope.folders import find_folder
+from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.rope import Rope, base_frequencies
 from jrope.safetensors_read import DTYPES
 from jrope.tensor_checks import checked_names

@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
-from jrope.layers import decoder_layer, linears
-from jrope.model import embed
+from jrope.model.config import LlamaConfig
+from jrope.model.layers import decoder_layer, linears
+from jrope.model.llama import embed
 from jrope.rope import Rope, table
 
 

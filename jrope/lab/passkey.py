@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
 from jrope.generate import generate, prefill
 from jrope.lab.memory import compile_fitting
+from jrope.model.config import LlamaConfig
 from jrope.request import bucket
 
 NEW = 16  # tokens that an answer may take

@@ -23,13 +23,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.config import LlamaConfig
 from jrope.errors import JropeError
-from jrope.evaluate import token_logprobs
 from jrope.lab.memory import compile_fitting
 from jrope.lab.statistics import Interval, block_bootstrap
-from jrope.layers import decoder_layer, rms_norm
-from jrope.model import embed
+from jrope.model.config import LlamaConfig
+from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.llama import embed
+from jrope.model.scores import token_logprobs
 from jrope.rope import table
 
 FIRST_BUCKET = 256

@@ -15,7 +15,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jrope.attention import attend
+from jrope.model.attention import attend
 from jrope.rope import LongRope, Rope, rotate, table
 
 

@@ -11,7 +11,7 @@ from typing import Any, final
 import jax
 import jax.numpy as jnp
 
-from jrope.config import LlamaConfig
+from jrope.model.config import LlamaConfig
 
 
 @final

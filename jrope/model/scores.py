@@ -7,8 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrope.config import LlamaConfig
-from jrope.model import hidden_states, unembed
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import hidden_states, unembed
 
 LOGITS_AT_ONCE = 256
 

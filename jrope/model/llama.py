@@ -19,12 +19,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.cache import KVCache, per_row
-from jrope.config import LlamaConfig, parameter_shapes
 from jrope.errors import JropeError
-from jrope.growing import slot_table
-from jrope.layers import decoder_layer, rms_norm
-from jrope.products import linear
+from jrope.model.cache import KVCache, per_row
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.growing import slot_table
+from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.products import linear
 from jrope.rope import LongRope, table
 from jrope.tree import Tree, flatten, nest
 

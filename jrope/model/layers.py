@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.activations import ACTIVATIONS
-from jrope.attention import attend
-from jrope.cache import grow, write
-from jrope.config import LlamaConfig
-from jrope.growing import attend_growing
+from jrope.model.activations import ACTIVATIONS
+from jrope.model.attention import attend
+from jrope.model.cache import grow, write
+from jrope.model.config import LlamaConfig
+from jrope.model.growing import attend_growing
+from jrope.model.products import is_row, linear
 from jrope.numerics import with_rank
-from jrope.products import is_row, linear
 from jrope.rope import rotate
 
 # block: (name when joined by `fuse`, the projections in it)

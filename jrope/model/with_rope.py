@@ -1,0 +1,56 @@
+"""The same model with another rotary embedding."""
+
+import dataclasses
+from typing import Any
+
+from jrope.errors import JropeError
+from jrope.model.config import LlamaConfig
+from jrope.rope import Lengths, Method, Precision, build
+
+
+def with_rope(
+    config: LlamaConfig,
+    method: str | Method | None = None,
+    *,
+    condense: float | None = None,
+    precision: Precision | None = None,
+    lengths: Lengths | None = None,
+    **fields: Any,
+) -> LlamaConfig:
+    """The same model with another rotary embedding; weights stay as they are.
+
+    Args:
+      config: any configuration.
+      method: a name in `rope.ROPE_TYPES`, "default" for none, "condense" (with factor),
+        or a method object; None keeps what the configuration has.
+      condense: divide positions by this; None keeps.
+      precision: "parity" or "accurate"; None keeps.
+      lengths: "planned", "growing" or "hf", see `rope`; None keeps.
+      fields: the named method's fields.  `original_length` (or `original`) defaults to
+        the trained length that the configuration states, longrope's `factor` to
+        max_position_embeddings / original_length.
+
+    Raises:
+      JropeError: unknown name, or fields that the method lacks or does not have.
+
+    >>> with_rope(config, "yarn", factor=4)  # doctest: +SKIP
+    """
+    changes: dict[str, Any] = {}
+    if method == "condense":
+        if set(fields) != {"factor"} or condense is not None:
+            raise JropeError(
+                f"rope 'condense' takes factor alone, got {sorted(fields)}"
+            )
+        method, condense, fields = None, fields["factor"], {}
+    if isinstance(method, str):
+        trained = config.rope.trained_length or config.max_position_embeddings
+        longest = config.max_position_embeddings
+        changes["scaling"] = build(method, fields, trained=trained, longest=longest)
+    elif fields:
+        raise JropeError(f"fields {sorted(fields)} given without a method's name")
+    elif method is not None:
+        changes["scaling"] = method
+    told = {"condense": condense, "precision": precision, "lengths": lengths}
+    changes |= {name: value for name, value in told.items() if value is not None}
+    rope = dataclasses.replace(config.rope, **changes)
+    return dataclasses.replace(config, rope=rope)
