@@ -19,8 +19,6 @@ from jrope.errors import JropeError as JropeError
 from jrope.generate import Generation as Generation
 from jrope.generate import generate as generate
 from jrope.generate import stream as stream
-from jrope.int8 import dequantize as dequantize
-from jrope.int8 import quantize as quantize
 from jrope.model.cache import KVCache as KVCache
 from jrope.model.config import LlamaConfig as LlamaConfig
 from jrope.model.llama import Llama as Llama
@@ -30,5 +28,7 @@ from jrope.model.scores import score as score
 from jrope.model.with_rope import with_rope as with_rope
 from jrope.rope import Rope as Rope
 from jrope.sample import Sampler as Sampler
+from jrope.weights.int8 import dequantize as dequantize
+from jrope.weights.int8 import quantize as quantize
 
 __version__ = "0.1.0"

@@ -40,10 +40,10 @@ from jrope.bench_runs import (
 )
 from jrope.bench_versus import Peer
 from jrope.errors import JropeError
-from jrope.int8 import Quantization, is_quantized, weight_bytes
 from jrope.model.config import LlamaConfig
 from jrope.request import bucket
 from jrope.sample import Sampler
+from jrope.weights.int8 import Quantization, is_quantized, weight_bytes
 
 
 @final

@@ -16,11 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.fuse import fuse, unfuse
-from jrope.int8 import Quantization, matrices, scale_name, weight_bytes
 from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.rope import Rope
 from jrope.tree import Tree, nest
+from jrope.weights.fuse import fuse, unfuse
+from jrope.weights.int8 import Quantization, matrices, scale_name, weight_bytes
 
 Order = Literal["none", "out_in", "in_out"]
 

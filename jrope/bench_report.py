@@ -10,8 +10,8 @@ import jax
 
 from jrope.bench_device import Ceilings, Kernel, describe_device
 from jrope.bench_model import cache_bytes, read_bytes, weight_count
-from jrope.int8 import Quantization, weight_bytes
 from jrope.model.config import LlamaConfig
+from jrope.weights.int8 import Quantization, weight_bytes
 
 Work = Literal["prefill", "decode"]
 WIDTH = "{:<8}{:<23}{:<9}{:<8}{:>5}{:>8}{:>12}{:>11}{:>7}{:>11}{:>7}{:>9}{:>9}{:>8}"

@@ -27,12 +27,12 @@ from jrope.folders import (
     read_json,
 )
 from jrope.hf import config_from_hf, config_to_hf
-from jrope.int8 import Quantization, is_quantized, keeper
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.safetensors_read import DTYPES, Tensors, open_tensors
 from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
 from jrope.tensor_checks import check_tensors, checked_names
 from jrope.tree import Tree, flatten, nest
+from jrope.weights.int8 import Quantization, is_quantized, keeper
 
 __all__ = [
     "Tensors",

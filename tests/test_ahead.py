@@ -10,11 +10,11 @@ import pytest
 
 from jrope.ahead import compile_ahead
 from jrope.errors import JropeError
-from jrope.fuse import fuse
 from jrope.generate import generate, stream
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import init_params
+from jrope.weights.fuse import fuse
 
 CONFIG = {
     "vocab_size": 61,

@@ -11,12 +11,12 @@ from conftest import make_tiny_hf
 from model_helpers import assert_equal, params_of
 
 from jrope.errors import JropeError
-from jrope.fuse import Order, fuse, unfuse
 from jrope.generate import generate
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.model.scores import score
 from jrope.tree import flatten
+from jrope.weights.fuse import Order, fuse, unfuse
 
 ORDERS: tuple[Order, ...] = ("out_in", "in_out")
 MODELS: dict[str, dict[str, Any]] = {

@@ -23,16 +23,16 @@ from int8_helpers import (
 from model_helpers import assert_equal
 
 import jrope
-from jrope import int8
 from jrope.checkpoint import load, save
 from jrope.errors import JropeError
-from jrope.fuse import fuse, unfuse
 from jrope.generate import generate
-from jrope.int8 import dequantize, quantize
 from jrope.model.cache import KVCache
 from jrope.model.products import linear
 from jrope.model.scores import score
 from jrope.tree import flatten, nest
+from jrope.weights import int8
+from jrope.weights.fuse import fuse, unfuse
+from jrope.weights.int8 import dequantize, quantize
 
 # the integers
 

@@ -27,9 +27,9 @@ from jrope.checkpoint import load
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
 from jrope.generate import stream
-from jrope.int8 import quantize, weight_bytes
 from jrope.lab.journal import read_journal
 from jrope.tree import flatten
+from jrope.weights.int8 import quantize, weight_bytes
 
 # bench
 

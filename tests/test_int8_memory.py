@@ -14,7 +14,6 @@ from int8_helpers import (
 )
 from model_helpers import assert_equal
 
-from jrope import int8
 from jrope.bench_model import (
     cache_bytes,
     named_shape,
@@ -23,11 +22,12 @@ from jrope.bench_model import (
 )
 from jrope.bench_runs import Decode, Prefill
 from jrope.checkpoint import load, save
-from jrope.fuse import fuse
-from jrope.int8 import Quantization, quantize, weight_bytes
 from jrope.model.config import parameter_shapes
 from jrope.model.products import BLOCK
 from jrope.tree import flatten
+from jrope.weights import int8
+from jrope.weights.fuse import fuse
+from jrope.weights.int8 import Quantization, quantize, weight_bytes
 
 of_the_cpu_backend = pytest.mark.skipif(
     jax.default_backend() != "cpu", reason="memory as XLA's CPU backend uses it"

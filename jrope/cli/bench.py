@@ -38,11 +38,11 @@ from jrope.cli.common import (
 )
 from jrope.errors import JropeError
 from jrope.folders import find_folder
-from jrope.int8 import weight_bytes
 from jrope.model.config import LlamaConfig
 from jrope.safetensors_read import DTYPES as STORED
 from jrope.sample import Sampler
 from jrope.tree import Tree
+from jrope.weights.int8 import weight_bytes
 
 _TEMPERATURE = 0.8  # with --top-p
 _EPILOG = """\

@@ -45,12 +45,12 @@ from jrope.cli.evaluate_table import tables
 from jrope.cli.terminal import Progress, duration_text
 from jrope.errors import JropeError
 from jrope.folders import find_folder
-from jrope.int8 import quantize
 from jrope.lab.journal import Journal, current
 from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
+from jrope.weights.int8 import quantize
 
 _EPILOG = f"""\
 exit status: 0 all measured, 1 something failed or did not fit, 2 bad input

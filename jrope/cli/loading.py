@@ -7,12 +7,12 @@ from typing import Any
 
 import jax
 
-from jrope import int8
 from jrope.checkpoint import load, load_shapes
 from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
-from jrope.int8 import Quantization
+from jrope.weights import int8
+from jrope.weights.int8 import Quantization
 
 
 class _Unwanted(Exception):

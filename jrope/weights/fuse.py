@@ -12,10 +12,10 @@ from typing import Any, Literal
 import jax.numpy as jnp
 
 from jrope.errors import JropeError
-from jrope.int8 import is_quantized
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import FUSED
 from jrope.tree import Tree
+from jrope.weights.int8 import is_quantized
 
 Order = Literal["out_in", "in_out"]
 
