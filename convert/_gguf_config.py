@@ -8,7 +8,7 @@ import numpy as np
 from _common import Lazy
 
 from jrope.errors import JropeError
-from jrope.folders import some
+from jrope.hf.folders import some
 from jrope.model.config import LlamaConfig
 from jrope.rope import Method, Rope, base_frequencies
 from jrope.rope.methods import Linear, Llama3, Yarn

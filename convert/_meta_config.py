@@ -11,7 +11,7 @@ from typing import Any
 from _common import Lazy, note, same_bits
 
 from jrope.errors import JropeError
-from jrope.folders import read_json, some
+from jrope.hf.folders import read_json, some
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig
 from jrope.rope import Rope
 from jrope.rope.methods import Llama3

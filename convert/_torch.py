@@ -16,7 +16,7 @@ import numpy as np
 from _common import Lazy, check_file, require, unreadable
 
 from jrope.errors import JropeError
-from jrope.folders import some
+from jrope.hf.folders import some
 
 _FORBIDDEN = re.compile(r"GLOBAL ([\w.]+)")
 

@@ -30,9 +30,9 @@ from _common import (
 )
 from flax.serialization import msgpack_restore
 
-from jrope.checkpoint import read_llama_config
 from jrope.errors import JropeError
-from jrope.folders import companions, some
+from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.folders import companions, some
 from jrope.model.config import LlamaConfig
 from jrope.rope import Rope
 

@@ -23,9 +23,9 @@ from _common import (
     write_hf,
 )
 
-from jrope.checkpoint import read_llama_config
 from jrope.errors import JropeError
-from jrope.folders import companions, some
+from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.folders import companions, some
 from jrope.tree import flatten, nest
 
 PARAMS = "params"

@@ -24,12 +24,12 @@ import jax
 import numpy as np
 from _common import end_line, make_parser, require, run
 
-from jrope.checkpoint import load
 from jrope.cli.terminal import Progress
-from jrope.folders import CONFIG, check_target, companions, find_folder
-from jrope.hf import config_to_hf
+from jrope.hf.checkpoint import load
+from jrope.hf.config import config_to_hf
+from jrope.hf.folders import CONFIG, check_target, companions, find_folder
+from jrope.hf.shards import replacing, write_json
 from jrope.model.config import LlamaConfig
-from jrope.safetensors_write import replacing, write_json
 from jrope.tree import flatten
 
 PARAMS = "params"

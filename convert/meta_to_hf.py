@@ -30,7 +30,7 @@ from _meta_config import kv_heads, make_config, read_params
 from _torch import open_pickle
 
 from jrope.errors import JropeError
-from jrope.folders import some
+from jrope.hf.folders import some
 from jrope.model.config import EMBEDDING, HEAD
 from jrope.rope import interleaved_to_half
 

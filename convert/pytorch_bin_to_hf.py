@@ -17,8 +17,8 @@ from _common import (
 )
 from _torch import open_pickle
 
-from jrope.checkpoint import read_llama_config
-from jrope.folders import companions
+from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.folders import companions
 
 
 def convert(args: Namespace) -> None:

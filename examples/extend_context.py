@@ -50,8 +50,8 @@ from jrope.cli.common import (
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
-from jrope.folders import companions
-from jrope.hf import config_to_hf
+from jrope.hf.config import config_to_hf
+from jrope.hf.folders import companions
 from jrope.rope import DynamicNTK, Linear
 
 EMBEDDED = Path(__file__).parent / "models" / "jrope-tiny"

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from jrope.checkpoint import read_llama_config
+from jrope.hf.checkpoint import read_llama_config
 from jrope.lab.figures import figures
 from jrope.lab.style import to_svg
 from jrope.model.with_rope import with_rope

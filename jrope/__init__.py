@@ -8,17 +8,17 @@ names.  One letter key for dimensions, here, in einsums and in docstrings:
     H head_dim           R rotary pairs      F intermediate_size V vocab_size
 """
 
-from jrope import hf as hf
 from jrope import parity as parity
 from jrope import rope as rope
 from jrope.ahead import compile_ahead as compile_ahead
-from jrope.checkpoint import load as load
-from jrope.checkpoint import load_shapes as load_shapes
-from jrope.checkpoint import save as save
 from jrope.errors import JropeError as JropeError
 from jrope.generate import Generation as Generation
 from jrope.generate import generate as generate
 from jrope.generate import stream as stream
+from jrope.hf import config as hf
+from jrope.hf.checkpoint import load as load
+from jrope.hf.checkpoint import load_shapes as load_shapes
+from jrope.hf.checkpoint import save as save
 from jrope.model.cache import KVCache as KVCache
 from jrope.model.config import LlamaConfig as LlamaConfig
 from jrope.model.llama import Llama as Llama

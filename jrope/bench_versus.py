@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.hf import config_to_hf
+from jrope.hf.config import config_to_hf
 from jrope.model.config import LlamaConfig
 from jrope.sample import Sampler
 from jrope.tree import flatten

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import jrope
-from jrope.checkpoint import open_tensors
+from jrope.hf.checkpoint import open_tensors
 
 CONVERT = Path(__file__).parent.parent / "convert"
 LLAMA3 = {

@@ -13,7 +13,7 @@ from conftest import TinyHF, make_tiny_hf
 from transformers import GenerationConfig
 
 from jrope.generate import Generation, decode, generate, stream
-from jrope.hf import config_from_hf
+from jrope.hf.config import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.sample import Sampler
 from jrope.tree import nest

@@ -21,7 +21,8 @@ from checkpoint_helpers import made as made
 from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
-from jrope.checkpoint import (
+from jrope.errors import JropeError
+from jrope.hf.checkpoint import (
     READERS,
     Tensors,
     load,
@@ -30,8 +31,7 @@ from jrope.checkpoint import (
     save,
     write_folder,
 )
-from jrope.errors import JropeError
-from jrope.hf import config_from_hf
+from jrope.hf.config import config_from_hf
 from jrope.model.config import parameter_shapes
 from jrope.tree import flatten
 

@@ -16,8 +16,8 @@ from checkpoint_helpers import made as made
 from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
-from jrope.checkpoint import load
 from jrope.errors import JropeError
+from jrope.hf.checkpoint import load
 
 
 def set_index(folder: Path, edit: Callable[[dict[str, str]], Any]) -> None:
@@ -242,7 +242,7 @@ def test_bad_index(sharded: Path, case: str) -> None:
 def test_nothing_is_read_before_the_headers_agree(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jrope.safetensors_read._pieces", pytest.fail)
+    monkeypatch.setattr("jrope.hf.tensors._pieces", pytest.fail)
     set_config(folder, num_hidden_layers=1)
     with pytest.raises(JropeError, match="unexpected"):
         load(folder)

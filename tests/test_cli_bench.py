@@ -10,8 +10,8 @@ from bench_helpers import run, tiny
 
 from jrope.bench_model import random_params
 from jrope.bench_report import Row
-from jrope.checkpoint import save
 from jrope.cli import bench, common, main
+from jrope.hf.checkpoint import save
 
 
 def test_report_is_complete(tmp_path, capsys):

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from jax.errors import JaxRuntimeError
 
-from jrope.checkpoint import load
 from jrope.cli import evaluate, main
 from jrope.cli.evaluate_plan import split_ropes
 from jrope.cli.terminal import TimeLeft, duration_text
+from jrope.hf.checkpoint import load
 from jrope.lab import journal, memory, perplexity
 from jrope.model.scores import score
 from jrope.model.with_rope import with_rope

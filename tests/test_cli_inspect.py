@@ -25,7 +25,7 @@ from cli_helpers import model as model
 def test_inspect_tells_what_is_there(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
 ):
-    monkeypatch.setattr("jrope.safetensors_read._pieces", _raise(AssertionError()))
+    monkeypatch.setattr("jrope.hf.tensors._pieces", _raise(AssertionError()))
     facts = describe(capsys, model)
     weights = make_weights()
     count = sum(array.size for array in weights.values())

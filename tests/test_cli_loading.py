@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from cli_helpers import model as model
 
-from jrope.checkpoint import Tensors, load, load_shapes, save
 from jrope.cli import loading
 from jrope.cli.loading import Loading
 from jrope.errors import JropeError
+from jrope.hf.checkpoint import Tensors, load, load_shapes, save
 
 
 class Terminal(io.StringIO):

@@ -10,7 +10,7 @@ from convert_helpers import _as_a_script as _as_a_script
 from convert_helpers import refuse as refuse
 from convert_helpers import run as run
 
-from jrope.checkpoint import open_tensors
+from jrope.hf.checkpoint import open_tensors
 
 SCRIPTS = sorted(path.stem for path in CONVERT.glob("[!_]*.py"))
 

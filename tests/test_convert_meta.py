@@ -20,7 +20,7 @@ from convert_helpers import refuse as refuse
 from convert_helpers import run as run
 
 import jrope
-from jrope.checkpoint import read_config
+from jrope.hf.checkpoint import read_config
 from jrope.rope import half_to_interleaved
 from jrope.rope.methods import Llama3
 

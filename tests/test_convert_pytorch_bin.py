@@ -22,7 +22,7 @@ from convert_helpers import (
 from convert_helpers import refuse as refuse
 from convert_helpers import run as run
 
-from jrope.checkpoint import read_config
+from jrope.hf.checkpoint import read_config
 
 
 @pytest.mark.parametrize("shards", [False, True])

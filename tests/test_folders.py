@@ -10,8 +10,8 @@ from checkpoint_helpers import folder as folder
 from checkpoint_helpers import made as made
 from checkpoint_helpers import tiny as tiny
 
-from jrope.checkpoint import load, save
 from jrope.errors import JropeError
+from jrope.hf.checkpoint import load, save
 from jrope.tree import flatten
 
 # The hub

@@ -15,7 +15,7 @@ from transformers import DynamicCache
 
 from jrope.errors import JropeError
 from jrope.generate import generate, stream
-from jrope.hf import config_from_hf
+from jrope.hf.config import config_from_hf
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward

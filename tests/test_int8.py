@@ -23,9 +23,9 @@ from int8_helpers import (
 from model_helpers import assert_equal
 
 import jrope
-from jrope.checkpoint import load, save
 from jrope.errors import JropeError
 from jrope.generate import generate
+from jrope.hf.checkpoint import load, save
 from jrope.model.cache import KVCache
 from jrope.model.products import linear
 from jrope.model.scores import score

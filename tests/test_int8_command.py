@@ -23,10 +23,10 @@ from jrope.bench_model import (
     with_layers,
 )
 from jrope.bench_runs import Prefill
-from jrope.checkpoint import load
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
 from jrope.generate import stream
+from jrope.hf.checkpoint import load
 from jrope.lab.journal import read_journal
 from jrope.tree import flatten
 from jrope.weights.int8 import quantize, weight_bytes

@@ -21,7 +21,7 @@ from jrope.bench_model import (
     with_layers,
 )
 from jrope.bench_runs import Decode, Prefill
-from jrope.checkpoint import load, save
+from jrope.hf.checkpoint import load, save
 from jrope.model.config import parameter_shapes
 from jrope.model.products import BLOCK
 from jrope.tree import flatten

@@ -10,8 +10,8 @@ import pytest
 from parity_helpers import METHODS, PAIRS, TRAINED
 from parity_helpers import folder as folder
 
-import jrope.checkpoint
-import jrope.hf
+import jrope.hf.checkpoint
+import jrope.hf.config
 import jrope.parity
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
@@ -107,7 +107,7 @@ def test_wrong_weights_are_found(
     folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoilt(*args: Any) -> Any:
-        params, config = jrope.checkpoint.load(*args)
+        params, config = jrope.hf.checkpoint.load(*args)
         norm = params["model"]["layers"]["0"]["input_layernorm"]
         step = 1e-4 if dtype == "float32" else 2**-6
         norm["weight"] = norm["weight"] * jnp.asarray(1 + step, norm["weight"].dtype)

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jrope.checkpoint import load
 from jrope.generate import generate, stream
+from jrope.hf.checkpoint import load
 from jrope.parity import compare
 from jrope.tree import flatten
 

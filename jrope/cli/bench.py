@@ -25,7 +25,6 @@ from jrope.bench_model import (
 )
 from jrope.bench_report import Report
 from jrope.bench_versus import Peer, import_peers
-from jrope.checkpoint import load, open_tensors, read_llama_config
 from jrope.cli.common import (
     DTYPES,
     add_quantize_argument,
@@ -37,9 +36,10 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.errors import JropeError
-from jrope.folders import find_folder
+from jrope.hf.checkpoint import load, open_tensors, read_llama_config
+from jrope.hf.folders import find_folder
+from jrope.hf.tensors import DTYPES as STORED
 from jrope.model.config import LlamaConfig
-from jrope.safetensors_read import DTYPES as STORED
 from jrope.sample import Sampler
 from jrope.tree import Tree
 from jrope.weights.int8 import weight_bytes

@@ -7,13 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from jrope.checkpoint import (
-    SHARD_SIZE,
-    Tensors,
-    open_tensors,
-    read_config,
-    write_folder,
-)
 from jrope.cli.common import (
     add_dtype_argument,
     add_rope_arguments,
@@ -23,10 +16,17 @@ from jrope.cli.common import (
 )
 from jrope.cli.terminal import Progress, bytes_text
 from jrope.errors import JropeError
-from jrope.folders import companions, find_folder
-from jrope.hf import config_from_hf, config_to_hf
-from jrope.safetensors_read import DTYPES
-from jrope.tensor_checks import checked_names
+from jrope.hf.checkpoint import (
+    SHARD_SIZE,
+    Tensors,
+    open_tensors,
+    read_config,
+    write_folder,
+)
+from jrope.hf.checks import checked_names
+from jrope.hf.config import config_from_hf, config_to_hf
+from jrope.hf.folders import companions, find_folder
+from jrope.hf.tensors import DTYPES
 
 _SCRIPTS = {  # files of other formats -> what turns them into a folder
     ".gguf": "gguf_to_hf.py",

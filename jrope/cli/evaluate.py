@@ -16,7 +16,6 @@ from typing import Any
 import jax
 
 from jrope.bench_device import describe_device
-from jrope.checkpoint import READERS, load, load_shapes, open_tensors, read_llama_config
 from jrope.cli.common import (
     DTYPES,
     ROPE_HELP,
@@ -44,7 +43,14 @@ from jrope.cli.evaluate_runs import Laboratory
 from jrope.cli.evaluate_table import tables
 from jrope.cli.terminal import Progress, duration_text
 from jrope.errors import JropeError
-from jrope.folders import find_folder
+from jrope.hf.checkpoint import (
+    READERS,
+    load,
+    load_shapes,
+    open_tensors,
+    read_llama_config,
+)
+from jrope.hf.folders import find_folder
 from jrope.lab.journal import Journal, current
 from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW

@@ -9,7 +9,6 @@ import jax
 import numpy as np
 
 from jrope.ahead import compile_ahead
-from jrope.checkpoint import read_llama_config
 from jrope.cli.common import (
     add_dtype_argument,
     add_quantize_argument,
@@ -30,8 +29,9 @@ from jrope.cli.text import (
     vocabulary,
 )
 from jrope.errors import JropeError
-from jrope.folders import find_folder
 from jrope.generate import stream
+from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
 from jrope.request import Options, prepare
 from jrope.sample import Sampler

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jrope.checkpoint import Tensors, open_tensors, read_llama_config
 from jrope.cli.common import (
     add_rope_arguments,
     apply_rope,
@@ -19,11 +18,12 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.cli.terminal import bytes_text
-from jrope.folders import find_folder
+from jrope.hf.checkpoint import Tensors, open_tensors, read_llama_config
+from jrope.hf.checks import checked_names
+from jrope.hf.folders import find_folder
+from jrope.hf.tensors import DTYPES
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.rope import Rope, base_frequencies
-from jrope.safetensors_read import DTYPES
-from jrope.tensor_checks import checked_names
 
 Facts = dict[str, Any]
 _SAME = 1e-9  # frequencies whose ratio to the plain one is this close to 1 are kept

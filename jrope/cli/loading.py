@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-from jrope.checkpoint import load, load_shapes
 from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
+from jrope.hf.checkpoint import load, load_shapes
 from jrope.weights import int8
 from jrope.weights.int8 import Quantization
 

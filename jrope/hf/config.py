@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from jrope.errors import JropeError, check, did_you_mean
-from jrope.hf_rope import (
+from jrope.hf.rope import (
     ORIGINAL,
     PARTIAL,
     SCHEMAS,

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.folders import (
+from jrope.hf.checks import check_tensors, checked_names
+from jrope.hf.config import config_from_hf, config_to_hf
+from jrope.hf.folders import (
     CONFIG,
     GENERATION,
     PathLike,
@@ -26,11 +28,9 @@ from jrope.folders import (
     find_folder,
     read_json,
 )
-from jrope.hf import config_from_hf, config_to_hf
+from jrope.hf.shards import CODES, ShardWriter, replacing, write_json
+from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
-from jrope.safetensors_read import DTYPES, Tensors, open_tensors
-from jrope.safetensors_write import CODES, ShardWriter, replacing, write_json
-from jrope.tensor_checks import check_tensors, checked_names
 from jrope.tree import Tree, flatten, nest
 from jrope.weights.int8 import Quantization, is_quantized, keeper
 

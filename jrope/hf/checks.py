@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from jrope.errors import JropeError
-from jrope.folders import differences
+from jrope.hf.folders import differences
+from jrope.hf.tensors import DTYPES, Tensors
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
-from jrope.safetensors_read import DTYPES, Tensors
 
 
 def checked_names(

@@ -22,8 +22,8 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.folders import INDEX, SINGLE
-from jrope.safetensors_read import DTYPES
+from jrope.hf.folders import INDEX, SINGLE
+from jrope.hf.tensors import DTYPES
 
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHUNK = 16 * 2**20

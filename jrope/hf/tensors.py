@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.folders import (
+from jrope.hf.folders import (
     INDEX,
     PICKLE,
     SINGLE,
