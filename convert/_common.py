@@ -17,9 +17,9 @@ import numpy as np
 
 from jrope.cli.terminal import Progress, bytes_text
 from jrope.errors import JropeError
+from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import write_folder
 from jrope.hf.checks import check_tensors
-from jrope.hf.config import config_to_hf
 from jrope.hf.folders import parse_json, some
 from jrope.hf.tensors import DTYPES, inside
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig

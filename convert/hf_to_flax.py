@@ -25,8 +25,8 @@ import numpy as np
 from _common import end_line, make_parser, require, run
 
 from jrope.cli.terminal import Progress
+from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import load
-from jrope.hf.config import config_to_hf
 from jrope.hf.folders import CONFIG, check_target, companions, find_folder
 from jrope.hf.shards import replacing, write_json
 from jrope.model.config import LlamaConfig

@@ -50,7 +50,7 @@ from jrope.cli.common import (
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
-from jrope.hf.config import config_to_hf
+from jrope.hf import config_to_hf
 from jrope.hf.folders import companions
 from jrope.rope import DynamicNTK, Linear
 

@@ -29,8 +29,8 @@ import numpy as np
 import optax
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
+from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import load, save
-from jrope.hf.config import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import count_parameters, init_params
 from jrope.model.scores import score

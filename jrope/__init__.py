@@ -8,14 +8,15 @@ names.  One letter key for dimensions, here, in einsums and in docstrings:
     H head_dim           R rotary pairs      F intermediate_size V vocab_size
 """
 
+from jrope import hf as hf
 from jrope import parity as parity
 from jrope import rope as rope
-from jrope.ahead import compile_ahead as compile_ahead
 from jrope.errors import JropeError as JropeError
-from jrope.generate import Generation as Generation
-from jrope.generate import generate as generate
-from jrope.generate import stream as stream
-from jrope.hf import config as hf
+from jrope.generation.ahead import compile_ahead as compile_ahead
+from jrope.generation.loop import Generation as Generation
+from jrope.generation.loop import generate as generate
+from jrope.generation.loop import stream as stream
+from jrope.generation.sample import Sampler as Sampler
 from jrope.hf.checkpoint import load as load
 from jrope.hf.checkpoint import load_shapes as load_shapes
 from jrope.hf.checkpoint import save as save
@@ -27,7 +28,6 @@ from jrope.model.llama import init_params as init_params
 from jrope.model.scores import score as score
 from jrope.model.with_rope import with_rope as with_rope
 from jrope.rope import Rope as Rope
-from jrope.sample import Sampler as Sampler
 from jrope.weights.int8 import dequantize as dequantize
 from jrope.weights.int8 import quantize as quantize
 

@@ -40,9 +40,9 @@ from jrope.bench_runs import (
 )
 from jrope.bench_versus import Peer
 from jrope.errors import JropeError
+from jrope.generation.request import bucket
+from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
-from jrope.request import bucket
-from jrope.sample import Sampler
 from jrope.weights.int8 import Quantization, is_quantized, weight_bytes
 
 

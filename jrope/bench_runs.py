@@ -12,11 +12,11 @@ import numpy as np
 from jrope.bench_device import memory_limit
 from jrope.bench_versus import COMPILED
 from jrope.errors import JropeError
-from jrope.generate import decode, first_token, prefill
+from jrope.generation.loop import decode, first_token, prefill
+from jrope.generation.request import prepare
+from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
-from jrope.request import prepare
-from jrope.sample import Sampler
 
 Runner = Callable[[], float]
 

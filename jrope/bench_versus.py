@@ -14,9 +14,9 @@ import jax
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.hf.config import config_to_hf
+from jrope.generation.sample import Sampler
+from jrope.hf import config_to_hf
 from jrope.model.config import LlamaConfig
-from jrope.sample import Sampler
 from jrope.tree import flatten
 
 EAGER, COMPILED = "transformers", "transformers, compiled"

@@ -33,8 +33,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
+from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import load
-from jrope.hf.config import config_to_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import decoder_layer, rms_norm
 from jrope.model.llama import embed, forward

@@ -17,8 +17,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from jrope.cli import main
+from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import write_folder
-from jrope.hf.config import config_from_hf
 from jrope.model.config import parameter_shapes
 
 ANSWER = " é😀日!"  # no byte twice, so that one follows from the other

@@ -1,6 +1,5 @@
 """One small model and its requests, for the tests of generation."""
 
-import importlib
 from functools import cache
 from typing import Any
 
@@ -12,13 +11,13 @@ import torch
 from conftest import TinyHF, make_tiny_hf
 from transformers import GenerationConfig
 
-from jrope.generate import Generation, decode, generate, stream
-from jrope.hf.config import config_from_hf
+from jrope.generation import loop
+from jrope.generation.loop import Generation, decode, generate, stream
+from jrope.generation.sample import Sampler
+from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
-from jrope.sample import Sampler
 from jrope.tree import nest
 
-MODULE = importlib.import_module("jrope.generate")  # `jrope.generate` is the function
 VOCABULARY = 61
 # One bucket for nearly all tests: compiling is what takes the time.
 NEW, WIDTH = 16, 18
@@ -122,5 +121,5 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(int(rows.step))
         return cache, rows
 
-    monkeypatch.setattr(MODULE, "decode", watched)
+    monkeypatch.setattr(loop, "decode", watched)
     return seen

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import reference
 
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.parity_report import Error

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jrope.ahead import compile_ahead
 from jrope.errors import JropeError
-from jrope.generate import generate, stream
-from jrope.hf.config import config_from_hf
+from jrope.generation.ahead import compile_ahead
+from jrope.generation.loop import generate, stream
+from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import init_params
 from jrope.weights.fuse import fuse

@@ -21,8 +21,8 @@ from jrope.bench_model import (
 )
 from jrope.bench_runs import Decode, Prefill, in_turns
 from jrope.errors import JropeError
-from jrope.generate import decode, generate, prefill
-from jrope.sample import Sampler
+from jrope.generation.loop import decode, generate, prefill
+from jrope.generation.sample import Sampler
 
 
 def middling(dtype, layers=4):

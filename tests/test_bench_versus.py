@@ -14,8 +14,8 @@ from jrope import bench_versus
 from jrope.bench_model import random_params
 from jrope.bench_versus import Peer
 from jrope.cli import bench
+from jrope.generation.sample import Sampler
 from jrope.model.llama import forward
-from jrope.sample import Sampler
 from jrope.tree import flatten
 
 

@@ -22,6 +22,7 @@ from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
 from jrope.errors import JropeError
+from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import (
     READERS,
     Tensors,
@@ -31,7 +32,6 @@ from jrope.hf.checkpoint import (
     save,
     write_folder,
 )
-from jrope.hf.config import config_from_hf
 from jrope.model.config import parameter_shapes
 from jrope.tree import flatten
 

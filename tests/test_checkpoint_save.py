@@ -27,8 +27,8 @@ from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
 
 from jrope.errors import JropeError
+from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import load, open_tensors, read_config, save, write_folder
-from jrope.hf.config import config_from_hf
 from jrope.model.config import parameter_shapes
 from jrope.tree import flatten, nest
 

@@ -13,7 +13,7 @@ from cli_helpers import _no_compile_cache as _no_compile_cache
 from cli_helpers import model as model
 
 from jrope.cli import common
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.model.with_rope import with_rope
 
 

@@ -16,8 +16,8 @@ from cli_helpers import model as model
 import jrope
 import jrope.cli
 from jrope.cli import common
+from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import open_tensors
-from jrope.hf.config import config_from_hf
 
 
 def tensors_of(folder: Path) -> dict[str, np.ndarray]:

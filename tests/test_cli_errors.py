@@ -26,7 +26,7 @@ from cli_helpers import model as model
 import jrope
 from jrope.cli import common, generate
 from jrope.cli.loading import Loading
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,7 @@ from cli_helpers import model as model
 import jrope
 import jrope.cli
 from jrope.cli import generate, main, report
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.model.with_rope import with_rope
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrope.errors import JropeError
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.model.activations import ACTIVATIONS
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.with_rope import with_rope

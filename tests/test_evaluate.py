@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import TinyHF, make_tiny_hf
 
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.llama import forward
 from jrope.model.scores import LOGITS_AT_ONCE, score, token_logprobs

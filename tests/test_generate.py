@@ -24,10 +24,10 @@ from generate_helpers import (
 )
 from generate_helpers import steps as steps
 
-from jrope.generate import generate
+from jrope.generation.loop import generate
+from jrope.generation.request import prepare
+from jrope.generation.sample import Sampler
 from jrope.model.scores import score
-from jrope.request import prepare
-from jrope.sample import Sampler
 
 # --- tokens
 

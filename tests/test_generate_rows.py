@@ -22,8 +22,8 @@ from generate_helpers import (
 )
 from generate_helpers import steps as steps
 
-from jrope.generate import generate
-from jrope.sample import Sampler
+from jrope.generation.loop import generate
+from jrope.generation.sample import Sampler
 
 # --- seeds and keys
 

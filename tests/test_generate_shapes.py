@@ -22,10 +22,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrope.errors import JropeError
-from jrope.generate import decode, first_token, generate, prefill, stream
+from jrope.generation.loop import decode, first_token, generate, prefill, stream
+from jrope.generation.request import bucket, prepare
+from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
-from jrope.request import bucket, prepare
-from jrope.sample import Sampler
 
 # --- shapes and memory
 

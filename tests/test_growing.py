@@ -14,8 +14,8 @@ from conftest import TinyHF, make_tiny_hf
 from transformers import DynamicCache
 
 from jrope.errors import JropeError
-from jrope.generate import generate, stream
-from jrope.hf.config import config_from_hf
+from jrope.generation.loop import generate, stream
+from jrope.hf import config_from_hf
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward

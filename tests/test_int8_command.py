@@ -25,7 +25,7 @@ from jrope.bench_model import (
 from jrope.bench_runs import Prefill
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
-from jrope.generate import stream
+from jrope.generation.loop import stream
 from jrope.hf.checkpoint import load
 from jrope.lab.journal import read_journal
 from jrope.tree import flatten

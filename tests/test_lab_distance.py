@@ -11,7 +11,7 @@ import torch
 from conftest import make_tiny_hf
 
 from jrope.errors import JropeError
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.lab.distance import Means, describe, mean_queries_and_keys, scores_at
 from jrope.rope import DynamicNTK, Linear, Rope, Yarn
 from jrope.tree import nest

@@ -15,8 +15,8 @@ import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers import LlamaConfig as HFConfig
 
+from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import load
-from jrope.hf.config import config_to_hf
 from jrope.lab.perplexity import perplexity
 from jrope.model.with_rope import with_rope
 

@@ -11,7 +11,7 @@ import pytest
 from conftest import make_tiny_hf
 
 from jrope.errors import JropeError
-from jrope.hf.config import config_from_hf
+from jrope.hf import config_from_hf
 from jrope.lab import memory, passkey
 from jrope.lab.passkey import NEW, Passkeys, answer_passkeys, make_passkeys
 from jrope.tree import nest

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from parity_helpers import METHODS, TRAINED
 
-from jrope.generate import generate
-from jrope.hf.config import config_from_hf
+from jrope.generation.loop import generate
+from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.model.with_rope import with_rope

@@ -19,7 +19,7 @@ from transformers.generation.logits_process import (
 )
 
 from jrope.errors import JropeError
-from jrope.sample import Sampler, log_probs
+from jrope.generation.sample import Sampler, log_probs
 
 OFF = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0}
 WARPERS = {

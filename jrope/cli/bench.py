@@ -36,11 +36,11 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.errors import JropeError
+from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load, open_tensors, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.hf.tensors import DTYPES as STORED
 from jrope.model.config import LlamaConfig
-from jrope.sample import Sampler
 from jrope.tree import Tree
 from jrope.weights.int8 import weight_bytes
 

@@ -16,6 +16,7 @@ from jrope.cli.common import (
 )
 from jrope.cli.terminal import Progress, bytes_text
 from jrope.errors import JropeError
+from jrope.hf import config_from_hf, config_to_hf
 from jrope.hf.checkpoint import (
     SHARD_SIZE,
     Tensors,
@@ -24,7 +25,6 @@ from jrope.hf.checkpoint import (
     write_folder,
 )
 from jrope.hf.checks import checked_names
-from jrope.hf.config import config_from_hf, config_to_hf
 from jrope.hf.folders import companions, find_folder
 from jrope.hf.tensors import DTYPES
 

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrope.ahead import compile_ahead
 from jrope.cli.common import (
     add_dtype_argument,
     add_quantize_argument,
@@ -29,12 +28,13 @@ from jrope.cli.text import (
     vocabulary,
 )
 from jrope.errors import JropeError
-from jrope.generate import stream
+from jrope.generation.ahead import compile_ahead
+from jrope.generation.loop import stream
+from jrope.generation.request import Options, prepare
+from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
-from jrope.request import Options, prepare
-from jrope.sample import Sampler
 
 _LIMIT = 256
 _LIMIT_HELP = f"at most this many ({_LIMIT}, less where the model's length ends)"

@@ -16,10 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.generate import generate, prefill
+from jrope.generation.loop import generate, prefill
+from jrope.generation.request import bucket
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
-from jrope.request import bucket
 
 NEW = 16  # tokens that an answer may take
 HEAD = (

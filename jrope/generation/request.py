@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError, check_count
+from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
-from jrope.sample import Sampler
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
 SMALLEST_BUCKET = 16

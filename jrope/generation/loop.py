@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import check_count
+from jrope.generation.request import Options, Request, Rules, prepare
+from jrope.generation.sample import log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token, unembed
 from jrope.model.scores import token_logprobs
-from jrope.request import Options, Request, Rules, prepare
-from jrope.sample import log_probs
 
 
 @final

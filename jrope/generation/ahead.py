@@ -7,9 +7,9 @@ from typing import Any, Unpack
 import jax
 import jax.numpy as jnp
 
-from jrope.generate import decode, first_of, first_token, piece_of, prefill
+from jrope.generation.loop import decode, first_of, first_token, piece_of, prefill
+from jrope.generation.request import Options, prepare
 from jrope.model.config import LlamaConfig
-from jrope.request import Options, prepare
 
 
 def compile_ahead(

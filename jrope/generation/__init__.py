@@ -1,0 +1,1 @@
+"""Generation: a request checked, prompts prefilled, tokens drawn in a loop."""
