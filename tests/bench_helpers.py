@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from jrope.bench_device import Ceilings, measure_ceilings
-from jrope.bench_model import named_shape
+from jrope.bench.device import Ceilings, measure_ceilings
+from jrope.bench.model import named_shape
 from jrope.cli import bench, main
 
 CEILINGS = Ceilings(read=1e9, matmul=1e12, transfer=None)

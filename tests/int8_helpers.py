@@ -12,7 +12,7 @@ import pytest
 from conftest import make_tiny_hf
 from model_helpers import params_of
 
-from jrope.bench_model import named_shape, random_params, with_layers
+from jrope.bench.model import named_shape, random_params, with_layers
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.weights.fuse import fuse

@@ -14,7 +14,7 @@ import reference
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
-from jrope.parity_report import Error
+from jrope.parity.report import Error
 from jrope.rope import (
     DynamicNTK,
     DynamicYarn,

@@ -6,9 +6,9 @@ import json
 from bench_helpers import quick as quick
 from bench_helpers import run
 
-from jrope import bench_runs
-from jrope.bench import Plan
-from jrope.bench_model import named_shape, prefill_flops, step_bytes, with_layers
+from jrope.bench import runs as bench_runs
+from jrope.bench.model import named_shape, prefill_flops, step_bytes, with_layers
+from jrope.bench.plan import Plan
 
 
 def test_plan_keeps_arrangements_together():
@@ -58,7 +58,7 @@ def test_failing_shape_is_a_row_and_the_rest_goes_on(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("INTERNAL: no such kernel")
 
-    monkeypatch.setattr("jrope.bench.Prefill", fail)
+    monkeypatch.setattr("jrope.bench.plan.Prefill", fail)
     assert run("--json", "-") == 1
     captured = capsys.readouterr()
     step, prompt = json.loads(captured.out)["rows"]

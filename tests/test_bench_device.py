@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from bench_helpers import CEILINGS
 
-from jrope.bench_device import Ceilings, Kernel, measure_ceilings, top_kernels
+from jrope.bench.device import Ceilings, Kernel, measure_ceilings, top_kernels
 from jrope.errors import JropeError
 
 

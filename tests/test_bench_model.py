@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from bench_helpers import tiny
 
-from jrope.bench_model import (
+from jrope.bench.model import (
     SHAPES,
     Weights,
     cache_bytes,

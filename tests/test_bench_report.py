@@ -4,8 +4,8 @@ import dataclasses
 
 from bench_helpers import CEILINGS, tiny
 
-from jrope.bench_device import Ceilings, Kernel
-from jrope.bench_report import Report, Row
+from jrope.bench.device import Ceilings, Kernel
+from jrope.bench.report import Report, Row
 
 
 def blank(**fields):

@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 from bench_helpers import tiny
 
-from jrope import bench_runs, bench_versus
-from jrope.bench_model import (
+from jrope.bench import runs as bench_runs
+from jrope.bench import versus as bench_versus
+from jrope.bench.model import (
     Weights,
     cache_bytes,
     named_shape,
     random_params,
     with_layers,
 )
-from jrope.bench_runs import Decode, Prefill, in_turns
+from jrope.bench.runs import Decode, Prefill, in_turns
 from jrope.errors import JropeError
 from jrope.generation.loop import decode, generate, prefill
 from jrope.generation.sample import Sampler

@@ -10,9 +10,9 @@ import pytest
 from bench_helpers import quick as quick
 from bench_helpers import run, tiny
 
-from jrope import bench_versus
-from jrope.bench_model import random_params
-from jrope.bench_versus import Peer
+from jrope.bench import versus as bench_versus
+from jrope.bench.model import random_params
+from jrope.bench.versus import Peer
 from jrope.cli import bench
 from jrope.generation.sample import Sampler
 from jrope.model.llama import forward

@@ -8,8 +8,8 @@ import pytest
 from bench_helpers import quick as quick
 from bench_helpers import run, tiny
 
-from jrope.bench_model import random_params
-from jrope.bench_report import Row
+from jrope.bench.model import random_params
+from jrope.bench.report import Row
 from jrope.cli import bench, common, main
 from jrope.hf.checkpoint import save
 

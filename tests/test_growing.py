@@ -21,7 +21,7 @@ from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.model.scores import score
 from jrope.model.with_rope import with_rope
-from jrope.parity_report import Error
+from jrope.parity.report import Error
 from jrope.rope import LongRope, Rope
 from jrope.tree import nest
 

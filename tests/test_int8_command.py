@@ -15,14 +15,14 @@ from int8_helpers import (
 )
 from model_helpers import assert_equal
 
-from jrope.bench_model import (
+from jrope.bench.model import (
     named_shape,
     random_params,
     read_bytes,
     step_bytes,
     with_layers,
 )
-from jrope.bench_runs import Prefill
+from jrope.bench.runs import Prefill
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
 from jrope.generation.loop import stream

@@ -14,13 +14,8 @@ from int8_helpers import (
 )
 from model_helpers import assert_equal
 
-from jrope.bench_model import (
-    cache_bytes,
-    named_shape,
-    random_params,
-    with_layers,
-)
-from jrope.bench_runs import Decode, Prefill
+from jrope.bench.model import cache_bytes, named_shape, random_params, with_layers
+from jrope.bench.runs import Decode, Prefill
 from jrope.hf.checkpoint import load, save
 from jrope.model.config import parameter_shapes
 from jrope.model.products import BLOCK

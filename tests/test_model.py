@@ -21,8 +21,8 @@ from model_helpers import make as make
 from jrope.errors import JropeError
 from jrope.model.config import parameter_shapes
 from jrope.model.llama import Llama, forward, init_params
-from jrope.parity import torch_stages
-from jrope.parity_report import stage
+from jrope.parity.report import stage
+from jrope.parity.torch_side import torch_stages
 from jrope.rope import ROPE_TYPES, Rope
 from jrope.tree import flatten
 

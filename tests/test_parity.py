@@ -18,8 +18,9 @@ from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.model.with_rope import with_rope
-from jrope.parity import jrope_stages, torch_stages
-from jrope.parity_report import Error, stage
+from jrope.parity import jrope_stages
+from jrope.parity.report import Error, stage
+from jrope.parity.torch_side import torch_stages
 from jrope.rope import ROPE_TYPES
 from jrope.tree import nest
 

@@ -12,12 +12,11 @@ from parity_helpers import folder as folder
 
 import jrope.hf.checkpoint
 import jrope.hf.config
-import jrope.parity
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
-from jrope.parity import compare, jrope_stages, place
-from jrope.parity_report import Error
+from jrope.parity import compare, comparison, jrope_stages, place, torch_side
+from jrope.parity.report import Error
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -93,7 +92,7 @@ def test_16_bit_segments_are_run_with_other_tokens(
         seen.append((ids, places))
         return jrope_stages(params, config, ids, places)
 
-    monkeypatch.setattr(jrope.parity, "jrope_stages", watched)
+    monkeypatch.setattr(comparison, "jrope_stages", watched)
     report = compare(folder, dtype="bfloat16", count=4, positions=[0, 9])
     ((ids, places),) = seen
     assert ids.shape == places.shape == (16, 4)
@@ -113,7 +112,7 @@ def test_wrong_weights_are_found(
         norm["weight"] = norm["weight"] * jnp.asarray(1 + step, norm["weight"].dtype)
         return params, config
 
-    monkeypatch.setattr(jrope.parity, "load", spoilt)
+    monkeypatch.setattr(comparison, "load", spoilt)
     report = compare(folder, dtype=dtype, count=16)
     assert not report.ok and "FAILED" in report.table()
     assert report.stages[0].jrope.max_abs == 0 < report.stages[1].jrope.max_abs
@@ -121,7 +120,7 @@ def test_wrong_weights_are_found(
 
 def test_wrong_method_is_found(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to the trained length; a report that looked there only would pass."""
-    monkeypatch.setattr(jrope.parity, "config_to_hf", without_scaling)
+    monkeypatch.setattr(torch_side, "config_to_hf", without_scaling)
     report = compare(folder, rope=("dynamic", {"factor": 2.0}), count=8)
     errors = {part.logits.name: part.logits.jrope.of_max for part in report.segments}
     assert not report.ok

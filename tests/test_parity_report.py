@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from jrope.parity_report import Error, Report, Segment, Stage, segment
+from jrope.parity.report import Error, Report, Segment, Stage, segment
 
 
 def report_of(ours: float, theirs: float | None, dtype: str = "bfloat16") -> Report:

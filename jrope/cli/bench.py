@@ -13,9 +13,8 @@ from typing import TextIO
 
 import jax.numpy as jnp
 
-from jrope.bench import Bench, Plan
-from jrope.bench_device import host_load, measure_ceilings, memory_limit
-from jrope.bench_model import (
+from jrope.bench.device import host_load, measure_ceilings, memory_limit
+from jrope.bench.model import (
     SHAPES,
     Weights,
     first_layers,
@@ -23,8 +22,9 @@ from jrope.bench_model import (
     random_params,
     with_layers,
 )
-from jrope.bench_report import Report
-from jrope.bench_versus import Peer, import_peers
+from jrope.bench.plan import Bench, Plan
+from jrope.bench.report import Report
+from jrope.bench.versus import Peer, import_peers
 from jrope.cli.common import (
     DTYPES,
     add_quantize_argument,

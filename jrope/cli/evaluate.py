@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from jrope.bench_device import describe_device
+from jrope.bench.device import describe_device
 from jrope.cli.common import (
     DTYPES,
     ROPE_HELP,

@@ -10,7 +10,7 @@ from jrope.cli.common import add_rope_arguments, parse_rope, whole
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
 from jrope.parity import DTYPES, compare
-from jrope.parity_report import Report
+from jrope.parity.report import Report
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

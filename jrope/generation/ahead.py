@@ -28,7 +28,7 @@ def compile_ahead(
     Args:
       params: the parameters, or a tree of ShapeDtypeStructs such as
         `load_shapes` gives: compiling may then overlap with loading.
-      prompt, lengths, config, logprobs, options: as in `generate.generate`.
+      prompt, lengths, config, logprobs, options: as in `generate`.
 
     Raises:
       JropeError: as `generate`.

@@ -133,7 +133,7 @@ def config_to_hf(config: LlamaConfig, *, dtype: str | None = None) -> dict[str, 
     """Write a config.json that transformers 4.57 and 5 and jrope read alike.
 
     Condensed positions and static NTK are written as what Hugging Face knows (see
-    `hf_rope.rope_to_hf`); `rope.precision` is a choice of the run and is not written.
+    `hf.rope_to_hf`); `rope.precision` is a choice of the run and is not written.
 
     Args:
       config: any configuration that Hugging Face's words can describe.

@@ -15,8 +15,16 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 from jrope.errors import JropeError, check, did_you_mean, is_positive
-from jrope.rope import ROPE_TYPES, DynamicYarn, Linear, LongRope, NTKAware, Rope
-from jrope.rope.frequencies import ntk_theta
+from jrope.rope import (
+    ROPE_TYPES,
+    DynamicYarn,
+    Linear,
+    LongRope,
+    NTKAware,
+    Rope,
+    build,
+    ntk_theta,
+)
 
 SCHEMAS = ("rope_scaling", "rope_parameters")
 ORIGINAL = "original_max_position_embeddings"
@@ -222,23 +230,16 @@ def _scaling(
             value = tuple(value)
         fields[field.name] = value
     longest = positive_integer(config, "max_position_embeddings")
-    if kind == "dynamic" or ORIGINAL in _keys(kind):
-        fields.setdefault("original_length", longest)
-    original = fields.get("original_length")
+    original = fields.get("original_length", longest)
     ratio = longest / original if original and is_positive(original) else 1.0
     if kind == "yarn" and given.get("factor", 1) is None:
         wanted = f"a number, or {ORIGINAL} too, to infer it from"
         check(ORIGINAL in given, f"{where}.factor", None, wanted)
         fields["factor"] = ratio
-    if kind == "longrope" and "attention_factor" not in fields:
-        fields.setdefault("factor", ratio)
     if kind == "dynamic-yarn":
         fields["factor"] = _tuned_scale(where, config[where], ratio)
-    required = [f for f in _keys(kind).values() if f.default is dataclasses.MISSING]
-    if missing := [field.name for field in required if field.name not in fields]:
-        raise JropeError(f"{where}: rope type {kind!r} needs {', '.join(missing)}")
     with _own_words(where):
-        return _shortest(ROPE_TYPES[kind](**fields))
+        return _shortest(build(kind, fields, trained=longest, longest=longest))
 
 
 def _tuned_scale(where: str, values: Mapping[str, Any], ratio: float) -> float:
@@ -282,7 +283,9 @@ def _own_words(where: str) -> Generator[None]:
     try:
         yield
     except JropeError as error:
-        name, _, rest = str(error).partition(":")
+        name, colon, rest = str(error).partition(":")
+        if not colon:  # not of a single field
+            raise JropeError(f"{where}: {error}") from None
         top = name in ("theta", "rotary_dim", "condense")
         name = _HF_NAMES.get(name, name)
         raise JropeError(f"{name if top else f'{where}.{name}'}:{rest}") from None

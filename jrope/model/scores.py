@@ -31,8 +31,8 @@ def score(
       params, config: the model.
       tokens: integers [B, T], rows padded on the right.
       lengths: valid tokens of each row, [B]; None: T.
-      rope_lengths: as in `model.forward`.
-      remat: for training on long texts, see `model.hidden_states`.
+      rope_lengths: as in `llama.forward`.
+      remat: for training on long texts, see `llama.hidden_states`.
 
     Returns:
       float32 [B, T - 1]; entries from lengths - 1 on are 0.

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.bench_device import memory_limit
-from jrope.bench_versus import COMPILED
+from jrope.bench.device import memory_limit
+from jrope.bench.versus import COMPILED
 from jrope.errors import JropeError
 from jrope.generation.loop import decode, first_token, prefill
 from jrope.generation.request import prepare

@@ -121,7 +121,7 @@ def _matmul_rate(product: tuple[int, int, int], dtype: Any, repeats: int) -> flo
         jax.random.normal(jax.random.key(i), shape, jnp.float32).astype(dtype)
         for i, shape in enumerate([(m, k), (k, n)])
     )
-    wide = jax.default_backend() == "cpu"  # as `model.linear` asks for it
+    wide = jax.default_backend() == "cpu"  # as `products.linear` asks for it
     multiply = jax.jit(
         partial(
             jax.lax.dot,

@@ -15,21 +15,10 @@ from typing import Literal, final
 import jax
 import numpy as np
 
-from jrope.bench_device import (
-    Ceilings,
-    host_load,
-    peak_memory,
-    top_kernels,
-)
-from jrope.bench_model import (
-    Order,
-    Weights,
-    cache_bytes,
-    prefill_flops,
-    step_bytes,
-)
-from jrope.bench_report import Row, Work
-from jrope.bench_runs import (
+from jrope.bench.device import Ceilings, host_load, peak_memory, top_kernels
+from jrope.bench.model import Order, Weights, cache_bytes, prefill_flops, step_bytes
+from jrope.bench.report import Row, Work
+from jrope.bench.runs import (
     Decode,
     Prefill,
     Program,
@@ -38,7 +27,7 @@ from jrope.bench_runs import (
     in_turns,
     told,
 )
-from jrope.bench_versus import Peer
+from jrope.bench.versus import Peer
 from jrope.errors import JropeError
 from jrope.generation.request import bucket
 from jrope.generation.sample import Sampler

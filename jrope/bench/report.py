@@ -8,8 +8,8 @@ from typing import Literal, final
 
 import jax
 
-from jrope.bench_device import Ceilings, Kernel, describe_device
-from jrope.bench_model import cache_bytes, read_bytes, weight_count
+from jrope.bench.device import Ceilings, Kernel, describe_device
+from jrope.bench.model import cache_bytes, read_bytes, weight_count
 from jrope.model.config import LlamaConfig
 from jrope.weights.int8 import Quantization, weight_bytes
 

@@ -122,7 +122,7 @@ class Report:
 
     @property
     def figure(self) -> float:
-        """The number that is judged: see the module `parity`."""
+        """The number that is judged: see the package `parity`."""
         if (ratio := self.stages[-1].ratio) is not None:
             return ratio
         return float(np.max([s.logits.jrope.of_max / s.slack for s in self.segments]))

@@ -1,0 +1,1 @@
+"""Speed, beside the device's own limits and beside PyTorch."""
