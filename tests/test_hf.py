@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from jrope.errors import JropeError
-from jrope.hf import HANDLED, HARMLESS, IGNORED, config_from_hf, config_to_hf
+from jrope.hf import config_from_hf, config_to_hf
+from jrope.hf.config import HANDLED, HARMLESS, IGNORED
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
 from jrope.rope import (
