@@ -1,4 +1,4 @@
-"""Arithmetic that every package shares: roundings that compilers keep, precision, rank.
+"""What every package needs of arrays: roundings that compilers keep, precision, rank.
 
 A cast to a narrower type and back is no rounding to XLA, which may drop the pair; what
 has to be rounded to a narrower type and held in a wider one goes through here.
@@ -45,3 +45,20 @@ def matmul_precision(dtype: Any) -> jax.lax.Precision:
     """float32 means float32 on every device: no TF32, no bfloat16 passes."""
     wide = jnp.dtype(dtype) == jnp.float32
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT
+
+
+def cpu_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays behind an optimisation barrier, where the program is for a CPU.
+
+    XLA's CPU backend computes what depends on weights or cache alone once, ahead of a
+    loop: it would hold a float32 copy of 16-bit weights, or a transposed cache (jax
+    0.10 and 0.11).  The platform is the one that the program is lowered for, which need
+    not be this machine's.
+    """
+    return jax.lax.platform_dependent(
+        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=_as_given
+    )
+
+
+def _as_given(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    return arrays

@@ -6,6 +6,7 @@ in 8 passes over the vocabulary (32 on a CPU), and only where they are on.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -166,16 +167,26 @@ def _best(x: Array, weight: Array, wanted: Array) -> Array:
     target = jnp.minimum(wanted, jnp.sum(weight, axis=-1, keepdims=True))
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # no -0.0
     image = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # keeps order
-    step = 1 if jax.default_backend() == "cpu" else 4  # fewer passes, more sums in each
-    digits = jnp.arange(1 << step, dtype=jnp.uint32)[None, :]
+    # More bits at a time are fewer passes with more sums in each: not for a CPU.
+    t = lax.platform_dependent(
+        image, weight, target, cpu=partial(_cutoff, bits=1), default=_cutoff
+    )
+    return image >= jnp.minimum(t, jnp.max(image, axis=-1, keepdims=True))
+
+
+def _cutoff(image: Array, weight: Array, target: Array, bits: int = 4) -> Array:
+    """The largest t for which the weights of image >= t reach the target, [B, 1].
+
+    Found from its highest digit, of so many bits, to its lowest.
+    """
+    digits = jnp.arange(1 << bits, dtype=jnp.uint32)[None, :]
 
     def decide_digit(i: Array, t: Array) -> Array:
-        trials = t | (digits << (jnp.uint32(32 - step) - i * jnp.uint32(step)))
+        trials = t | (digits << (jnp.uint32(32 - bits) - i * jnp.uint32(bits)))
         above = image[:, None, :] >= trials[:, :, None]
         totals = jnp.sum(jnp.where(above, weight[:, None, :], 0), axis=-1)
         enough = jnp.sum(totals >= target, axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.take_along_axis(trials, jnp.maximum(enough - 1, 0), axis=1)
 
-    none, passes = jnp.zeros_like(image[:, :1]), jnp.uint32(32 // step)
-    t = lax.fori_loop(jnp.uint32(0), passes, decide_digit, none)
-    return image >= jnp.minimum(t, jnp.max(image, axis=-1, keepdims=True))
+    none, passes = jnp.zeros_like(image[:, :1]), jnp.uint32(32 // bits)
+    return lax.fori_loop(jnp.uint32(0), passes, decide_digit, none)

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.numerics import matmul_precision
+from jrope.numerics import cpu_barrier, matmul_precision
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
@@ -35,7 +35,14 @@ def attend(
       [B, T, N, H] in q's dtype.
     """
     if _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
-        return _cudnn(q, k, v, starts)
+        return jax.lax.platform_dependent(q, k, v, starts, cuda=_cudnn, default=_xla)
+    return _xla(q, k, v, starts)
+
+
+def _xla(
+    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None
+) -> jax.Array:
+    """Plain XLA, for every platform."""
     if q.shape[1] == 1:
         return _one_query(q, k, v, _slots(q, starts))
     if q.shape[1] * k.shape[1] <= WHOLE:
@@ -44,6 +51,7 @@ def attend(
 
 
 def _cudnn_takes(q: jax.Array) -> bool:
+    """Whether cuDNN has such a kernel, and is here: without it, it cannot be traced."""
     head_dim = q.shape[-1]
     fits = head_dim % 8 == 0 and head_dim <= 128 and q.dtype in CUDNN_DTYPES
     return fits and jax.default_backend() == "gpu"
@@ -101,9 +109,7 @@ def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> ja
     own = own[None, :, :, None]  # [1, N, K, 1]
     spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
-    if jax.default_backend() == "cpu":
-        # XLA's CPU backend would hold the slots of a single row in another order, too.
-        k, v = jax.lax.optimization_barrier((k, v))
+    k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
     scores = _einsum("BNX,BSX->BNS", spread, k) * _scale(q)
     scores = jnp.where(_hidden(slots, 0, k.shape[1])[:, 0], -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jrope.model.config import LlamaConfig
+from jrope.numerics import cpu_barrier
 
 
 @final
@@ -83,9 +84,7 @@ def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     batch, tokens = new.shape[:2]
     if batch == tokens == 1:  # one row: a plain update, which XLA fuses
         slots = jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)
-        if jax.default_backend() == "cpu":
-            # XLA's CPU backend would write, hence copy, once for each that reads.
-            slots = jax.lax.optimization_barrier(slots)
+        (slots,) = cpu_barrier(slots)  # else written, hence copied, once a reader
         return slots
     where = starts[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]

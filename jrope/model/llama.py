@@ -25,6 +25,7 @@ from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.growing import slot_table
 from jrope.model.layers import decoder_layer, rms_norm
 from jrope.model.products import linear
+from jrope.numerics import cpu_barrier
 from jrope.rope import LongRope, table
 from jrope.tree import Tree, flatten, nest
 
@@ -221,9 +222,8 @@ def embed(model: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     # As unsigned, a negative id is out of range too, not counted from the end.
     ids, leaves = tokens.astype(jnp.uint32), model["embed_tokens"]
     weight = jnp.asarray(leaves["weight"])
-    if jax.default_backend() == "cpu" and weight.dtype.itemsize == 2:
-        # XLA's CPU backend would widen the whole table once, ahead of a decode loop.
-        weight, ids = jax.lax.optimization_barrier((weight, ids))
+    if weight.dtype.itemsize == 2:
+        weight, ids = cpu_barrier(weight, ids)
     if "scale" not in leaves:
         return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
     rows = weight.at[ids].get(mode="clip").astype(jnp.float32)

@@ -1,19 +1,20 @@
 """x W^T for every way that weights may lie, on every backend; sums are float32."""
 
-from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jrope.numerics import matmul_precision, with_rank
+from jrope.numerics import cpu_barrier, matmul_precision, with_rank
+from jrope.tree import LinearParams
 
 BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
 PAIRED = 2**25  # int8 weights from which a GPU reads two rows at a time
 
 
 def linear(
-    weights: Mapping[str, jax.Array],
+    weights: LinearParams,
     x: jax.Array,
     *,
     factor: jax.Array | None = None,
@@ -45,29 +46,43 @@ def linear(
     return y.astype(dtype)
 
 
-def is_row(weights: Mapping[str, jax.Array], x: jax.Array) -> bool:
+def is_row(weights: LinearParams, x: jax.Array) -> bool:
     """Whether x is a single token to meet 8- or 16-bit weights [out, in]."""
     single = x.size == x.shape[-1] and "weight" in weights
     return single and jnp.dtype(weights["weight"].dtype).itemsize <= 2
 
 
 def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
-    """x [..., in] times w, whose `axis` is `in`; float32 sums on every backend."""
-    # A GPU rounds its float32 sums to a 16-bit result for free; XLA's CPU backend is
-    # three times faster when asked for float32 and rounded after.
-    asked = jnp.float32 if jax.default_backend() == "cpu" else dtype
-    if jax.default_backend() == "cpu" and axis == 1 and w.dtype.itemsize <= 2:
-        # XLA's CPU backend would transpose all weights once, ahead of a decode loop.
-        w, x = jax.lax.optimization_barrier((w, x))
+    """x [..., in] times w, whose `axis` is `in`: [..., out], summed in float32."""
+    if w.dtype == dtype == jnp.float32:
+        return _dot(x, w, axis, dtype)
+    how = {"axis": axis, "dtype": dtype}
+    return jax.lax.platform_dependent(
+        x, w, cpu=partial(_product_on_cpu, **how), default=partial(_dot, **how)
+    )
+
+
+def _dot(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
     if w.dtype == jnp.int8:
-        if jax.default_backend() == "cpu":
-            return _product_in_blocks(x, w)
         w = w.astype(x.dtype)  # exact; a GPU does it on the way to its tensor cores
     contract = (((x.ndim - 1,), (axis,)), ((), ()))
     precision = matmul_precision(x.dtype)
     return jax.lax.dot_general(
-        x, w, contract, precision=precision, preferred_element_type=asked
+        x, w, contract, precision=precision, preferred_element_type=dtype
     )
+
+
+def _product_on_cpu(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
+    """As XLA's CPU backend does it best (jax 0.10 and 0.11).
+
+    It is three times faster when asked for float32 sums that are rounded after, and
+    without a barrier it transposes all 16-bit weights once, ahead of a decode loop.
+    """
+    if axis == 1 and w.dtype.itemsize <= 2:
+        w, x = jax.lax.optimization_barrier((w, x))
+    blocks = w.dtype == jnp.int8
+    y = _product_in_blocks(x, w) if blocks else _dot(x, w, axis, jnp.float32)
+    return y.astype(dtype)
 
 
 def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
@@ -83,7 +98,7 @@ def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, out - size)  # the last may overlap another
         part = jax.lax.dynamic_slice_in_dim(w, start, size).astype(x.dtype)
         return jax.lax.dynamic_update_slice_in_dim(
-            y, _product(x, part, 1, jnp.float32), start, axis=-1
+            y, _product_on_cpu(x, part, 1, jnp.float32), start, axis=-1
         )
 
     # All is overwritten.  Of x, since XLA would make constants of all layers at once.
@@ -93,15 +108,22 @@ def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
 
 def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., in] of one row times w [out, in]: float32 [..., out]."""
-    if jax.default_backend() == "cpu":
-        # XLA's CPU backend would widen all weights once, ahead of a decode loop.
-        w, x = jax.lax.optimization_barrier((w, x))
+    w, x = cpu_barrier(w, x)  # else a CPU holds all weights in float32 as well
     row = x.reshape(1, -1).astype(jnp.float32)
-    # XLA gives a row to a block of threads, whose loads of bytes are too few in flight;
-    # sums of one shape share a kernel, and a block takes a row of each half.
-    many = w.dtype == jnp.int8 and w.size >= PAIRED and w.shape[0] % 2 == 0
-    halves = 2 if many and jax.default_backend() == "gpu" else 1
-    sums = [
-        jnp.sum(part.astype(jnp.float32) * row, axis=1) for part in jnp.split(w, halves)
-    ]
-    return jnp.concatenate(sums).reshape(*x.shape[:-1], -1)
+    if w.dtype == jnp.int8 and w.size >= PAIRED and w.shape[0] % 2 == 0:
+        sums = jax.lax.platform_dependent(
+            w, row, cuda=partial(_row_sums, parts=2), default=_row_sums
+        )
+    else:
+        sums = _row_sums(w, row)
+    return sums.reshape(*x.shape[:-1], -1)
+
+
+def _row_sums(w: jax.Array, row: jax.Array, parts: int = 1) -> jax.Array:
+    """w [out, in] times row [1, in] as sums along the rows: float32 [out].
+
+    XLA gives a row to a block of threads, whose loads of bytes are too few in flight on
+    a GPU; sums of one shape share a kernel, and a block takes a row of each part.
+    """
+    halves = [part.astype(jnp.float32) for part in jnp.split(w, parts)]
+    return jnp.concatenate([jnp.sum(half * row, axis=1) for half in halves])
