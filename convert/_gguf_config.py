@@ -1,19 +1,19 @@
 """A GGUF file's metadata to a LlamaConfig; keys that nobody reads raise."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from _common import Lazy
+from _gguf_rope import FACTORS, ROPE_KEYS, read_scaling
 
 from jrope.errors import JropeError
 from jrope.hf.folders import some
 from jrope.model.config import LlamaConfig
-from jrope.rope import Method, Rope, base_frequencies
-from jrope.rope.methods import Linear, Llama3, Yarn
+from jrope.rope import Rope
 
-FACTORS = "rope_freqs.weight"
 INTEGERS = (
     *("block_count", "context_length", "embedding_length", "feed_forward_length"),
     *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
@@ -21,11 +21,6 @@ INTEGERS = (
 )
 SIZES = INTEGERS[:5]  # these must be given
 NUMBERS = ("attention.layer_norm_rms_epsilon", "rope.freq_base")
-SCALING = (
-    *("rope.scaling.type", "rope.scaling.factor", "rope.scaling.finetuned"),
-    *("rope.scaling.original_context_length", "rope.scaling.attn_factor"),
-    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-)
 # Keys that change nothing while they hold this value.
 HARMLESS = {"expert_count": 0, "expert_used_count": 0, "attention.causal": True}
 TOKENIZER = ("model", "pre", "bos_token_id", "eos_token_id", "padding_token_id")
@@ -54,7 +49,7 @@ def metadata(reader: Any, path: Path) -> dict[str, Any]:
     for name, harmless in HARMLESS.items():
         if name in values and values[name] == harmless:
             del values[name]
-    known = {*INTEGERS, *NUMBERS, *SCALING}
+    known = {*INTEGERS, *NUMBERS, *ROPE_KEYS}
     if unknown := [f"llama.{n} = {values[n]!r}" for n in values if n not in known]:
         raise JropeError(f"{path}: unknown {some(unknown)}: not the plain architecture")
     _check(values, path)
@@ -102,7 +97,7 @@ def make_config(
         raise JropeError(f"{path}: missing token_embd.weight")
     theta = values.get("rope.freq_base", 10000.0)
     rope = Rope(theta=theta, rotary_dim=head_dim)
-    scaling = _scaling(values, rope, tensors.get(FACTORS), path)
+    scaling = read_scaling(values, rope, tensors.get(FACTORS), path)
     return LlamaConfig(
         vocab_size=values.get("vocab_size", tensors["token_embd.weight"].rows),
         hidden_size=hidden,
@@ -118,7 +113,7 @@ def make_config(
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         tie_word_embeddings="output.weight" not in tensors,
         initializer_range=0.02,
-        rope=Rope(theta=theta, rotary_dim=head_dim, scaling=scaling),
+        rope=replace(rope, scaling=scaling),
         bos_token_id=values["tokenizer.ggml.bos_token_id"],
         eos_token_id=_ends(values),
         pad_token_id=values["tokenizer.ggml.padding_token_id"],
@@ -128,58 +123,3 @@ def make_config(
 def _ends(values: Mapping[str, Any]) -> tuple[int, ...]:
     ids = (values[f"tokenizer.ggml.{name}_token_id"] for name in ("eos", "eot"))
     return tuple(dict.fromkeys(i for i in ids if i is not None))
-
-
-def _scaling(
-    values: Mapping[str, Any], rope: Rope, factors: Lazy | None, path: Path
-) -> Method | None:
-    given = {name: values[name] for name in SCALING if name in values}
-    kind = given.pop("rope.scaling.type", "none")
-    given.pop("rope.scaling.finetuned", None)  # says how it was trained
-    if given.pop("rope.scaling.attn_factor", 1.0) != 1.0:
-        raise JropeError(f"{path}: llama.rope.scaling.attn_factor must be 1")
-    fields = {name.removeprefix("rope.scaling."): v for name, v in given.items()}
-    factor = fields.pop("factor", 1.0)
-    if factors is not None:
-        if kind != "none":
-            raise JropeError(f"{path} has both rope scaling {kind!r} and {FACTORS}")
-        return llama3(factors.read(), rope, path)
-    if kind == "none" or (kind == "linear" and factor == 1):
-        return None
-    length = fields.pop("original_context_length", None)
-    if kind == "linear" and not fields:
-        return Linear(factor=factor)
-    betas = {name.removeprefix("yarn_"): value for name, value in fields.items()}
-    if kind == "yarn" and length is not None:
-        return Yarn(factor=factor, original_length=length, **betas)
-    raise JropeError(
-        f"{path}: rope scaling {kind!r} with {some(sorted(given)) or 'no fields'}; "
-        "want none, linear with a factor, or yarn with factor and "
-        "original_context_length"
-    )
-
-
-def llama3(factors: np.ndarray, rope: Rope, path: Path) -> Method | None:
-    """The llama3 method whose frequencies are the plain ones divided by `factors`.
-
-    The file has the factors only; a method of the released models (low 1, high 4,
-    original length 8192) must reproduce all of them.
-    """
-    if np.all(factors == 1):
-        return None
-    scaling = Llama3(
-        factor=float(factors.max(initial=1.0)),
-        original_length=8192,
-        low_freq_factor=1.0,
-        high_freq_factor=4.0,
-    )
-    plain = base_frequencies(rope.rotary_dim, rope.theta)
-    stretched, _ = scaling(rope.rotary_dim, rope.theta, None)
-    if factors.shape == plain.shape and np.allclose(
-        factors, plain / np.asarray(stretched), rtol=1e-4
-    ):
-        return scaling
-    raise JropeError(
-        f"{path}: {FACTORS} is not of Llama 3's kind (low 1, high 4, original length "
-        "8192); Hugging Face's config cannot express other factors"
-    )

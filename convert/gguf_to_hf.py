@@ -27,6 +27,7 @@ from _common import (
     write_hf,
 )
 from _gguf_config import make_config, metadata
+from _gguf_rope import FACTORS
 from _gguf_tokenizer import save_tokenizer
 
 from jrope.errors import JropeError
@@ -48,7 +49,6 @@ TOP = {
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
-FACTORS = "rope_freqs.weight"
 SPLIT = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.gguf")
 
 

@@ -27,6 +27,7 @@ from _common import (
     write_hf,
 )
 from _meta_config import kv_heads, make_config, read_params
+from _meta_names import LAYER
 from _torch import open_pickle
 
 from jrope.errors import JropeError
@@ -34,18 +35,6 @@ from jrope.hf.folders import some
 from jrope.model.config import EMBEDDING, HEAD
 from jrope.rope import interleaved_to_half
 
-# Meta's name -> Hugging Face's, and the axis that model parallelism splits.
-LAYER = {
-    "attention.wq": ("self_attn.q_proj", 0),
-    "attention.wk": ("self_attn.k_proj", 0),
-    "attention.wv": ("self_attn.v_proj", 0),
-    "attention.wo": ("self_attn.o_proj", 1),
-    "feed_forward.w1": ("mlp.gate_proj", 0),
-    "feed_forward.w2": ("mlp.down_proj", 1),
-    "feed_forward.w3": ("mlp.up_proj", 0),
-    "attention_norm": ("input_layernorm", None),
-    "ffn_norm": ("post_attention_layernorm", None),
-}
 TOP = {
     "tok_embeddings.weight": EMBEDDING,
     "norm.weight": "model.norm.weight",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 
 import jrope
 from jrope.hf.checkpoint import open_tensors
+from jrope.rope import half_to_interleaved
 
 CONVERT = Path(__file__).parent.parent / "convert"
 LLAMA3 = {
@@ -142,3 +144,66 @@ def bin_folder(
         places |= dict.fromkeys(part, file)
     write_json(folder / "pytorch_model.bin.index.json", {"weight_map": places})
     return folder
+
+
+def gguf_name(name: str) -> str:
+    """Hugging Face's name of a tensor to llama.cpp's."""
+    mapping = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, 9)
+    found = mapping.get_name(name, try_suffixes=(".weight", ".bias"))
+    assert found is not None
+    return found
+
+
+def write_gguf(
+    path: Path,
+    tiny: Any,
+    *,
+    kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    weights: Mapping[str, np.ndarray] | None = None,
+    keys: Mapping[str, Any] | None = None,
+    extra: Mapping[str, np.ndarray] | None = None,
+    arch: str = "llama",
+    tokenizer: Callable[[gguf.GGUFWriter], None] | None = None,
+    **split: int,
+) -> Path:
+    """A GGUF file as llama.cpp's converter writes them."""
+    config = tiny.config
+    writer = gguf.GGUFWriter(path, arch, **split)
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(config["head_dim"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    for key, value in (keys or {}).items():
+        add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
+        add = writer.add_string if isinstance(value, str) else add
+        add = writer.add_array if isinstance(value, list) else add
+        add(f"llama.{key}", value)
+    if tokenizer is not None:
+        tokenizer(writer)
+    heads = {
+        "q_proj": config["num_attention_heads"],
+        "k_proj": config["num_key_value_heads"],
+    }
+    for name, array in (tiny.weights if weights is None else weights).items():
+        part = name.split(".")[-2]
+        if part in heads:
+            array = half_to_interleaved(array, heads[part])
+        if array.ndim == 1:
+            writer.add_tensor(gguf_name(name), array)
+        else:
+            packed = gguf.quants.quantize(array, kind)
+            writer.add_tensor(gguf_name(name), packed, raw_dtype=kind)
+    for name, array in (extra or {}).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
