@@ -146,20 +146,20 @@ def test_llama3s_factors_tell_the_original_length(length, factor, high, head_dim
     assert llama3(factors, plain, Path("m.gguf")) == wanted
 
 
-@pytest.mark.parametrize("length", [1000, 6000, 8193, 100003])
-def test_llama3s_factors_of_few_pairs_tell_the_frequencies(length):
+@pytest.mark.parametrize(("length", "head_dim"), [(1000, 8), (6000, 8), (114757, 16)])
+def test_llama3s_factors_of_few_pairs_tell_the_frequencies(length, head_dim):
     """With no pair on the ramp, several lengths give the same frequencies."""
     from _gguf_rope import llama3
 
     rope = LLAMA3 | {"original_max_position_embeddings": length}
-    scaling = llama3(
-        llama3_factors(rope, 8), Rope(theta=THETA, rotary_dim=8), Path("m.gguf")
+    plain = Rope(theta=THETA, rotary_dim=head_dim)
+    scaling = llama3(llama3_factors(rope, head_dim), plain, Path("m.gguf"))
+    wanted = Llama3(
+        factor=8.0, original_length=length, low_freq_factor=1.0, high_freq_factor=4.0
     )
-    fields = {"original_length": length, "factor": 8.0}
-    wanted = Llama3(**fields, low_freq_factor=1.0, high_freq_factor=4.0)
-    assert isinstance(scaling, Llama3)
-    got, _ = scaling(8, THETA, None)
-    np.testing.assert_allclose(got, wanted(8, THETA, None)[0], rtol=1e-6)
+    assert scaling is not None
+    got, oracle = (s(head_dim, THETA, None)[0] for s in (scaling, wanted))
+    np.testing.assert_allclose(got, oracle, rtol=1e-6)
 
 
 FACTORS = np.array([1, 1, 2, 3, 4, 8, 8, 8])
