@@ -41,6 +41,15 @@ class Lazy:
         return self.shape[0] if self.shape else 0
 
 
+def transposed(lazy: Lazy) -> Lazy:
+    """The tensor with its axes in the other order: Flax's kernels are [in, out]."""
+
+    def read() -> np.ndarray:
+        return np.ascontiguousarray(lazy.read().T)
+
+    return Lazy(lazy.shape[::-1], lazy.dtype, read)
+
+
 def make_parser(
     doc: str | None, src: str, *, dtype: str | None = None
 ) -> argparse.ArgumentParser:

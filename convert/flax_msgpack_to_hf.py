@@ -1,131 +1,78 @@
-"""flax_model.msgpack of transformers 4's FlaxLlama to a Hugging Face folder.
+"""Flax parameters in msgpack to a Hugging Face folder: FlaxLlama's, and EasyLM's.
 
-Kernels are [in, out] there and are transposed; every number stays unless --dtype is
-given.  Single files and shards with flax_model.msgpack.index.json are read; of shards
-one is in memory at a time.
+SRC is a folder with config.json and flax_model.msgpack, or its shards and index, as
+transformers 4 wrote them; or one file with config.json beside it, such as a stream of
+EasyLM's (OpenLLaMA, LWM), whatever its name.  A stream is read one tensor at a time, a
+tree and each shard as a whole.  Kernels are [in, out] there and are transposed; every
+number stays unless --dtype is given.  Of EasyLM's train states the parameters are read.
 
 FlaxLlama always rotated with theta 10000 and no scaling, whatever its config.json said.
 Where that file says something else, --rope tells which of the two the weights are for.
+EasyLM's files say nothing of theta: config.json's is taken (OpenLLaMA: 10000).
 """
 
-import dataclasses
-import mmap
 import sys
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import msgpack
-import numpy as np
 from _common import (
     Lazy,
-    check_file,
     make_parser,
+    note,
     open_weights,
     run,
-    unreadable,
+    transposed,
     write_hf,
 )
-from flax.serialization import msgpack_restore
+from _easylm import hf_tensors, is_easylm, sizes
+from _msgpack import Restored, open_msgpack
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import read_llama_config
-from jrope.hf.folders import companions, some
+from jrope.hf.folders import CONFIG, companions
 from jrope.model.config import LlamaConfig
 from jrope.rope import Rope
 
 FLAX_THETA = 10000.0
-CHUNKED = "__msgpack_chunked_array__"
-KIND = "Flax parameters in msgpack"
+SINGLE = "flax_model.msgpack"
+TRAIN_STATE = "params/params/"
 
 
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What a file says of an array before its data."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def open_msgpack(restored: "Restored", path: Path) -> dict[str, Lazy]:
-    """Name -> array of one file, kernels transposed; only headers are kept."""
-    check_file(path)
-    try:
-        with path.open("rb") as file:
-            view = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            tree = msgpack.unpackb(view, ext_hook=_header, strict_map_key=False)
-            leaves = {path: _shape(leaf) for path, leaf in _leaves(tree)}
-    except Exception as error:  # whatever a damaged file can provoke
-        unreadable(path, KIND, error)
-    if wrong := ["/".join(key) for key, leaf in leaves.items() if leaf is None]:
-        raise JropeError(f"{path}: {some(wrong)} are not arrays")
-    return {
-        "/".join(key): _lazy(path, key, leaf, restored)
-        for key, leaf in leaves.items()
-        if leaf is not None
-    }
+def open_source(src: Path) -> tuple[Path, dict[str, Lazy]]:
+    """The folder of config.json, and the parameters by their names in the file."""
+    open_file = partial(open_msgpack, Restored())
+    if src.is_file():
+        return src.parent, parameters(open_file(src))
+    if not any((src / name).exists() for name in (SINGLE, f"{SINGLE}.index.json")):
+        raise JropeError(
+            f"no {SINGLE} or its index in {src}; of another name give the file itself"
+        )
+    return src, parameters(open_weights(src, SINGLE, open_file))
 
 
-def _header(code: int, data: bytes) -> Header | None:
-    if code != 1:  # flax's code of an array
-        return None
-    shape, dtype, _ = msgpack.unpackb(data, raw=True)
-    return Header(tuple(shape), dtype.decode())
+def parameters(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """Without what a train state has besides, and without the top level's "params"."""
+    if any(name.startswith(TRAIN_STATE) for name in tensors):
+        return {
+            name.removeprefix(TRAIN_STATE): lazy
+            for name, lazy in tensors.items()
+            if name.startswith(TRAIN_STATE)
+        }
+    return {name.removeprefix("params/"): lazy for name, lazy in tensors.items()}
 
 
-def _leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[Any, Any]]:
-    if not isinstance(tree, dict) or CHUNKED in tree:
-        yield path, tree
-        return
-    for key, value in tree.items():
-        yield from _leaves(value, (*path, str(key)))
-
-
-def _shape(leaf: Any) -> Header | None:
-    """The header of a leaf; arrays beyond 1 GiB come in chunks."""
-    if not isinstance(leaf, dict):
-        return leaf if isinstance(leaf, Header) else None
-    shape = tuple(leaf["shape"][str(axis)] for axis in range(len(leaf["shape"])))
-    return Header(shape, leaf["chunks"]["0"].dtype)
-
-
-def _lazy(
-    path: Path, key: tuple[str, ...], header: Header, restored: "Restored"
-) -> Lazy:
-    if key[-1] != "kernel":
-        return Lazy(header.shape, header.dtype, partial(restored.read, path, key))
-
-    def read() -> np.ndarray:
-        return np.ascontiguousarray(restored.read(path, key).T)
-
-    return Lazy(header.shape[::-1], header.dtype, read)
-
-
-class Restored:
-    """The arrays of one file at a time."""
-
-    def __init__(self) -> None:
-        self._path: Path | None = None
-        self._leaves: dict[Any, Any] = {}
-
-    def read(self, path: Path, key: tuple[str, ...]) -> np.ndarray:
-        """One array, as it is stored; reads the file unless it is the last one read."""
-        if path != self._path:
-            self._path, self._leaves = None, {}  # let go before the next is read
-            with path.open("rb") as file:
-                view: Any = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                self._leaves = dict(_leaves(msgpack_restore(view)))
-            self._path = path
-        return np.asarray(self._leaves[key])
-
-
-def hf_name(name: str) -> str:
-    """model/layers/0/self_attn/q_proj/kernel -> model.layers.0....q_proj.weight."""
-    *parts, last = name.removeprefix("params/").split("/")
-    last = "weight" if last in ("kernel", "embedding") else last
-    return ".".join([*parts, last])
+def flax_tensors(tensors: Mapping[str, Lazy]) -> dict[str, Lazy]:
+    """FlaxLlama's model/layers/0/self_attn/q_proj/kernel and so on, in HF's words."""
+    renamed: dict[str, Lazy] = {}
+    for name, lazy in tensors.items():
+        *parts, last = name.split("/")
+        own = transposed(lazy) if last == "kernel" else lazy
+        last = "weight" if last in ("kernel", "embedding") else last
+        renamed[".".join([*parts, last])] = own
+    return renamed
 
 
 def settled(config: LlamaConfig, choice: str | None) -> LlamaConfig:
@@ -137,28 +84,47 @@ def settled(config: LlamaConfig, choice: str | None) -> LlamaConfig:
             "rotated with theta 10000 and no scaling; give --rope config if the "
             "weights came from PyTorch, --rope flax if they were trained in Flax"
         )
-    return dataclasses.replace(config, rope=flax) if choice == "flax" else config
+    return replace(config, rope=flax) if choice == "flax" else config
+
+
+def check_config(folder: Path, src: Path, tensors: Mapping[str, Lazy]) -> None:
+    """Raise unless config.json is there, and say what has to be in it."""
+    if not (folder / CONFIG).is_file():
+        raise JropeError(
+            f"no {CONFIG} beside {src}, whose arrays do not tell heads and rope: write "
+            f"one in Hugging Face's words with {sizes(tensors)}, num_attention_heads, "
+            "num_key_value_heads, rms_norm_eps, max_position_embeddings, rope_theta, "
+            "bos_token_id and eos_token_id"
+        )
 
 
 def convert(args: Namespace) -> None:
     """Run the conversion that the arguments ask for."""
-    config = settled(read_llama_config(args.src), args.rope)
-    opened = open_weights(
-        args.src, "flax_model.msgpack", partial(open_msgpack, Restored())
-    )
+    folder, tensors = open_source(args.src)
+    check_config(folder, args.src, tensors)
+    config = read_llama_config(folder)
+    if is_easylm(tensors):
+        config = settled(config, args.rope or "config")
+        note(
+            f"EasyLM's files hold no theta; that of the result is {config.rope.theta:g}"
+        )
+        tensors = hf_tensors(tensors, config, args.src)
+    else:
+        config = settled(config, args.rope)
+        tensors = flax_tensors(tensors)
     write_hf(
         args.dst,
         config,
-        {hf_name(name): lazy for name, lazy in opened.items()},
+        tensors,
         where=args.src,
         dtype=args.dtype,
-        extra_files=companions(args.src),
+        extra_files=companions(folder),
     )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit status."""
-    src = "folder with config.json and flax_model.msgpack or its shards and index"
+    src = f"folder with config.json and {SINGLE}, or a file with config.json beside it"
     parser = make_parser(__doc__, src)
     parser.add_argument(
         "--rope",

@@ -109,6 +109,6 @@ def test_flax_msgpack_refuses(tiny_hf, tmp_path, refuse):
     line = refuse("flax_msgpack_to_hf", src, tmp_path / "dst")
     assert "flax_model.msgpack cannot be read as Flax parameters in msgpack" in line
     file.write_bytes(flax.serialization.msgpack_serialize({"a": {"b": 3, "c": "x"}}))
-    assert "a/b, a/c are not arrays" in refuse(
+    assert "a/b (int), a/c (str) are not arrays; want arrays" in refuse(
         "flax_msgpack_to_hf", src, tmp_path / "dst"
     )
