@@ -21,8 +21,11 @@ from jrope.rope import interleaved_to_half
 
 WTE = "transformer/wte/embedding"
 W1 = re.compile(r"transformer/h/(\w+)/feed_forward/w1/kernel")
-TOP = {WTE: EMBEDDING, "transformer/ln_f/kernel": "model.norm.weight"}
-TOP |= {"lm_head/kernel": HEAD}
+TOP = {
+    WTE: EMBEDDING,
+    "transformer/ln_f/kernel": "model.norm.weight",
+    "lm_head/kernel": HEAD,
+}
 STACKED = "scan_decoder"
 
 

@@ -22,8 +22,12 @@ OLD_FACTOR = "rope.scale_linear"
 PREFIX = "rope.scaling."
 # Keys with which llama.cpp computes something else unless they hold this value; the
 # ramp's weight, yarn_ext_factor, is another (below).
-NEUTRAL = {"attn_factor": 1, "yarn_attn_factor": 1, "yarn_log_multiplier": 0}
-NEUTRAL |= {"alpha": 0}
+NEUTRAL = {
+    "attn_factor": 1,
+    "yarn_attn_factor": 1,
+    "yarn_log_multiplier": 0,
+    "alpha": 0,
+}
 BETAS = ("beta_fast", "beta_slow")
 ROPE_KEYS = (
     OLD_FACTOR,
@@ -70,12 +74,14 @@ def read_scaling(
 
 
 def _check_neutral(values: Mapping[str, Any], kind: str, path: Path) -> None:
-    neutral = {name: (value,) for name, value in NEUTRAL.items()}
-    neutral["yarn_ext_factor"] = (1 if kind == "yarn" else 0, -1)  # -1: not set
+    neutral = NEUTRAL | {"yarn_ext_factor": 1 if kind == "yarn" else 0}
+    given = {name: values.get(PREFIX + name, want) for name, want in neutral.items()}
+    if given["yarn_ext_factor"] == -1:  # not set
+        del given["yarn_ext_factor"]
     wrong = [
-        f"llama.{PREFIX}{name} = {values[PREFIX + name]!r} (want {wanted[0]})"
-        for name, wanted in neutral.items()
-        if values.get(PREFIX + name, wanted[0]) not in wanted
+        f"llama.{PREFIX}{name} = {value!r} (want {neutral[name]})"
+        for name, value in given.items()
+        if value != neutral[name]
     ]
     if wrong:
         raise JropeError(

@@ -61,7 +61,8 @@ class Restored:
         """One array, as it is stored; reads the part unless it is the last one read."""
         if part != self._part:
             self._part, self._leaves = None, {}  # let go before the next is read
-            tree = msgpack_restore(part.view())  # pyright: ignore[reportArgumentType]
+            view: Any = part.view()  # any buffer will do
+            tree = msgpack_restore(view)
             self._leaves = dict(_leaves(tree, part.names))
             self._part = part
         return np.asarray(self._leaves[names])

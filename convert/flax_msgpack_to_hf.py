@@ -105,9 +105,7 @@ def convert(args: Namespace) -> None:
     config = read_llama_config(folder)
     if is_easylm(tensors):
         config = settled(config, args.rope or "config")
-        note(
-            f"EasyLM's files hold no theta; that of the result is {config.rope.theta:g}"
-        )
+        note(f"rope_theta {config.rope.theta:g} of config.json: the arrays hold none")
         tensors = hf_tensors(tensors, config, args.src)
     else:
         config = settled(config, args.rope)

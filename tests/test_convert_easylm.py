@@ -107,7 +107,7 @@ def test_easylm_stream(kv_heads, axis, tiny_hf, tmp_path, run):
     src = easylm_file(tmp_path / "src", tiny, axis=axis)
     (src.parent / "tokenizer.model").write_bytes(b"\n")
     out = run("flax_msgpack_to_hf", src, tmp_path / "dst")
-    assert "note: EasyLM's files hold no theta; that of the result is 10000" in out
+    assert "note: rope_theta 10000 of config.json: the arrays hold none" in out
     assert_holds(tmp_path / "dst", tiny.weights)
     assert_logits(tmp_path / "dst", tiny.model)
     assert (tmp_path / "dst" / "tokenizer.model").exists()
