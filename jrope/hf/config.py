@@ -73,6 +73,9 @@ _WHY: dict[str, str] = {
     "`generate` takes a Sampler",
     "auto_map": "remote code, never run: model_type says that LLaMA is meant",
     "max_sequence_length": "an old double of max_position_embeddings",
+    "attention_dropout": "training only, and `score` does without",
+    "pretraining_tp": "products in slices, summed again: the weights are the same",
+    "chunk_size_feed_forward": "rows in slices: the weights are the same",
     "tokenizer_class": "the tokenizer has files of its own",
     "transformers.js_config": "settings of a JavaScript runtime",
 }
@@ -82,9 +85,6 @@ IGNORED = {key: why for keys, why in _WHY.items() for key in keys.split()}
 HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), "dequantize the weights first"),
     "compression_config": ((None,), "dequantize the weights first"),
-    "attention_dropout": ((0.0, None), "set it to 0.0; inference is the same"),
-    "pretraining_tp": ((1, None), "set it to 1; the weights are the same"),
-    "chunk_size_feed_forward": ((0,), "set it to 0; the weights are the same"),
     "sliding_window": ((None,), "windowed attention is another architecture"),
     "use_sliding_window": ((False,), "windowed attention is another architecture"),
     "layer_types": ((None,), "layers of several kinds are another architecture"),
@@ -103,7 +103,8 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
 
     Args:
       config: the JSON object.  Sizes must be given; other absent keys mean what they
-        mean to transformers.  A pad_token_id of -1 (old conversions) means none.
+        mean to transformers.  A token id of -1 (old conversions) means none, and a null
+        rope_theta the one in rope_scaling or rope_parameters.
 
     Raises:
       JropeError: keys that are unknown, unsupported or missing, all at once; or a value
@@ -117,15 +118,17 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
         wanted = f"a multiple of num_attention_heads {heads}, as no head_dim is given"
         check(hidden % heads == 0, "hidden_size", hidden, wanted)
         head_dim = hidden // heads
-    kv_heads, pad = config.get("num_key_value_heads"), config.get("pad_token_id")
+    kv_heads, given = config.get("num_key_value_heads"), {**DEFAULTS, **config}
+    fields: dict[str, Any]
+    fields = {key: given.get(key) for key in (*REQUIRED, *DEFAULTS, "pad_token_id")}
+    for key in ("bos_token_id", "pad_token_id"):
+        fields[key] = None if fields[key] == -1 else fields[key]
     return LlamaConfig(
-        **{key: config[key] for key in REQUIRED},
-        **{key: config.get(key, default) for key, default in DEFAULTS.items()},
+        **fields,
         num_key_value_heads=heads if kv_heads is None else kv_heads,
         head_dim=head_dim,
-        rope=rope_from_hf({**DEFAULTS, **config}, head_dim),
+        rope=rope_from_hf(given, head_dim),
         eos_token_id=token_ids(config.get("eos_token_id", 2)),
-        pad_token_id=None if pad == -1 else pad,
     )
 
 
@@ -159,17 +162,18 @@ def config_to_hf(config: LlamaConfig, *, dtype: str | None = None) -> dict[str, 
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
-    """The ids of an `eos_token_id`: an integer, a list of them, or null."""
+    """The ids of an `eos_token_id`: an integer, a list of them, or null; -1 is none."""
     if value is None:
         return ()
-    return tuple(cast(list[Any], value)) if isinstance(value, list) else (value,)
+    ids = cast(list[Any], value) if isinstance(value, list) else [value]
+    return tuple(token for token in ids if token != -1)
 
 
 def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
     if (kind := config.get("model_type", "llama")) != "llama":
         yield f"model_type is {kind!r}, want 'llama': other models are not supported"
     names = config.get("architectures")
-    if names not in (None, ["LlamaForCausalLM"]):
+    if names not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]):  # older: LLaMA
         yield f"architectures is {names!r}, want ['LlamaForCausalLM']"
     if missing := [key for key in REQUIRED if key not in config]:
         yield f"missing {', '.join(missing)}"

@@ -91,7 +91,10 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
     check(rope.layout == "half", "layout", rope.layout, "'half': permute q and k first")
     theta, scaling, extra = float(rope.theta), cast(Any, rope.scaling), {}
     if rope.condense != 1:
-        wanted = f"1: Hugging Face cannot express it together with {scaling}"
+        wanted = (
+            f"1: Hugging Face cannot express it together with {scaling}; leave one out "
+            "of the file, and set it with `with_rope` or --rope after loading"
+        )
         check(scaling is None, "condense", rope.condense, wanted)
         scaling = Linear(factor=rope.condense)
         extra["rope_condense_ratio"] = rope.condense
@@ -141,7 +144,7 @@ def _read(
     outer = config.get("rope_theta", 10000.0)
     theta = values.get("rope_theta", outer)
     wanted = f"{outer!r}, as at the top level: versions differ in which one they read"
-    good = "rope_theta" not in config or theta is outer or theta == outer
+    good = config.get("rope_theta") is None or theta is outer or theta == outer
     check(good, f"{where}.rope_theta", theta, wanted)
     given = {key: values[key] for key in values if key not in _silent(kind)}
     scaling = _scaling(where, kind, _with_outer(where, kind, given, config), config)
