@@ -1,6 +1,7 @@
 """Loading: bit-equal, cast once, and bounded in memory."""
 
 import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -15,7 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from checkpoint_helpers import BF16, KEY, assert_same_tensors, change
+from checkpoint_helpers import (
+    BF16,
+    INDEX,
+    KEY,
+    assert_same_tensors,
+    change,
+    set_config,
+)
 from checkpoint_helpers import folder as folder
 from checkpoint_helpers import made as made
 from checkpoint_helpers import sharded as sharded
@@ -26,6 +34,7 @@ from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import (
     READERS,
     Tensors,
+    _is_finite,
     load,
     open_tensors,
     read_config,
@@ -72,20 +81,107 @@ def test_a_cast_that_overflows_is_refused(folder: Path) -> None:
 
 
 def test_nan_and_infinity_pass(folder: Path) -> None:
-    def spoil(tensors: dict[str, np.ndarray]) -> None:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
         tensors[KEY] = tensors[KEY].copy()
         tensors[KEY][0, :2] = np.nan, np.inf
 
-    change(folder, spoil)
+    change(folder, edit)
     for dtype in (None, "float16", "bfloat16"):
         row = np.asarray(flatten(load(folder, dtype)[0])[KEY][0, :2], np.float32)
         assert np.isnan(row[0]) and np.isposinf(row[1])
 
 
-def test_frequency_tables_are_ignored(folder: Path) -> None:
-    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    change(folder, lambda t: t.update({name: np.zeros(8, np.float16)}))
-    assert name not in flatten(load(folder)[0])
+def spoil(name: str, value: float) -> Callable[[dict[str, np.ndarray]], None]:
+    """Of one tensor, an element in the middle."""
+
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        flat = tensors[name].reshape(-1).copy()
+        flat[flat.size // 2] = value
+        tensors[name] = flat.reshape(tensors[name].shape)
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("backend", "quantize", "dtype"),
+    [
+        ("cpu", None, None),
+        ("cpu", "int8", "bfloat16"),
+        ("gpu", "int8", None),
+        ("gpu", None, "float16"),
+    ],
+)
+def test_check_finite_names_every_bad_tensor(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    backend: str,
+    quantize: Any,
+    dtype: str | None,
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    given: dict[str, Any] = {"dtype": dtype, "quantize": quantize}
+    change(folder, spoil(KEY, 3e4))  # the largest floats are no infinity, nor their sum
+    plain, checked = load(folder, **given)[0], load(folder, **given, check_finite=True)
+    jax.tree.map(np.testing.assert_array_equal, checked[0], plain)
+    bad = {"model.norm.weight": np.inf, "lm_head.weight": -np.inf, KEY: np.nan}
+    for name, value in bad.items():
+        change(folder, spoil(name, value))
+    load(folder, **given)
+    with pytest.raises(
+        JropeError, match="NaN or infinity in 3 of 21 tensors: "
+    ) as error:
+        load(folder, **given, check_finite=True)
+    assert str(folder) in str(error.value)
+    assert all(name in str(error.value) for name in bad)
+    assert "q_proj" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_check_finite_keeps_nothing(dtype: str) -> None:
+    shape = jax.ShapeDtypeStruct((512, 512), dtype)
+    memory = _is_finite.lower(shape).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 1024
+    largest = jnp.full((512, 512), jnp.finfo(dtype).max, dtype)
+    assert _is_finite(largest) and _is_finite(-largest)
+
+
+TABLES = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+
+
+@pytest.mark.parametrize("place", ["model.layers.0.self_attn.", "model.", ""])
+def test_tables_of_rotary_embeddings_are_ignored(folder: Path, place: str) -> None:
+    found = {f"{place}rotary_emb.{name}": np.zeros(8, np.float16) for name in TABLES}
+    change(folder, lambda t: t.update(found))
+    assert not {*found} & {*flatten(load(folder)[0])}
+
+
+def test_other_buffers_are_not(folder: Path) -> None:
+    for name in ("model.rotary_emb.scale", "model.xrotary_emb.inv_freq"):
+        change(folder, lambda t, name=name: t.update({name: np.zeros(8, np.float16)}))
+    message = "2 unexpected: model.rotary_emb.scale, model.xrotary_emb.inv_freq"
+    with pytest.raises(JropeError, match=message):
+        load(folder)
+
+
+def list_too(folder: Path, *names: str) -> None:
+    path = folder / INDEX
+    index = json.loads(path.read_text())
+    index["weight_map"] |= dict.fromkeys(names, index["weight_map"][KEY])
+    path.write_text(json.dumps(index))
+
+
+def test_an_index_may_list_what_nobody_reads(
+    sharded: Path, tiny_hf: Callable[..., Any], tmp_path: Path
+) -> None:
+    list_too(sharded, *(f"model.layers.0.self_attn.rotary_emb.{n}" for n in TABLES))
+    load(sharded)
+    tied = tiny_hf(tied=True)
+    tied.model.save_pretrained(tmp_path / "tied", max_shard_size="40KB")
+    list_too(tmp_path / "tied", "lm_head.weight")
+    assert "lm_head" not in load(tmp_path / "tied")[0]
+    set_config(tmp_path / "tied", tie_word_embeddings=False)
+    with pytest.raises(JropeError, match=r"1 missing: lm_head.weight; tie_word_emb"):
+        load(tmp_path / "tied")
 
 
 def test_a_head_that_repeats_a_tied_embedding_is_accepted(

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 from checkpoint_helpers import INDEX, KEY, SINGLE, change, set_config
@@ -15,9 +16,10 @@ from checkpoint_helpers import folder as folder
 from checkpoint_helpers import made as made
 from checkpoint_helpers import sharded as sharded
 from checkpoint_helpers import tiny as tiny
+from flax.serialization import msgpack_serialize
 
 from jrope.errors import JropeError
-from jrope.hf.checkpoint import load
+from jrope.hf.checkpoint import load, open_tensors
 
 
 def set_index(folder: Path, edit: Callable[[dict[str, str]], Any]) -> None:
@@ -77,7 +79,10 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "wrong shape": (put(**{KEY: ODD}), rf"{KEY} \(found \(3, 3\), want \(32, 64\)\)"),
     "integers": (put(**{KEY: np.zeros((32, 64), np.int8)}), rf"{KEY} \(I8\)"),
     "float64": (put(**{KEY: np.zeros((32, 64))}), rf"is not float32, .*{KEY} \(F64\)"),
-    "no head": (drop("lm_head.weight"), "tie_word_embeddings is false, so lm_head"),
+    "no head": (
+        drop("lm_head.weight"),
+        "1 missing: lm_head.weight; tie_word_embeddings is false, .* fit true",
+    ),
     "bias": (
         put(**{"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}),
         "q_proj.bias; attention_bias or mlp_bias is false",
@@ -92,11 +97,32 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "truncated": (lambda f: truncate(f, 5000), r"model.safetensors is truncated: its"),
     "header cut": (lambda f: truncate(f, 100), r"model.safetensors is truncated: its"),
-    "seven bytes": (lambda f: truncate(f, 7), "its header is garbage"),
+    "seven bytes": (lambda f: truncate(f, 7), "not a safetensors file, which begins"),
     "empty": (data(b""), "model.safetensors is empty"),
     "pointer": (data(POINTER), "model.safetensors is a git-lfs pointer; run 'git lfs"),
-    "garbage": (data(bytes(range(1, 200))), "its header is garbage"),
-    "huge header": (data(b"\xff" * 7 + b"\x00{}"), "its header is garbage"),
+    "garbage": (data(bytes(range(1, 200))), "model.safetensors is not a safetensors"),
+    "huge header": (data(b"\xff" * 7 + b"\x00{}"), "is not a safetensors file"),
+    "html": (data(b"\n<!DOCTYPE html><html>" + bytes(99)), "is a page of HTML or XML"),
+    "json": (data(b'{"error": "Entry not found"}'), "is JSON, not weights; download"),
+    "gzip": (data(b"\x1f\x8b\x08" + bytes(range(1, 99))), "is compressed, .*unpack it"),
+    "hdf5": (data(b"\x89HDF\r\n\x1a\n" + bytes(99)), "is HDF5.*nothing here reads it"),
+    "ggml": (data(b"lmgg" + bytes(range(1, 99))), "is GGML, which came before GGUF"),
+    "flax inside": (
+        lambda f: data(msgpack_serialize({"params": {"a": ODD}}))(f),
+        "is msgpack, such as Flax writes.*convert/flax_msgpack_to_hf.py",
+    ),
+    "many in flax": (
+        data(msgpack_serialize({f"x{i}": ODD for i in range(20)})),
+        "is msgpack, such as Flax writes",
+    ),
+    "easylm": (
+        data(msgpack.packb((("params", "lm_head", "kernel"), msgpack_serialize(ODD)))),
+        "is a msgpack stream, such as EasyLM writes",
+    ),
+    "later pickle": (
+        data(b"\x80\x04\x95" + bytes(range(1, 99))),
+        "is a pickle.*bin_",
+    ),
     "zip": (data(b"PK\x03\x04" + bytes(99)), "zip or PyTorch pickle.*pytorch_bin_to"),
     "pickle": (data(b"\x80\x02}q\x00." + bytes(99)), "is a pickle.*pytorch_bin_to_hf"),
     "gguf inside": (data(b"GGUF" + bytes(99)), "is GGUF.*gguf_to_hf.py"),
@@ -127,17 +153,31 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "pth": (foreign("consolidated.00.pth"), "only consolidated.00.pth.*meta_to_hf.py"),
     "gguf": (foreign("model.gguf"), "only model.gguf.*convert/gguf_to_hf.py"),
     "flax": (foreign("flax_model.msgpack"), "flax_msgpack_to_hf.py"),
+    "stream": (
+        foreign("streaming_params_7b"),
+        "only streaming_params_7b; a stream",
+    ),
+    "adapter alone": (
+        foreign("adapter_model.safetensors"),
+        "only adapter_model.safetensors; merge the adapter into its base model first",
+    ),
+    "meta's names": (
+        foreign("consolidated.safetensors"),
+        "only consolidated.safetensors; its tensors have Meta's names",
+    ),
+    "old ggml": (foreign("ggml-model-q4_0.bin"), "only ggml-.*; GGML came before GGUF"),
     "variant": (foreign("model.fp16.safetensors"), "only model.fp16.safetensors; want"),
     "link out": (
         lambda f: (
             shutil.move(f / SINGLE, f.parent / "elsewhere"),
             (f / SINGLE).symlink_to(f.parent / "elsewhere"),
         ),
-        "'model.safetensors' leads out of the folder",
+        "'model.safetensors' leads out of the folder, to .*elsewhere; put the file "
+        "itself there .a copy or a hard link., or give the folder that holds it",
     ),
     "dead link": (
         lambda f: ((f / SINGLE).unlink(), (f / SINGLE).symlink_to("nothing")),
-        "'model.safetensors' is missing",
+        "'model.safetensors' is missing: it is a link to .*/nothing, which is not",
     ),
     "stale index": (
         lambda f: (f / INDEX).write_text("{}"),
@@ -239,10 +279,18 @@ def test_bad_index(sharded: Path, case: str) -> None:
         load(sharded)
 
 
+def test_a_header_whose_length_looks_like_a_pickle(folder: Path) -> None:
+    """640 bytes are 80 02 in the file, as a pickle of protocol 2 begins."""
+    header = {"a": {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}}
+    text = json.dumps(header).ljust(640).encode()
+    (folder / SINGLE).write_bytes(struct.pack("<Q", 640) + text + bytes(12))
+    assert open_tensors(folder).shapes == {"a": (3,)}
+
+
 def test_nothing_is_read_before_the_headers_agree(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jrope.hf.tensors._pieces", pytest.fail)
+    monkeypatch.setattr("jrope.safetensors_read._pieces", pytest.fail)
     set_config(folder, num_hidden_layers=1)
     with pytest.raises(JropeError, match="unexpected"):
         load(folder)

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -29,6 +30,7 @@ from checkpoint_helpers import tiny as tiny
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import load, open_tensors, read_config, save, write_folder
+from jrope.hf.shards import most_bytes
 from jrope.model.config import parameter_shapes
 from jrope.tree import flatten, nest
 
@@ -222,27 +224,58 @@ def test_an_interrupted_stream_leaves_the_old_one(folder: Path) -> None:
     assert [path.name for path in folder.parent.iterdir()] == ["model"]
 
 
-@pytest.mark.parametrize("failing", [1, 2, 3])
-def test_a_rename_that_fails_leaves_the_old_one(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+def test_too_little_space_is_found_before_anything_is_written(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Of a stream at least two bytes an element are known, of `save` all bytes."""
     params, config = load(folder)
-    (folder / "generation_config.json").unlink(missing_ok=True)
-    before, count, replace = tensors_of(folder), 0, os.replace
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    extra = folder.parent / "tokenizer.json"
+    extra.write_text("words")
+    free, out, asked = 10**9, folder.parent / "out", list[Any]()
+    monkeypatch.setattr(
+        "jrope.replacing.shutil.disk_usage",
+        lambda path: asked.append(path) or SimpleNamespace(free=free),
+    )
+    free = 2 * size + 4
+    with pytest.raises(JropeError, match=f"out: .* needs {2 * size + 5:,} bytes, "):
+        save(out, params, config, extra_files=[extra])
+    save(out, params, config)
+    tensors, free = tensors_of(folder), size - 1
+    with pytest.raises(JropeError, match=f"needs {size:,} bytes, {size - 1:,} bytes"):
+        write_folder(folder.parent / "x", read_config(folder), tensors.items())
+    assert asked and sorted(p.name for p in folder.parent.iterdir()) == [
+        "model",
+        "out",
+        "tokenizer.json",
+    ]
 
-    def flaky(*args: Any) -> None:
-        nonlocal count
-        count += 1
-        if count == failing:
-            raise OSError("disk on fire")
-        replace(*args)
 
-    monkeypatch.setattr(os, "replace", flaky)
-    with pytest.raises(OSError, match="disk on fire"):
-        save(folder, jax.tree.map(lambda leaf: leaf + 1, params), config)
-    assert_same_tensors(tensors_of(folder), before)
-    load(folder)
-    assert [path.name for path in folder.parent.iterdir()] == ["model"]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shard", [10_000, 50_000, 10**9])
+def test_bytes_at_the_worst_moment(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: str,
+    shard: int,
+) -> None:
+    """Measured before each file is removed; shards end at tensors, hence the slack."""
+    tensors = {n: a.astype(DTYPES[dtype]) for n, a in tensors_of(folder).items()}
+    remove, most = os.remove, 0
+
+    def measure(path: Any) -> None:
+        nonlocal most
+        files = Path(path).parent.iterdir()
+        most = max(most, sum(file.stat().st_size for file in files))
+        remove(path)
+
+    monkeypatch.setattr(os, "remove", measure)
+    config, total = read_config(folder), sum(a.nbytes for a in tensors.values())
+    write_folder(tmp_path / "out", config, tensors.items(), max_shard_size=shard)
+    largest = max(array.nbytes for array in tensors.values())
+    headers = 200 * len(tensors)
+    assert abs(most - most_bytes(total, shard)) <= 2 * largest + headers
 
 
 def test_files_are_on_the_disk_before_the_rename(

@@ -50,6 +50,20 @@ def test_an_error_of_the_thread(model: Path, monkeypatch: pytest.MonkeyPatch) ->
         w.wait()
 
 
+def test_commands_refuse_weights_that_are_not_finite(
+    model: Path, tmp_path: Path
+) -> None:
+    params, config = load(model)
+    norm = params["model"]["norm"]
+    norm["weight"] = norm["weight"].at[3].set(np.nan)
+    save(tmp_path / "bad", params, config)
+    message = "NaN or infinity in 1 of [0-9]+ tensors: model.norm.weight"
+    for quantize in (None, "int8"):
+        loading = Loading(tmp_path / "bad", None, quantize)
+        with pytest.raises(JropeError, match=message), loading as weights:
+            weights.wait()
+
+
 def test_leaving_early(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The thread ends with the tensor at hand, not with the folder."""
     left, arrived = threading.Event(), []

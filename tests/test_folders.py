@@ -66,6 +66,25 @@ def test_the_hub_cache_links_to_its_blobs(folder: Path, tmp_path: Path) -> None:
         load(snapshot)
 
 
+def test_a_model_in_a_folder_of_a_cached_repository(
+    folder: Path, tmp_path: Path
+) -> None:
+    inner = tmp_path / "models--a--b" / "snapshots" / "0123" / "small" / "hf"
+    blobs = tmp_path / "models--a--b" / "blobs"
+    inner.mkdir(parents=True)
+    blobs.mkdir()
+    for path in folder.iterdir():
+        shutil.copy(path, blobs / f"blob-{path.name}")
+        (inner / path.name).symlink_to(f"../../../../blobs/blob-{path.name}")
+    (tmp_path / "link").symlink_to(inner)
+    for place in (inner, tmp_path / "link"):
+        assert KEY in flatten(load(place)[0])
+    (inner / SINGLE).unlink()
+    (inner / SINGLE).symlink_to(f"../../../../refs/{SINGLE}")
+    with pytest.raises(JropeError, match="leads out of the folder"):
+        load(inner)
+
+
 # Folders that hold something else
 
 

@@ -60,7 +60,9 @@ class Loading:
         self, folder: Path, dtype: str | None, quantize: Quantization | None
     ) -> tuple[Any, Timing]:
         start = time.perf_counter()
-        params, _ = load(folder, dtype, quantize=quantize, progress=self._count)
+        params, _ = load(
+            folder, dtype, quantize=quantize, check_finite=True, progress=self._count
+        )
         return params, Timing(load=time.perf_counter() - start)
 
     def _count(self, name: str, nbytes: int) -> None:

@@ -6,6 +6,7 @@ memory beyond the parameters stays at one tensor (at eight).  Saving is a stream
 well, and the folder appears whole or not at all.  No torch.
 """
 
+import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.hf.checks import check_tensors, checked_names
-from jrope.hf.config import config_from_hf, config_to_hf
+from jrope.hf import config_from_hf, config_to_hf
+from jrope.hf.checks import check_tensors, checked_names, totals
 from jrope.hf.folders import (
     CONFIG,
     GENERATION,
@@ -27,8 +28,10 @@ from jrope.hf.folders import (
     check_target,
     find_folder,
     read_json,
+    some,
 )
-from jrope.hf.shards import CODES, ShardWriter, replacing, write_json
+from jrope.hf.replacing import replacing
+from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
 from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.tree import Tree, flatten, nest
@@ -56,6 +59,7 @@ def load(
     *,
     revision: str | None = None,
     quantize: Quantization | None = None,
+    check_finite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """Load a LLaMA from a Hugging Face folder or hub repository.
@@ -70,6 +74,8 @@ def load(
       revision: branch, tag or commit of a hub repository.
       quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
         (after `dtype`); memory is that of the int8 tree and one tensor (or eight).
+      check_finite: look on the device at every tensor as it arrives, and refuse NaN and
+        infinity; each is read once more, from the device's own memory.
       progress: called with the name and bytes of each tensor that has arrived.
 
     Returns:
@@ -77,7 +83,8 @@ def load(
       generation_config.json names eos ids, they are the configuration's.
 
     Raises:
-      JropeError: anything missing, left over, damaged, or not understood.
+      JropeError: anything missing, left over, damaged, or not understood; with
+        `check_finite`, all tensors with a NaN or an infinity, by name.
 
     >>> params, config = load("path/to/hf-folder", dtype="bfloat16")  # doctest: +SKIP
     """
@@ -85,13 +92,27 @@ def load(
     folder = find_folder(path_or_repo, revision)
     config, tensors = read_llama_config(folder), open_tensors(folder)
     names, keep = checked_names(folder, tensors, config), keeper(config, quantize)
+    finite: dict[str, jax.Array] = {}
+
+    def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:
+        if check_finite:
+            finite[name] = _is_finite(array)
+        return keep(name, array)
+
     params: dict[str, jax.Array] = {}
     for name, (kept, size) in zip(
-        names, _arrivals(tensors, names, wanted, keep), strict=True
+        names, _arrivals(tensors, names, wanted, arrived), strict=True
     ):
         params |= kept
         if progress is not None:
             progress(name, size)
+    good = jax.device_get(finite)
+    if bad := [name for name in names if not good.get(name, True)]:
+        raise JropeError(
+            f"{folder}: NaN or infinity in {len(bad)} of {len(names)} tensors: "
+            f"{some(bad)}; the training diverged or a conversion overflowed, take "
+            "another checkpoint"
+        )
     return nest(params), config
 
 
@@ -109,6 +130,15 @@ def load_shapes(
         slot = tensors.slots[name]
         shapes[name] = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
     return nest(shapes), config
+
+
+@jax.jit
+def _is_finite(array: jax.Array) -> jax.Array:
+    """One pass that keeps nothing: x - x is 0, or NaN where x is not finite.
+
+    XLA's maximum may lose a NaN, and on a CPU it writes out what isfinite gives.
+    """
+    return jnp.sum(array - array) == 0
 
 
 def _arrivals(
@@ -178,6 +208,7 @@ def save(
         folder,
         config_to_hf(config, dtype=kinds.pop() if len(kinds) == 1 else "float32"),
         ((name, _on_host(flat[name])) for name in parameter_shapes(config)),
+        nbytes=sum(math.prod(shapes[n]) * dtypes[n].itemsize for n in shapes),
         max_shard_size=max_shard_size,
         extra_files=extra_files,
         progress=progress,
@@ -189,6 +220,7 @@ def write_folder(
     config_json: Mapping[str, Any],
     tensors: Iterable[tuple[str, np.ndarray]],
     *,
+    nbytes: int | None = None,
     max_shard_size: int = SHARD_SIZE,
     extra_files: Iterable[PathLike] = (),
     progress: Progress | None = None,
@@ -200,6 +232,8 @@ def write_folder(
       config_json: the config.json, which must describe a LLaMA that we can read.
       tensors: Hugging Face's names and float32, float16 or bfloat16 arrays, in any
         order.
+      nbytes: of all tensors together, to know before the first whether the disk has
+        room; None: at least two bytes for each of their elements.
 
     Returns:
       The folder.
@@ -215,7 +249,13 @@ def write_folder(
         raise JropeError(f"max_shard_size is {max_shard_size}, want bytes, at least 1")
     check_extras(extras)
     check_target(target, {path.name for path in extras})
-    with replacing(target) as fresh, ShardWriter(fresh, max_shard_size) as writer:
+    least = 2 * totals(config)[1] if nbytes is None else nbytes
+    needed = most_bytes(least, max_shard_size)
+    needed += sum(path.stat().st_size for path in extras)
+    with (
+        replacing(target, needed) as fresh,
+        ShardWriter(fresh, max_shard_size) as writer,
+    ):
         for name, array in tensors:
             writer.add(name, array)
             if progress is not None:

@@ -1,12 +1,29 @@
 """Whether a folder's tensors are those that its configuration asks for."""
 
+import dataclasses
+import json
+import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from jrope.errors import JropeError
-from jrope.hf.folders import differences
+from jrope.hf.folders import TABLES, differences
 from jrope.hf.tensors import DTYPES, Tensors
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
+
+_LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
+_FEW = 1000  # layers beyond the tensors there are, whose shapes are still listed
+_QUERY, _KEY = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
+_BIASES = {  # field -> what has a bias then, in every layer
+    "attention_bias": [f"self_attn.{name}_proj" for name in "qkvo"],
+    "mlp_bias": [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
+}
+_SIZES = {  # field -> the matrix and its axis that have this size
+    "vocab_size": (EMBEDDING, 0),
+    "hidden_size": (EMBEDDING, 1),
+    "intermediate_size": ("mlp.gate_proj.weight", 0),
+}
 
 
 def checked_names(
@@ -28,9 +45,7 @@ def checked_names(
                 f"{EMBEDDING}; set it to false, or delete the tensor"
             )
         del shapes[HEAD]
-    # Old checkpoints carry tables of frequencies, often rounded: never used.
-    for name in [name for name in shapes if name.endswith(".rotary_emb.inv_freq")]:
-        del shapes[name]
+    shapes = {n: shape for n, shape in shapes.items() if not TABLES.fullmatch(n)}
     check_tensors(str(folder), config, shapes, codes)
     return [*shapes]
 
@@ -52,8 +67,88 @@ def check_tensors(
     Raises:
       JropeError: one, that lists all that differs.
     """
-    wanted = parameter_shapes(config)
-    odd = {n: c for n, c in (codes or {}).items() if n in shapes and c not in DTYPES}
-    if found := differences(wanted, shapes, odd):
-        counts = f"{len(shapes)} tensors, config.json asks for {len(wanted)}"
-        raise JropeError("; ".join([f"{where}: {counts}", *found]))
+    wanted, _ = totals(config)
+    found: list[str] = []
+    if config.num_hidden_layers <= len(shapes) + _FEW:
+        odd = {n: c for n, c in (codes or {}).items() if n in shapes}
+        odd = {n: c for n, c in odd.items() if c not in DTYPES}
+        found = differences(parameter_shapes(config), shapes, odd)
+        if not found:
+            return
+    told = [
+        f"{field} is {json.dumps(getattr(config, field))}, the tensors fit "
+        f"{json.dumps(value)}"
+        for field, value in fitting(config, shapes).items()
+        if value != getattr(config, field)
+    ]
+    if not (found or told):
+        told = [f"num_hidden_layers is {config.num_hidden_layers}"]
+    counts = f"{len(shapes)} tensors, config.json asks for {wanted}"
+    raise JropeError("; ".join([f"{where}: {counts}", *found, *told]))
+
+
+def totals(config: LlamaConfig) -> tuple[int, int]:
+    """How many tensors a configuration asks for, and how many elements they have."""
+    one = parameter_shapes(dataclasses.replace(config, num_hidden_layers=1))
+    layer = {name: shape for name, shape in one.items() if _LAYER.match(name)}
+    more = config.num_hidden_layers - 1
+    elements = sum(map(math.prod, one.values()))
+    each = sum(map(math.prod, layer.values()))
+    return len(one) + more * len(layer), elements + more * each
+
+
+def fitting(
+    config: LlamaConfig, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, int | bool]:
+    """The fields of a configuration as the tensors tell them, where they all agree.
+
+    Args:
+      config: decides what shapes alone cannot: the width of a head, or their number.
+      shapes: name -> shape of what there is.
+    """
+    found = _alike(shapes)
+    layers = {int(match[1]) for name in shapes if (match := _LAYER.match(name))}
+    fits: dict[str, int | bool] = {}
+    if layers and layers == {*range(len(layers))}:
+        fits["num_hidden_layers"] = len(layers)
+    if EMBEDDING in shapes:
+        fits["tie_word_embeddings"] = HEAD not in shapes
+    for field, names in _BIASES.items():
+        given = [f"{name}.bias" in found for name in names]
+        if layers and (all(given) or not any(given)):
+            fits[field] = all(given)
+    for field, (name, axis) in _SIZES.items():
+        if len(shape := found.get(name, ())) == 2:
+            fits[field] = shape[axis]
+    heads = _heads(config, found)
+    width = heads.get("head_dim", config.head_dim)
+    n = config.num_attention_heads
+    sizes = (config.hidden_size, fits.get("hidden_size"))
+    if (config.head_dim * n, width * n) == sizes:  # the quotient of another hidden_size
+        heads.pop("head_dim", None)
+    return fits | heads
+
+
+def _alike(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Names without their layer -> shape, of those that are alike in all layers."""
+    found: dict[str, set[tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        found.setdefault(_LAYER.sub("", name), set()).add(shape)
+    return {name: shape for name, (shape, *more) in found.items() if not more}
+
+
+def _heads(
+    config: LlamaConfig, found: Mapping[str, tuple[int, ...]]
+) -> dict[str, int | bool]:
+    """Numbers of heads for config's head_dim; head_dim where both numbers then fit."""
+    rows = [(found.get(name) or (0,))[0] for name in (_QUERY, _KEY)]
+    fields = ("num_attention_heads", "num_key_value_heads")
+    counts = [getattr(config, field) for field in fields]
+    widths = {divmod(n, count) for n, count in zip(rows, counts, strict=True)}
+    if len(widths) == 1 and (width := widths.pop())[1] == 0 and width[0]:
+        return {"head_dim": width[0]}
+    return {
+        field: n // config.head_dim
+        for field, n in zip(fields, rows, strict=True)
+        if n and n % config.head_dim == 0
+    }

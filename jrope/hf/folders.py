@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeAlias, cast
 
 from jrope.errors import JropeError
+from jrope.hf.replacing import recover
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -22,15 +23,26 @@ COMPANIONS = (  # what lies beside weights and goes with them
 )
 PICKLE = "convert it with convert/pytorch_bin_to_hf.py"
 
+# Tables that old checkpoints carry, often rounded; nobody reads them.
+TABLES = re.compile(
+    r"(.+\.)?rotary_emb\.(inv_freq|original_inv_freq|cos_cached|sin_cached)"
+)
+
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", WEIGHTS, "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 _CONVERTERS = {  # weights of other formats -> what to do
+    "adapter_model.*": "merge the adapter into its base model first",
+    "ggml*.bin": "GGML came before GGUF, and nothing here reads it",
     "*.bin": PICKLE,
     "*.pth": "convert them with convert/meta_to_hf.py",
     "*.pt": PICKLE,
     "*.gguf": "convert it with convert/gguf_to_hf.py",
     "*.msgpack": "convert it with convert/flax_msgpack_to_hf.py",
+    "streaming_*": "a stream of msgpack, as EasyLM writes it; the scripts in convert/ "
+    "tell what they read",
     "*.h5": "TensorFlow weights are not supported",
+    "consolidated*.safetensors": "its tensors have Meta's names, which are not read; "
+    "take the Hugging Face version of the model",
     "*.safetensors": f"want {SINGLE}, or shards and their {INDEX}",
 }
 _HINTS = {  # what the name of a left-over tensor tells
@@ -49,6 +61,7 @@ _HINTS = {  # what the name of a left-over tensor tells
 def find_folder(path_or_repo: PathLike, revision: str | None = None) -> Path:
     """The folder itself, or a copy from the hub in huggingface_hub's cache."""
     path = Path(path_or_repo).expanduser()
+    recover(Path(os.path.realpath(path)))
     if path.is_dir():
         if revision is not None:
             raise JropeError(f"revision is for hub ids, but {path} is a folder")
@@ -152,8 +165,6 @@ def differences(
         for pattern, hint in _HINTS.items()
         if any(re.search(pattern, name) for name in faults["unexpected"])
     ]
-    if "lm_head.weight" in faults["missing"]:
-        hints.append("tie_word_embeddings is false, so lm_head.weight must be there")
     found = [f"{len(v)} {fault}: {some(v)}" for fault, v in faults.items() if v]
     return found + hints
 
@@ -171,6 +182,7 @@ def check_extras(extras: list[Path]) -> None:
 
 def check_target(target: Path, extras: set[str]) -> None:
     """Raise if replacing this folder would lose more than a checkpoint."""
+    recover(target)
     if not target.exists():
         return
     if not target.is_dir():

@@ -4,18 +4,11 @@ A safetensors file begins with a header that lists all its tensors, which are no
 before the last one came.  So a shard's data goes to scratch files first and is then
 copied behind its header.  Tensors of four bytes an element lie before those of two:
 readers map them in place, so each must begin at a multiple of its element's size.
-
-A folder appears by a rename once all its files are on the disk.  Replacing one takes
-two renames; a machine that stops between them leaves the old folder, complete, beside
-its place, as `.NAME.*.old`.
 """
 
-import contextlib
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Generator
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -115,6 +108,12 @@ class ShardWriter:
         self._entries, self._size = {}, 0
 
 
+def most_bytes(total: int, max_shard_size: int) -> int:
+    """Bytes on the disk at the worst moment, when a shard stands beside its scratch."""
+    full, rest = divmod(total, max_shard_size)
+    return max((full + 1) * max_shard_size if full else 0, total + rest)
+
+
 def _bytes(array: np.ndarray) -> memoryview:
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
 
@@ -122,42 +121,3 @@ def _bytes(array: np.ndarray) -> memoryview:
 def write_json(path: Path, value: object) -> None:
     """Write JSON as transformers does, two spaces and a final newline."""
     path.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n", "utf-8")
-
-
-@contextlib.contextmanager
-def replacing(target: Path) -> Generator[Path]:
-    """A fresh folder to fill, which takes target's place at the end, or vanishes."""
-    mark = uuid.uuid4().hex[:8]
-    fresh = target.parent / f".{target.name}.{mark}.tmp"
-    fresh.mkdir(parents=True)
-    try:
-        yield fresh
-        for path in (*fresh.iterdir(), fresh):
-            _sync(path)
-        _swap(fresh, target, target.parent / f".{target.name}.{mark}.old")
-        _sync(target.parent)
-    except BaseException:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise
-
-
-def _swap(fresh: Path, target: Path, old: Path) -> None:
-    if not target.exists():
-        os.replace(fresh, target)
-        return
-    os.replace(target, old)
-    try:
-        os.replace(fresh, target)
-    except BaseException:
-        os.replace(old, target)
-        raise
-    shutil.rmtree(old)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

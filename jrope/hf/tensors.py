@@ -12,6 +12,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
@@ -26,6 +27,7 @@ from jrope.hf.folders import (
     INDEX,
     PICKLE,
     SINGLE,
+    TABLES,
     other_weights,
     parse_json,
     read_json,
@@ -46,11 +48,24 @@ _SIZES = {
 _CHUNK = 16 * 2**20
 _LONGEST_HEADER = 100 * 10**6  # the reference implementation's limit
 
-_FOREIGN = {  # how a file begins -> what it is
-    b"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull'",
-    b"PK\x03\x04": f"a zip or PyTorch pickle, not safetensors; {PICKLE}",
-    b"\x80\x02": f"a pickle, not safetensors; {PICKLE}",
-    b"GGUF": "GGUF, not safetensors; convert it with convert/gguf_to_hf.py",
+# Listed in an index, perhaps, and in no shard: a tied head is, and nobody reads tables.
+# A head that is not tied is then missing among the tensors.
+_UNUSED = re.compile(rf"lm_head\.weight|{TABLES.pattern}")
+
+_FOREIGN = {  # how a file begins that is no safetensors -> what it is
+    rb"version https://git-lfs": "a git-lfs pointer; run 'git lfs pull'",
+    rb"PK\x03\x04": f"a zip or PyTorch pickle, not safetensors; {PICKLE}",
+    rb"\x80[\x02-\x05]": f"a pickle, not safetensors; {PICKLE}",
+    rb"GGUF": "GGUF, not safetensors; convert it with convert/gguf_to_hf.py",
+    rb"lmgg|fmgg|tjgg": "GGML, which came before GGUF; nothing here reads it",
+    rb"\x89HDF": "HDF5, such as Keras writes, not safetensors; nothing here reads it",
+    rb"([\x81-\x8f]|\xde..)[\xa1-\xbf\xd9]": "msgpack, such as Flax writes, not "
+    "safetensors; convert it with convert/flax_msgpack_to_hf.py",
+    rb"\x92[\x91-\x9f]": "a msgpack stream, such as EasyLM writes, not safetensors; "
+    "the scripts in convert/ tell what they read",
+    rb"\s*<": "a page of HTML or XML, not weights; download it again",
+    rb"\s*\{": "JSON, not weights; download it again",
+    rb"\x1f\x8b|\x28\xb5\x2f\xfd|\xfd7zXZ": "compressed, not safetensors; unpack it",
 }
 
 
@@ -158,13 +173,16 @@ def inside(folder: Path, name: str, where: Path) -> Path:
     """
     path, root = folder / name, folder.resolve()
     roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
+    roots += [p.parent / "blobs" for p in root.parents if p.name == "snapshots"]
     target = path.resolve()
     if not any(target.is_relative_to(root) for root in roots):
-        raise JropeError(f"{where}: {name!r} leads out of the folder, to {target}")
+        raise JropeError(
+            f"{where}: {name!r} leads out of the folder, to {target}; put the file "
+            "itself there (a copy or a hard link), or give the folder that holds it"
+        )
     if not target.is_file():
-        raise JropeError(f"{where}: {name!r} is missing")
+        link = f": it is a link to {target}, which is not there"
+        raise JropeError(f"{where}: {name!r} is missing{link * path.is_symlink()}")
     return path
 
 
@@ -188,7 +206,7 @@ def _sharded(index: Path) -> dict[str, Slot]:
                 listed = f"in {places[name]}" if name in places else "nowhere"
                 problems.append(f"{file} holds {name}, which {INDEX} lists {listed}")
         lacking = [n for n, f in places.items() if f == file and n not in header]
-        if lacking:
+        if lacking := [n for n in lacking if not _UNUSED.fullmatch(n)]:
             problems.append(f"{file} lacks {some(lacking)}, which {INDEX} lists there")
     if problems:
         raise JropeError(f"{index.parent}: {some(problems, '; ')}")
@@ -199,14 +217,11 @@ def _header(path: Path) -> dict[str, Slot]:
     size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(32)
-        for magic, kind in _FOREIGN.items():
-            if start.startswith(magic):
-                raise JropeError(f"{path} is {kind}")
         if size == 0:
             raise JropeError(f"{path} is empty; download it again")
         length = int.from_bytes(start[:8], "little")
         if size < 8 or length > _LONGEST_HEADER or start[8:9] not in (b"{", b""):
-            raise JropeError(f"{path} is not a safetensors file: its header is garbage")
+            raise JropeError(f"{path} is {_what_it_is(start)}")
         if 8 + length > size:
             raise JropeError(
                 f"{path} is truncated: its header has {length} bytes, the file {size}; "
@@ -218,6 +233,13 @@ def _header(path: Path) -> dict[str, Slot]:
     slots = {n: _slot(path, n, entry, 8 + length) for n, entry in entries.items()}
     _check_layout(path, slots, 8 + length, size)
     return slots
+
+
+def _what_it_is(start: bytes) -> str:
+    for magic, what in _FOREIGN.items():
+        if re.match(magic, start, re.DOTALL):
+            return what
+    return "not a safetensors file, which begins with the length of its header"
 
 
 def _slot(path: Path, name: str, entry: Any, base: int) -> Slot:
