@@ -143,6 +143,8 @@ def test_check_finite_keeps_nothing(dtype: str) -> None:
     assert memory.temp_size_in_bytes < 1024
     largest = jnp.full((512, 512), jnp.finfo(dtype).max, dtype)
     assert _is_finite(largest) and _is_finite(-largest)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf):  # XLA's maximum loses the first
+        assert not _is_finite(largest.at[5, 7].set(bad))
 
 
 TABLES = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")

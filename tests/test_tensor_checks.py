@@ -93,6 +93,10 @@ def test_biases_that_config_json_does_not_have(
     if said:
         set_config(folder, **{said[0].split()[0]: True})
         load(folder)
+        return
+    set_config(folder, attention_bias=True)
+    with pytest.raises(JropeError, match=r"2 missing: .*o_proj.bias$"):
+        load(folder)
 
 
 def test_one_odd_layer_is_no_other_configuration(folder: Path) -> None:
