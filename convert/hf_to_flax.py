@@ -23,12 +23,12 @@ from typing import Any
 import jax
 import numpy as np
 from _common import end_line, make_parser, require, run
-from jrope.hf.replacing import replacing
 
 from jrope.cli.terminal import Progress
 from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import load
 from jrope.hf.folders import CONFIG, check_target, companions, find_folder
+from jrope.hf.replacing import replacing
 from jrope.hf.shards import write_json
 from jrope.model.config import LlamaConfig
 from jrope.tree import flatten

@@ -234,7 +234,7 @@ def test_too_little_space_is_found_before_anything_is_written(
     extra.write_text("words")
     free, out, asked = 10**9, folder.parent / "out", list[Any]()
     monkeypatch.setattr(
-        "jrope.replacing.shutil.disk_usage",
+        "jrope.hf.replacing.shutil.disk_usage",
         lambda path: asked.append(path) or SimpleNamespace(free=free),
     )
     free = 2 * size + 4

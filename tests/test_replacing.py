@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jrope.hf.replacing import recover, replacing
 
 from jrope.errors import JropeError
 from jrope.hf import replacing as module
 from jrope.hf.folders import check_target, find_folder
+from jrope.hf.replacing import recover, replacing
 
 # A process that prints where it is, and waits there or kills itself.
 CHILD = """
