@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from jrope.lab.figures import figures
-from jrope.lab.report import render
+from jrope.lab.report import fill, render
+from jrope.lab.results import Results
 from jrope.rope import Rope, Yarn
 
 TO = "\N{EN DASH}"
@@ -26,6 +27,7 @@ HEADER = {
     "rotary_dim": 32,
     "texts": [{"name": "emma.txt", "sha256": "ab" * 32, "tokens": 220000}],
     "started": "2026-11-22T07:00:00Z",
+    "plan": {"tokens": 400, "stride": None, "seed": 0},
 }
 # nats per token at the contexts
 LOSSES = {"default": (3.25, 3.2, 5.0), "yarn:2": (3.3, 3.22, 3.31)}
@@ -104,13 +106,32 @@ def drawn():
 
 
 def lines(figure, axes=0):
-    """The lines of an axes that show a method, by name."""
-    found = figure.axes[axes].get_lines()
-    return {x.get_label(): x for x in found if not x.get_label().startswith("_")}
+    """The lines of an axes that show a method, by what the legend calls them."""
+    axes = figure.axes[axes]
+    bars = {bar.get_label(): bar.lines[0] for bar in axes.containers}
+    found = {x.get_label(): x for x in axes.get_lines()}
+    return {name: x for name, x in (bars | found).items() if name[0] != "_"}
+
+
+def bars(figure, name):
+    """The upright bars of a line: low and high of each point."""
+    (found,) = (x for x in figure.axes[0].containers if x.get_label() == name)
+    return np.array([segment[:, 1] for segment in found.lines[2][0].get_segments()])
+
+
+def legend(figure):
+    """The words of the legend."""
+    return [text.get_text() for text in figure.legends[0].get_texts()]
+
+
+def bare(records):
+    """The page without its pictures, which take a while to draw."""
+    return fill(Results.of(records), {})
 
 
 def parsed(text):
     """The page as a tree; it is as strict as XML."""
+    text = text.replace(' xmlns="http://www.w3.org/2000/svg"', "")
     return ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>"))
 
 

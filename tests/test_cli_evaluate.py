@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from jax.errors import JaxRuntimeError
 from jrope.cli import evaluate, main
 from jrope.cli.evaluate_plan import split_ropes
 from jrope.cli.terminal import TimeLeft, duration_text
+from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
 from jrope.lab import journal, memory, perplexity
 from jrope.model.scores import score
@@ -326,6 +328,20 @@ def test_probing_the_report_leaves_no_file(tmp_path: Path) -> None:
     report.write_text("before")
     evaluate.check_outputs(report, None)
     assert report.read_text() == "before"
+
+
+def test_packages_for_the_report_are_asked_for_before_anything_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    evaluate.check_outputs(None, tmp_path)  # figures do without
+    with pytest.raises(JropeError, match=r"need jinja2, not installed; pip install"):
+        evaluate.check_outputs(tmp_path / "r.html", None)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(JropeError, match="need jinja2 and matplotlib"):
+        evaluate.check_outputs(tmp_path / "r.html", tmp_path)
+    with pytest.raises(JropeError, match="need matplotlib, not"):
+        evaluate.check_outputs(None, tmp_path)
 
 
 @pytest.mark.parametrize(

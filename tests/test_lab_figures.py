@@ -1,25 +1,37 @@
 """The figures of an evaluation: what the records say, and nothing else."""
 
-import math
-
 import numpy as np
 import pytest
 from lab_report_helpers import (
     CONTEXTS,
     HEADER,
     LOSSES,
+    NASTY,
+    TRAINED,
+    bars,
     everything,
+    failure,
+    legend,
     lines,
     loss,
     method,
     passkey,
 )
 from lab_report_helpers import drawn as drawn
+from matplotlib.text import Text
 
-from jrope.lab.drawing import round_numbers, spread
-from jrope.lab.figures import figures, save_figures
-from jrope.lab.style import looks, shorten
+from jrope.lab.drawing import look
+from jrope.lab.figures import figures, save_figures, to_svg
+from jrope.lab.results import Results
 from jrope.rope import Rope
+
+NAMES = ["default", *(f"linear:factor={i},original=2048" for i in range(2, 13))]
+
+
+def many():
+    """Records of 12 methods whose names are long."""
+    records = [{**loss(name, 512, 3.2), "buckets": []} for name in NAMES]
+    return [HEADER, *records, *(passkey(name, 512, 0.5, 3) for name in NAMES)]
 
 
 def test_perplexity_curve_is_the_records(drawn):
@@ -28,27 +40,29 @@ def test_perplexity_curve_is_the_records(drawn):
         line = lines(drawn)[rope]
         np.testing.assert_array_equal(line.get_xdata(), CONTEXTS)
         np.testing.assert_allclose(line.get_ydata(), np.exp(nlls), rtol=1e-12)
+        ends = np.exp(np.add.outer(nlls, [-0.05, 0.05]))
+        np.testing.assert_allclose(bars(drawn, rope), ends, rtol=1e-12)
     (axes,) = drawn.axes
-    band = axes.collections[0].get_paths()[0].vertices  # of the first method
-    want = np.exp(np.array(LOSSES["default"]))
-    assert band[:, 1].min() == pytest.approx(want.min() * math.exp(-0.05))
-    assert band[:, 1].max() == pytest.approx(want.max() * math.exp(0.05))
     assert axes.get_xscale() == axes.get_yscale() == "log"
     low, high = axes.get_xlim()
     assert low < min(CONTEXTS) and high > max(CONTEXTS)
-    assert "trained: 256" in {text.get_text() for text in axes.texts}
-    assert {"default", "yarn:2"} <= {text.get_text() for text in axes.texts}
+    assert [*axes.get_xticks()] == [*CONTEXTS]
+    assert [*lines(drawn)[f"trained: {TRAINED}"].get_xdata()] == [TRAINED] * 2
+    assert {*legend(drawn)} == {"default", "yarn:2", "trained: 256"}
 
 
 def test_positions_are_the_longest_contexts_buckets(drawn):
     drawn = drawn["positions_first"]
     (axes,) = drawn.axes
     for rope, nlls in LOSSES.items():
-        got = lines(drawn)[rope].get_ydata()
-        np.testing.assert_allclose(got, [nlls[2] + i / 8 for i in range(4)])
+        want = np.array([nlls[2] + i / 8 for i in range(4)])
+        np.testing.assert_allclose(lines(drawn)[rope].get_ydata(), want)
+        ends = np.add.outer(want, [-0.05, 0.05])
+        np.testing.assert_allclose(bars(drawn, rope), ends)
     assert "1,024" in axes.get_title("left")
     edges = [label.get_text() for label in axes.get_xticklabels()]
     assert edges == ["0", "64", "128", "256", "1k"]
+    assert [*lines(drawn)["trained: 256"].get_xdata()] == [edges.index("256")] * 2
 
 
 def test_passkey_cells_are_the_records(drawn):
@@ -58,8 +72,15 @@ def test_passkey_cells_are_the_records(drawn):
         assert [text.get_text() for text in axes.texts] == [count] * 6
         places = {text.get_position() for text in axes.texts}
         assert len(places) == 6
-    light, dark = (axes.patches[0].get_facecolor() for axes in drawn.axes)
-    assert sum(dark[:3]) < sum(light[:3]) - 0.5
+        (mesh,) = axes.collections
+        np.testing.assert_array_equal(
+            mesh.get_array(), np.full((2, 3), int(count) / 10)
+        )
+        (trained,) = axes.get_lines()
+        assert [*trained.get_xdata()] == [2, 2]  # after 128 and 256
+        light, dark = mesh.cmap([0.0, 1.0])
+        assert dark[:3].sum() < light[:3].sum() - 1
+    assert drawn.get_supxlabel().endswith("passkeys found, of 10")
 
 
 def test_passkey_grid_tells_what_was_not_measured_and_trials_apart():
@@ -68,7 +89,10 @@ def test_passkey_grid_tells_what_was_not_measured_and_trials_apart():
     records[-1] = {**records[-1], "trials": 20}
     (axes,) = figures(records)["passkey"].axes
     assert sorted(text.get_text() for text in axes.texts) == ["3/10", "4/20"]
-    assert sum(bool(patch.get_hatch()) for patch in axes.patches) == 2
+    (mesh,) = axes.collections  # what it leaves open shows the hatched ground
+    want = [[0.0, 4 / 20], [3 / 10, 0.0]]
+    np.testing.assert_array_equal(mesh.get_array().filled(0), want)
+    assert mesh.get_array().mask.sum() == 2 and axes.patch.get_hatch()
 
 
 def test_frequencies_are_times_the_default_condense_included(drawn):
@@ -83,6 +107,16 @@ def test_frequencies_are_times_the_default_condense_included(drawn):
     np.testing.assert_allclose(line.get_ydata(), want)
     assert line.get_ydata()[0] == pytest.approx(3.0)
     assert line.get_ydata()[-1] == pytest.approx(6.0)
+
+
+def test_pairs_that_stand_still_are_counted():
+    record = method("x", Rope(theta=10000.0, rotary_dim=32))
+    record["inv_freq"] = [*record["inv_freq"][:-2], 0.0, 0.0]
+    drawn = figures([HEADER, record])["frequencies"]
+    name, trained = legend(drawn)
+    assert name == "x\n2 pairs stand still" and trained == "trained: 256"
+    want = [1.0] * 14 + [np.nan] * 2
+    np.testing.assert_allclose(lines(drawn)[name].get_ydata(), want)
 
 
 def test_of_a_growing_method_the_longest_length_is_drawn():
@@ -101,99 +135,83 @@ def test_distance_is_the_records_with_the_default_behind(drawn):
     scores = {r["rope"]: r["scores"] for r in records if r["kind"] == "distance"}
     for i, rope in enumerate(LOSSES):
         np.testing.assert_allclose(lines(drawn, i)[rope].get_ydata(), scores[rope])
+    bands = {r["rope"]: (r["low"], r["high"]) for r in records if "scores" in r}
+    for axes, (low, high) in zip(drawn.axes, bands.values(), strict=True):
+        y = axes.collections[0].get_paths()[0].vertices[:, 1]
+        assert (y.min(), y.max()) == (min(low), max(high))
+        assert [*axes.get_lines()[-1].get_xdata()] == [TRAINED] * 2
     behind = [x.get_ydata() for x in drawn.axes[1].get_lines()]
     assert any(np.array_equal(y, scores["default"]) for y in behind)
 
 
-def test_labels_never_overlap():
-    """On every figure of 12 methods, at both widths, measured as they are drawn."""
-    names = ["default", *(f"linear:{i}" for i in range(2, 13))]
-    plain = Rope(theta=10000.0, rotary_dim=32)
-    records = [HEADER]
-    for i, name in enumerate(names):
-        records.append({**method(name, plain), "condense": 1 + i / 100})
-        records += [loss(name, c, 3.2 + i / 500) for c in CONTEXTS]
-    for width in (9.2, 3.7):
-        for name, figure in figures(records, width=width).items():
-            figure.draw_without_rendering()
-            texts = [text for text in figure.axes[0].texts if text.get_text() in names]
-            boxes = [plain_box(text) for text in texts]
-            assert len(boxes) == len(names), name
-            over = [
-                (a, b) for a in boxes for b in boxes if a is not b and a.overlaps(b)
-            ]
-            assert not over, (name, width)
-            edge = figure.bbox.width
-            assert all(box.x1 <= edge for box in boxes), (name, width)
+@pytest.mark.parametrize("width", [9.2, 3.7])
+def test_names_have_room(width):
+    """Of 12 methods, measured as they are drawn: nothing overlaps or is cut off."""
+    for name, figure in figures(many(), width=width).items():
+        figure.draw_without_rendering()
+        words = [
+            t for t in figure.findobj(Text) if t.get_text().replace("\n", "") in NAMES
+        ]
+        assert len(words) == 12, name
+        boxes = [text.get_window_extent() for text in words]
+        over = [(a, b) for a in boxes for b in boxes if a is not b and a.overlaps(b)]
+        assert not over, name
+        assert min(min(box.x0, box.y0) for box in boxes) >= 0, name
+        assert max(box.x1 for box in boxes) <= figure.bbox.x1, name
+        assert max(box.y1 for box in boxes) <= figure.bbox.y1, name
+        for names in figure.legends:
+            beside = figure.axes[0].get_tightbbox()
+            assert not names.get_window_extent().overlaps(beside), name
 
 
-def plain_box(text):
-    """Where a label's words are, without the line that leads to it."""
-    from matplotlib.text import Text
-
-    return Text.get_window_extent(text)
+@pytest.mark.parametrize("ends", [(20, 22), (10, 39), (10, 5e4), (2, 1e30)])
+def test_perplexities_have_a_few_labels(ends):
+    records = [loss("a", c, np.log(v), None) for c, v in zip((1, 2), ends, strict=True)]
+    (axes,) = figures([HEADER, *records], width=3.7)["perplexity_first"].axes
+    axes.figure.draw_without_rendering()
+    labels = [*axes.get_yticklabels(), *axes.get_yticklabels(minor=True)]
+    low, high = axes.get_ylim()
+    shown = [x for x in labels if x.get_text() and low <= x.get_position()[1] <= high]
+    assert 2 <= len(shown) <= 12
+    assert all(float(x.get_text()) == pytest.approx(x.get_position()[1]) for x in shown)
 
 
 def test_looks_differ_without_colour():
-    shown = looks([str(i) for i in range(12)])
-    assert len({look.marker for look in shown.values()}) == 12
-    whole = {
-        (look.color, look.marker, look.dashes) for look in looks(range(84)).values()
-    }
-    assert len(whole) == 84
+    results = Results.of([HEADER, *(failure(str(i)) for i in range(84))])
+    looks = [look(results, rope) for rope in results.labels]
+    assert len({shown["marker"] for shown in looks[:12]}) == 12
+    assert len({shown["linestyle"] for shown in looks[:4]}) == 4
+    assert len({tuple(shown.values()) for shown in looks}) == 84
 
 
-def test_spread_is_least_squares_and_keeps_the_gap():
-    rng = np.random.default_rng(0)
-    for _ in range(50):
-        wanted = rng.uniform(0.2, 0.8, 6)
-        placed = spread(wanted, 0.1, 0.0, 1.0)
-        order = np.argsort(wanted)
-        assert (np.diff(placed[order]) >= 0.1 - 1e-12).all()
-        best = ((placed - wanted) ** 2).sum()
-        for _ in range(100):  # no legal change of a little is better
-            other = placed + rng.normal(0, 0.01, 6)
-            if (np.diff(other[order]) >= 0.1).all():
-                assert ((other - wanted) ** 2).sum() >= best - 1e-12
-    crowded = spread([0.9] * 30, 0.1, 0.0, 1.0)
-    assert np.allclose(np.diff(np.sort(crowded)), 0.1)
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(20, 22), (10, 39), (10, 70), (10, 5e4), (2, 1e30)]
-)
-def test_ticks_are_round_and_few(low, high):
-    ticks = round_numbers(low, high)
-    assert 3 <= len(ticks) <= 9
-    assert all(low <= tick <= high for tick in ticks)
-
-
-def test_labels_are_cut_in_the_middle_and_stay_apart():
-    assert shorten(["short", "x" * 30], 9) == ["short", "xxxxxx…xx"]
-    cut = shorten([f"{'x' * 20}{i}{'y' * 8}" for i in range(3)], 12)
-    assert len({*cut}) == 3 and all(len(text) <= 12 for text in cut)
-    same = shorten(["x" * 20 + str(i) + "x" * 20 for i in range(3)], 12)
-    assert same == ["1: xxxxxxxx", "2: xxxxxxxx", "3: xxxxxxxx"]
+def test_long_and_hostile_names_are_drawn_as_text():
+    records = [{**loss("a", 512, 3.2), "label": "word " * 25}]
+    records.append({**loss("b", 512, 3.2), "label": NASTY})
+    drawn = figures([HEADER, *records])["perplexity_first"]
+    _, long, nasty = legend(drawn)
+    assert long == "\n".join(["word word word word word word"] * 3) + "…"
+    assert nasty.replace("\n", " ").endswith("$\\frac{1}{2}$ \ufffd\ufffd")
+    assert not drawn.legends[0].get_texts()[2].get_parse_math()
 
 
 def test_figures_are_saved_as_png(tmp_path):
-    paths = save_figures(everything(), tmp_path / "new" / "folder")
-    names = [
-        "perplexity_first",
-        "positions_first",
-        "passkey",
-        "frequencies",
-        "distance",
-    ]
+    records = [HEADER, loss("a", 512, 3.2), passkey("a", 512, 0.5, 3)]
+    paths = save_figures(records, tmp_path / "new" / "folder")
+    names = ["perplexity_first", "positions_first", "passkey"]
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     for path in paths:
         assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_svg_is_the_same_for_the_same_records():
+    first, again = (to_svg(figures(everything())["perplexity_first"]) for _ in range(2))
+    assert first == again and "<metadata" not in first
 
 
 def test_nothing_is_left_behind_in_matplotlib(tmp_path):
     import matplotlib
 
     with matplotlib.rc_context({"font.size": 7.25, "svg.fonttype": "path"}):
-        save_figures([HEADER, loss("a", 512, 3.2)], tmp_path)
+        save_figures([HEADER, passkey("a", 512, 0.5, 3)], tmp_path)
         assert matplotlib.rcParams["font.size"] == 7.25
         assert matplotlib.rcParams["svg.fonttype"] == "path"

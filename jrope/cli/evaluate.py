@@ -147,14 +147,16 @@ def check_outputs(report: Path | None, figures: Path | None) -> None:
     """Find out now, not after hours, that results could not be written.
 
     Raises:
-      JropeError: figures are wanted and matplotlib is missing.
+      JropeError: a package that they need is missing.
       OSError: a path that cannot be written.
     """
     if report is None and figures is None:
         return
-    if importlib.util.find_spec("matplotlib") is None:
+    needed = ["matplotlib"] if report is None else ["jinja2", "matplotlib"]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
+    if missing:
         raise JropeError(
-            "--report and --figures need the package matplotlib; "
+            f"--report and --figures need {' and '.join(missing)}, not installed; "
             "pip install 'jrope[lab]'"
         )
     if figures is not None:

@@ -1,9 +1,10 @@
 """The tables of a report: every number that was measured, under its head."""
 
 import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 from jrope.lab.findings import ranking, winners
-from jrope.lab.page import Html, element, joined, table
 from jrope.lab.results import (
     WINDOWS,
     Loss,
@@ -18,168 +19,150 @@ from jrope.lab.results import (
 NONE = "\N{EN DASH}"
 
 
-def perplexity_table(results: Results, windows: str) -> Html:
-    """Methods down, contexts across: the perplexity and its interval."""
-    contexts = results.contexts(windows)
-    best = {c: winners(ranking(results, windows, c)) for c in contexts}
-    rows = [
-        [results.labels[rope]]
-        + [
-            _loss_cell(results.loss(windows, rope, c), rope in best[c])
-            for c in contexts
-        ]
-        for rope in results.methods(windows)
-    ]
-    caption = (
-        f"Perplexity {WINDOWS.get(windows, windows)}, by context in tokens; below "
-    )
-    caption += "it the 95 % interval; the lowest of a column is bold and has a star"
-    return table(caption, ["method", *(f"{c:,}" for c in contexts)], rows)
+class Table(NamedTuple):
+    """A caption, a head for each column, and cells; the first of a row is its head."""
+
+    caption: str
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
 
 
-def _loss_cell(loss: Loss | None, best: bool) -> str:
-    if loss is None:
-        return NONE
-    text = figure(perplexity(loss.nll))
-    marked = element("strong", f"\N{BLACK STAR} {text}") if best else text
-    if loss.low is None or loss.high is None:
-        return marked
-    ends = figure(perplexity(loss.low)), figure(perplexity(loss.high))
-    return joined([marked, element("small", NONE.join(ends))])
+def perplexity_table(results: Results, windows: str) -> Table:
+    """Methods down, contexts across: the perplexity and, below it, its interval."""
+    cells: dict[tuple[tuple[str, ...], int], str] = {}
+    for context in results.contexts(windows):
+        best = winners(ranking(results, windows, context))
+        for rope in results.methods(windows):
+            if loss := results.loss(windows, rope, context):
+                text = _interval(loss, lambda nll: figure(perplexity(nll)))
+                star = "\N{BLACK STAR} " if rope in best else ""
+                cells[(rope,), context] = star + text
+    caption = f"Perplexity {WINDOWS.get(windows, windows)}, by context in tokens; below"
+    caption += " it the 95 % interval; the lowest of a column has a star"
+    return _grid(results, caption, cells)
 
 
-def bucket_tables(results: Results) -> list[Html]:
+def bucket_tables(results: Results) -> list[Table]:
     """Losses by position, one table for each context, the longest first."""
     found = {(w, c) for (w, _, c), r in results.losses.items() if r["buckets"]}
     order = sorted(found, key=lambda key: (results.windows.index(key[0]), -key[1]))
     return [_bucket_table(results, *key) for key in order]
 
 
-def _bucket_table(results: Results, windows: str, context: int) -> Html:
-    found = {
-        rope: {(b["first"], b["last"]): b for b in record["buckets"]}
-        for rope in results.methods(windows)
-        if (record := results.losses.get((windows, rope, context)))
+def _bucket_table(results: Results, windows: str, context: int) -> Table:
+    cells = {
+        ((rope,), (b["first"], b["last"])): _interval(Loss.of(b), nats)
+        for (kind, rope, c), record in results.losses.items()
+        if (kind, c) == (windows, context)
+        for b in record["buckets"]
     }
-    spans = sorted({span for of in found.values() for span in of})
-    rows = [
-        [results.labels[rope], *(_nats_cell(of.get(span)) for span in spans)]
-        for rope, of in found.items()
-    ]
     caption = f"Nats per token by position in windows of {context:,} tokens ({windows})"
-    heads = [f"{first:,} to {last - 1:,}" for first, last in spans]
-    return table(caption, ["method", *heads], rows)
+    return _grid(results, caption, cells, lambda s: f"{s[0]:,} to {s[1] - 1:,}")
 
 
-def _nats_cell(bucket: Record | None) -> str:
-    if bucket is None:
-        return NONE
-    loss = Loss.of(bucket)
-    if loss.low is None:
-        return nats(loss.nll)
-    ends = NONE.join([nats(loss.low), nats(loss.high)])
-    return joined([nats(loss.nll), element("small", ends)])
+def _interval(loss: Loss, write: Callable[[float], str]) -> str:
+    """A mean and, on a line of its own, its interval where that is known."""
+    if loss.low is None or loss.high is None:
+        return write(loss.nll)
+    return f"{write(loss.nll)}\n{write(loss.low)}{NONE}{write(loss.high)}"
 
 
-def loss_table(results: Results) -> Html:
+def _grid(
+    results: Results,
+    caption: str,
+    cells: Mapping[tuple[tuple[str, ...], Any], str],
+    head: Callable[[Any], str] = "{:,}".format,
+    second: Sequence[str] = (),
+) -> Table:
+    """A table from (row, column) -> text; a row is a method and what `second` names."""
+    columns = sorted({column for _, column in cells})
+    rows = [
+        [
+            results.labels[rope],
+            *more,
+            *(cells.get(((rope, *more), c), NONE) for c in columns),
+        ]
+        for rope, *more in dict.fromkeys(row for row, _ in cells)
+    ]
+    return Table(caption, ["method", *second, *map(head, columns)], rows)
+
+
+def loss_table(results: Results) -> Table:
     """Every measurement of perplexity, one a row."""
-    heads = ["method", "windows", "context", "stride", "tokens", "nats per token"]
-    heads += ["low", "high", "perplexity", "seconds", "peak memory"]
+    heads = "method,windows,context,stride,tokens,nats per token,low,high,perplexity"
     rows: list[list[str]] = []
     for (windows, rope, context), record in results.losses.items():
         loss, peak = Loss.of(record), record.get("peak_bytes")
         row = [results.labels[rope], windows, f"{context:,}"]
-        row += [count(record.get("stride")), count(record["tokens"])]
+        row += [_told(record.get("stride")), _told(record["tokens"])]
         row += [nats(loss.nll), nats(loss.low), nats(loss.high)]
-        row += [figure(perplexity(loss.nll)), _seconds(record.get("seconds"))]
-        rows.append([*row, "" if peak is None else f"{peak / 1e6:,.0f} MB"])
+        row += [figure(perplexity(loss.nll)), _told(record.get("seconds"), "{:,.1f}")]
+        rows.append([*row, _told(peak and peak / 1e6, "{:,.0f} MB")])
     caption = "Mean negative log-likelihood; low and high: 95 % interval by bootstrap"
-    return table(caption, heads, rows, texts=("windows",))
+    return Table(caption, [*heads.split(","), "seconds", "peak memory"], rows)
 
 
-def passkey_table(results: Results) -> Html:
+def passkey_table(results: Results) -> Table:
     """Methods and depths down, lengths across: how many were found."""
-    lengths = sorted({length for _, length, _ in results.passkeys})
-    rows: list[list[str]] = []
-    for rope, label in results.labels.items():
-        for depth in sorted({d for r, _, d in results.passkeys if r == rope}):
-            found = [results.passkeys.get((rope, n, depth)) for n in lengths]
-            cells = [f"{r['correct']} of {r['trials']}" if r else NONE for r in found]
-            rows.append([label, f"{depth:.0%}", *cells])
+    cells = {
+        ((rope, f"{depth:.0%}"), length): f"{r['correct']} of {r['trials']}"
+        for (rope, length, depth), r in results.passkeys.items()
+    }
     caption = "Passkeys found, by the length of the text in tokens"
-    return table(caption, ["method", "depth", *(f"{n:,}" for n in lengths)], rows)
+    return _grid(results, caption, cells, second=["depth"])
 
 
-def frequency_table(results: Results) -> Html:
+def frequency_table(results: Results) -> Table:
     """What each method does, in numbers."""
-    heads = ["method", "length", "condense", "cos and sin times", "shortest wavelength"]
-    heads += ["longest wavelength", "pairs", "pairs longer than trained"]
+    heads = "method,length,condense,cos and sin times,shortest wavelength,"
+    heads += "longest wavelength,pairs,pairs longer than trained"
     rows = [
         [results.labels[rope], *_frequency_cells(record, results.trained)]
         for (rope, _), record in results.frequencies.items()
     ]
     caption = "Wavelengths in tokens a turn; the last column counts the pairs whose "
     caption += "wavelength is longer than the trained length"
-    return table(caption, heads, rows)
+    return Table(caption, heads.split(","), rows)
 
 
 def _frequency_cells(record: Record, trained: int | None) -> list[str]:
     speeds = [number(f) / record["condense"] for f in record["inv_freq"]]
     waves = sorted(2 * math.pi / f if f else math.inf for f in speeds)
-    return [
-        count(record["length"]),
-        f"{record['condense']:g}",
-        f"{record['attention_scaling']:.4f}",
-        figure(waves[0]),
-        figure(waves[-1]),
-        str(len(waves)),
-        "" if trained is None else str(sum(wave > trained for wave in waves)),
-    ]
+    longer = None if trained is None else sum(wave > trained for wave in waves)
+    numbers = f"{record['condense']:g}", f"{record['attention_scaling']:.4f}"
+    ends = figure(waves[0]), figure(waves[-1])
+    return [_told(record["length"]), *numbers, *ends, str(len(waves)), _told(longer)]
 
 
-def distance_table(results: Results) -> Html:
+def distance_table(results: Results) -> Table:
     """Methods down, distances across: the mean score."""
-    places = sorted({d for r in results.distances.values() for d in r["distances"]})
-    rows: list[list[str]] = []
-    for rope, label in results.labels.items():
-        record = results.distances.get(rope)
-        if record is not None:
-            of = dict(zip(record["distances"], record["scores"], strict=True))
-            cells = [nats(number(of[d])) if d in of else NONE for d in places]
-            rows.append([label, *cells])
-    caption = "Mean attention score by distance in tokens"
-    return table(caption, ["method", *(f"{d:,}" for d in places)], rows)
+    cells = {
+        ((rope,), distance): nats(number(score))
+        for rope, r in results.distances.items()
+        for distance, score in zip(r["distances"], r["scores"], strict=True)
+    }
+    return _grid(results, "Mean attention score by distance in tokens", cells)
 
 
-def failure_table(results: Results) -> Html:
+def failure_table(results: Results) -> Table:
     """What did not work."""
     rows = [
-        [
-            results.labels[r["rope"]],
-            str(r["error"]),
-            str(r["task"]),
-            count(r["context"]),
-        ]
+        [results.labels[r["rope"]], r["error"], r["task"], _told(r["context"])]
         for r in results.failures
     ]
-    heads = ["method", "what happened", "task", "context"]
     caption = "Measurements that failed; the others went on"
-    return table(caption, heads, rows, texts=("task", "what happened"))
+    return Table(caption, ["method", "what happened", "task", "context"], rows)
 
 
-def text_table(results: Results) -> Html:
+def text_table(results: Results) -> Table:
     """What was read."""
     rows = [
-        [str(t.get("name")), count(t.get("tokens")), element("code", str(t["sha256"]))]
-        for t in results.header.get("texts") or []
+        [str(text.get("name")), _told(text.get("tokens")), text["sha256"]]
+        for text in results.header.get("texts") or []
     ]
-    return table("Texts", ["text", "tokens", "sha256"], rows, texts=("sha256",))
+    return Table("Texts", ["text", "tokens", "sha256"], rows)
 
 
-def count(value: int | None) -> str:
-    """A whole number with commas; nothing for None."""
-    return "" if value is None else f"{value:,}"
-
-
-def _seconds(value: float | None) -> str:
-    return "" if value is None else f"{value:,.1f}"
+def _told(value: float | None, shape: str = "{:,}") -> str:
+    """A number, with commas unless told otherwise; nothing for None."""
+    return "" if value is None else shape.format(value)
