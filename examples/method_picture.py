@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from jrope.hf.checkpoint import read_llama_config
-from jrope.lab.figures import figures
-from jrope.lab.style import to_svg
+from jrope.lab.figures import figures, to_svg
 from jrope.model.with_rope import with_rope
 
 HERE = Path(__file__).parent

@@ -18,6 +18,7 @@ from lab_report_helpers import (
     passkey,
 )
 from lab_report_helpers import drawn as drawn
+from matplotlib.collections import PolyCollection
 from matplotlib.text import Text
 
 from jrope.lab.drawing import look
@@ -43,6 +44,10 @@ def test_perplexity_curve_is_the_records(drawn):
         ends = np.exp(np.add.outer(nlls, [-0.05, 0.05]))
         np.testing.assert_allclose(bars(drawn, rope), ends, rtol=1e-12)
     (axes,) = drawn.axes
+    band = next(c for c in axes.collections if isinstance(c, PolyCollection))
+    y = band.get_paths()[0].vertices[:, 1]
+    want = np.exp([min(LOSSES["default"]) - 0.05, max(LOSSES["default"]) + 0.05])
+    np.testing.assert_allclose([y.min(), y.max()], want, rtol=1e-12)
     assert axes.get_xscale() == axes.get_yscale() == "log"
     low, high = axes.get_xlim()
     assert low < min(CONTEXTS) and high > max(CONTEXTS)

@@ -82,14 +82,17 @@ def frequencies_figure(results: Results, width: float) -> Figure:
     figure, axes = _one_axes(width, "How much slower each rotary pair turns")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
-    for rope, record in results.longest().items():
+    longest = results.longest()
+    for i, (rope, record) in enumerate(longest.items()):
         base = np.asarray(record["base_inv_freq"], np.float64)
         speed = np.asarray(record["inv_freq"], np.float64) / record["condense"]
         slower = np.divide(base, speed, out=np.full_like(base, np.nan), where=speed > 0)
         still = int((speed == 0).sum())
         label = _label(results, rope) + f"\n{still} pairs stand still" * (still > 0)
-        style = look(results, rope)
-        axes.plot(2 * np.pi / base, slower, label=label, markevery=0.06, **style)
+        style: Any = look(results, rope) | {
+            "markevery": (i * 0.06 / len(longest), 0.06)
+        }
+        axes.plot(2 * np.pi / base, slower, label=label, **style)
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 1 / 1.15), max(high, 1.6))
     axes.yaxis.set_major_formatter("{x:g}x")
@@ -221,8 +224,10 @@ def _intervals(
     middle, low, high = np.where(np.isfinite(values), values, np.nan)
     lost = sum(loss is not None for loss in losses) - int(np.isfinite(middle).sum())
     label = _label(results, rope) + f"\n{lost} not finite, not drawn" * (lost > 0)
-    bars: Any = {"yerr": [middle - low, high - middle], "elinewidth": 1, "capsize": 2}
-    axes.errorbar(x, middle, label=label, **look(results, rope), **bars)
+    style, ends = look(results, rope), [middle - low, high - middle]
+    axes.errorbar(x, middle, yerr=ends, elinewidth=1, label=label, **style)
+    if np.isfinite(low).sum() > 1:  # a lone point has no band that one could see
+        axes.fill_between(x, low, high, color=style["color"], alpha=0.12, lw=0)
 
 
 def _length_axis(axes: Axes, locator: Any, words: str) -> None:

@@ -98,7 +98,7 @@ def to_svg(figure: "Figure") -> str:
     file = io.StringIO()
     told = dict.fromkeys(("Creator", "Date", "Format", "Type"))
     with _styled():
-        figure.savefig(file, format="svg", metadata=told, transparent=True)
+        figure.savefig(file, format="svg", metadata=told)
     text = file.getvalue()
     return text[text.index("<svg") :]
 
