@@ -11,7 +11,9 @@ import pytest
 from cli_helpers import CONFIG, describe, fail, succeed
 from cli_helpers import _no_compile_cache as _no_compile_cache
 from cli_helpers import model as model
+from rope_cases import CASES
 
+from jrope import rope as ropes
 from jrope.cli import common
 from jrope.hf import config_from_hf
 from jrope.model.with_rope import with_rope
@@ -62,6 +64,16 @@ def test_parse_rope(text: str, name: str, fields: dict[str, Any]):
 )
 def test_rope_errors(capsys: Any, model: Path, text: str, message: str):
     assert message in fail(capsys, "inspect", model, f"--rope={text}")
+
+
+@pytest.mark.parametrize("method", [*CASES])
+def test_a_rope_is_described_as_it_is_given(method: str):
+    for rope in (case.rope() for case in CASES[method]):
+        words = ropes.describe(rope)
+        if "numbers" not in words:
+            name, fields = common.parse_rope(words)
+            given = None if name == "default" else ropes.ROPE_TYPES[name](**fields)
+            assert name == method and given == rope.scaling
 
 
 def test_apply_rope_is_with_rope():

@@ -29,7 +29,7 @@ def test_command_prints_json(folder: Path, capsys: Any) -> None:
     assert command(str(folder), *words) == 0
     (report,) = json.loads(capsys.readouterr().out)
     assert [(s["first"], s["last"]) for s in report["segments"]] == [(0, 3), (14, 17)]
-    expected = "Yarn(factor=4, original_length=16) of positions / 2, theta 10000"
+    expected = "yarn:factor=4,original_length=16 of positions / 2, theta 10000"
     assert report["rope"] == expected
 
 

@@ -15,11 +15,63 @@ from jrope.rope import (
     LongRope,
     NTKAware,
     Rope,
+    Yarn,
+    describe,
     half_to_interleaved,
     interleaved_to_half,
     rotate,
     table,
 )
+
+
+@pytest.mark.parametrize(
+    ("fields", "name"),
+    [
+        ({}, "default"),
+        ({"theta": 5e5, "rotary_dim": 8}, "default"),
+        ({"condense": 2.5}, "default of positions / 2.5"),
+        (
+            {"scaling": Yarn(factor=4.0, original_length=131072), "condense": 8},
+            "yarn:factor=4,original_length=131072 of positions / 8",
+        ),
+        (
+            {"scaling": Yarn(factor=2, original_length=64, truncate=False)},
+            "yarn:factor=2,original_length=64,truncate=false",
+        ),
+        (
+            {
+                "scaling": LongRope(
+                    short_factor=(1.5,) * 8,
+                    long_factor=(2,) * 8,
+                    original_length=64,
+                    factor=4,
+                )
+            },
+            "longrope:short_factor=(8 numbers),long_factor=(8 numbers),"
+            "original_length=64,factor=4",
+        ),
+        (
+            {
+                "rotary_dim": 4,
+                "scaling": LongRope(
+                    short_factor=(1, 1.5),
+                    long_factor=(2, 4),
+                    original_length=64,
+                    attention_factor=1.25,
+                ),
+                "lengths": "growing",
+                "precision": "accurate",
+                "layout": "interleaved",
+            },
+            "longrope:short_factor=1:1.5,long_factor=2:4,original_length=64,"
+            "attention_factor=1.25, interleaved, accurate, growing lengths",
+        ),
+    ],
+)
+def test_a_name_tells_all_that_is_not_at_its_default(
+    fields: dict[str, Any], name: str
+) -> None:
+    assert describe(plain(**fields)) == name
 
 
 def test_every_field_of_rope_matters() -> None:

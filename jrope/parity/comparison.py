@@ -1,11 +1,10 @@
 """`compare`: the same weights and tokens through transformers and jrope."""
 
-import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +24,7 @@ from jrope.parity.torch_side import (
     torch_stages,
     twin_config,
 )
-from jrope.rope import Method, table
+from jrope.rope import Method, describe, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 FAR = 131072
@@ -92,7 +91,7 @@ def compare(
     return Report(
         model=str(folder),
         dtype=dtype,
-        rope=_words(config),
+        rope=f"{describe(config.rope)}, theta {config.rope.theta:g}",
         trained_length=trained,
         stages=tuple(
             stage(
@@ -181,16 +180,3 @@ def _rows(tokens: Any, vocabulary: int, shape: tuple[int, ...]) -> np.ndarray:
             f"from 0 to {vocabulary - 1}; does the tokenizer belong to this model?"
         )
     return np.resize(ids, shape).astype(np.int32)
-
-
-def _words(config: LlamaConfig) -> str:
-    """The rotary embedding; of its method, the fields that differ from the default."""
-    rope, method = config.rope, "plain RoPE"
-    if rope.scaling is not None:
-        fields = dataclasses.fields(cast(Any, rope.scaling))
-        values = {f.name: (getattr(rope.scaling, f.name), f.default) for f in fields}
-        told = [f"{k}={v}" for k, (v, usual) in values.items() if v != usual]
-        method = f"{type(rope.scaling).__name__}({', '.join(told)})"
-        method = method if len(method) <= 100 else f"{method[:100]}...)"
-    divided = "" if rope.condense == 1 else f" of positions / {rope.condense:g}"
-    return f"{method}{divided}, theta {rope.theta:g}"

@@ -45,6 +45,7 @@ from jrope.rope.methods import Proportional as Proportional
 from jrope.rope.methods import Yarn as Yarn
 from jrope.rope.names import ALIASES as ALIASES
 from jrope.rope.names import build as build
+from jrope.rope.names import describe as describe
 from jrope.rope.rotation import half_to_interleaved as half_to_interleaved
 from jrope.rope.rotation import interleaved_to_half as interleaved_to_half
 from jrope.rope.rotation import rotate as rotate

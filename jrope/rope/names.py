@@ -1,10 +1,11 @@
-"""From a method's name and fields to the method: the one place that does so."""
+"""From a method's name and fields to the method, and from a rope to its full name."""
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 from jrope.errors import JropeError, did_you_mean, is_integer
+from jrope.rope.embedding import Rope
 from jrope.rope.methods import ROPE_TYPES, LongRope, Method
 
 ALIASES = {
@@ -66,3 +67,35 @@ def _named(name: str, given: Mapping[str, Any], names: set[str]) -> dict[str, An
         wanted = ", ".join(sorted(names)) or "none"
         raise JropeError(f"rope type {name!r} has no field {unknown}; fields: {wanted}")
     return fields
+
+
+def describe(rope: Rope) -> str:
+    """The embedding in the words of `--rope`, and all else that is not at its default.
+
+    Not theta and rotary_dim, which belong to the checkpoint whatever the method.
+
+    >>> describe(Rope(theta=1e4, rotary_dim=8, scaling=Linear(factor=4.0), condense=8))
+    'linear:factor=4 of positions / 8'
+    """
+    names = {kind: name for name, kind in ROPE_TYPES.items()}
+    name, method = names.get(type(rope.scaling), "default"), cast(Any, rope.scaling)
+    fields = () if method is None else dataclasses.fields(method)
+    values = {f.name: (getattr(method, f.name), f.default) for f in fields}
+    told = [f"{k}={_word(v)}" for k, (v, usual) in values.items() if v != usual]
+    name += f":{','.join(told)}" if told else ""
+    name += "" if rope.condense == 1 else f" of positions / {rope.condense:g}"
+    parts = [name, "interleaved" if rope.layout == "interleaved" else ""]
+    parts += ["accurate" if rope.precision == "accurate" else ""]
+    parts += ["" if rope.lengths == "planned" else f"{rope.lengths} lengths"]
+    return ", ".join(part for part in parts if part)
+
+
+def _word(value: Any) -> str:
+    """A field as `--rope` takes it, but for long lists."""
+    if isinstance(value, tuple):
+        items = cast(tuple[Any, ...], value)
+        short = len(items) <= 4
+        return ":".join(map(_word, items)) if short else f"({len(items)} numbers)"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.10g}"
