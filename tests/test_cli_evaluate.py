@@ -1,8 +1,10 @@
 """`jrope evaluate` on the embedded model: records, resuming, failures, bad input."""
 
+import hashlib
 import json
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,11 @@ from jrope.cli.evaluate_plan import split_ropes
 from jrope.cli.terminal import TimeLeft, duration_text
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
-from jrope.lab import journal, memory, perplexity
+from jrope.lab import journal, memory, passkey, perplexity
+from jrope.lab.results import Results
 from jrope.model.scores import score
 from jrope.model.with_rope import with_rope
+from jrope.rope import describe
 
 EMBEDDED = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 TEXT = EMBEDDED / "held_out.txt"
@@ -181,7 +185,8 @@ def test_what_fails_is_one_line_and_the_rest_goes_on(
     words = ["--context", "64,96", "--rope", ropes, "--out", path]
     run("--text", TEXT, *words, status=1)
     out, err = capsys.readouterr()
-    assert [line.split(":")[1] for line in err.splitlines()] == [
+    failed = [line for line in err.splitlines() if "%" not in line[:11]]
+    assert [line.split(":")[1] for line in failed] == [
         " method longrope",
         " method longrope",
         " perplexity linear",
@@ -247,6 +252,7 @@ BAD: list[tuple[Callable[[Path], list[Any]], str]] = [
     (lambda t: ["--text", TEXT, "--context", "2kk"], "'2k' is not a whole number"),
     (lambda t: [], "nothing to do: give --text, --passkey or --distance"),
     (lambda t: ["--distance"], "--distance needs a --text"),
+    (lambda t: ["--passkey", "--reflow"], "--reflow needs a --text"),
     (lambda t: ["--passkey", "--filler", "text"], "--filler text needs a --text"),
     (lambda t: ["--passkey"], "a context of 64 tokens has no room for the question"),
     (
@@ -377,11 +383,70 @@ def test_a_bar_shows_the_time_left(
     assert duration_text(59.6) == "1 min 0 s"
 
 
-def test_no_bar_outside_terminals(capsys: Any) -> None:
-    with TimeLeft(100) as bar:
-        bar.name("x")
-        bar.step(25)
-    assert capsys.readouterr().err == ""
+def test_a_log_says_what_runs(capsys: Any) -> None:
+    """On standard error, where the output is captured; results stay clean."""
+    run("--text", TEXT, "--context", "64,96", "--rope", "default,linear:2")
+    out, err = capsys.readouterr()
+    told = [line.split(": ") for line in err.splitlines()]
+    assert all(line[0] == "jrope" for line in told)
+    assert [line[2] for line in told[:-1]] == [
+        f"perplexity {rope} {n}" for n in (64, 96) for rope in ("default", "linear:2")
+    ]
+    assert told[-1][1] == "100%" and "jrope: " not in out
+
+
+CONDENSED = EMBEDDED.with_name("jrope-tiny-condensed-8")
+LLAMA3 = "llama3:factor=8,low=1,high=4"
+
+
+def test_methods_have_their_full_names(
+    tmp_path: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is really run, in every table and in the page: the folder's part, too."""
+    monkeypatch.setattr(passkey, "answer_passkeys", _no_memory)
+    llama3 = with_rope(load(CONDENSED)[1], "llama3", factor=8, low=1, high=4).rope
+    wanted = {
+        "model": "model: default of positions / 8",
+        "condense:2": "default of positions / 2",
+        LLAMA3: describe(llama3),
+    }
+    path, ropes = tmp_path / "run.jsonl", ",".join(wanted)
+    words = ["evaluate", CONDENSED, "--text", TEXT, "--context", 192, "--rope", ropes]
+    words += ["--distance", "--passkey", "--depths", 0, "--trials", 1, "--out", path]
+    assert main([str(word) for word in words]) == 1
+    records = journal.read_journal(path)
+    labels = {r["rope"]: r["label"] for r in records if r["kind"] == "method"}
+    assert labels == wanted
+    assert Results.of(records).labels == wanted
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].endswith("trained on 256 tokens, theta 10000")
+    rows = [line.strip() for line in lines]
+    for name in wanted.values():
+        assert sum(row.startswith(f"{name}  ") for row in rows) == 2
+        assert any(row.startswith(f"passkey {name} at 192, depth 0: ") for row in rows)
+
+
+def test_reflow_joins_the_lines_of_a_paragraph(tmp_path: Path, capsys: Any) -> None:
+    """Hard-wrapped, the model reads the text as if it were not."""
+    flowing = TEXT.read_text("utf-8")
+    wrapped = "\n\n".join(textwrap.fill(p, 70) for p in flowing.splitlines())
+    path, short = _write(tmp_path / "w.txt", wrapped.encode()), ["--context", 192]
+    out = {name: tmp_path / name for name in ("plain", "wrapped", "reflowed")}
+    run("--text", TEXT, *short, "--out", out["plain"])
+    run("--text", path, *short, "--out", out["wrapped"])
+    assert "reflow" not in capsys.readouterr().out
+    run("--text", path, *short, "--out", out["reflowed"], "--reflow")
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first.endswith(", texts reflowed")
+    nll = {n: perplexities(p)["model", 192, "first"]["nll"] for n, p in out.items()}
+    assert nll["reflowed"] == pytest.approx(nll["plain"], abs=1e-6)
+    assert nll["wrapped"] > nll["plain"] + 0.5
+    heads = {name: journal.read_journal(p)[0] for name, p in out.items()}
+    assert heads["reflowed"]["plan"]["reflow"] is True
+    same = [heads[name]["texts"][0]["sha256"] for name in ("wrapped", "reflowed")]
+    assert same[0] == same[1] == hashlib.sha256(path.read_bytes()).hexdigest()
+    run("--text", path, *short, "--out", out["reflowed"], status=2)
+    assert "holds a run with reflow True (now None)" in capsys.readouterr().err
 
 
 def test_hash_of_another_model_differs(tmp_path: Path) -> None:

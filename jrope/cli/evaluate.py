@@ -92,6 +92,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "also slide windows by this, not only take each text's first tokens"
     add("--stride", metavar="N", type=count, help=text)
     add("--tokens", metavar="N", type=count, help="at most this many of each text")
+    text = "join the lines of each paragraph, for texts with hard line breaks"
+    add("--reflow", action="store_true", help=text)
     add("--skip-short", action="store_true", help="leave out texts that are too short")
     add("--no-perplexity", action="store_true", help="only what else is asked for")
     text = "can it find a number in a long text?"
@@ -129,7 +131,7 @@ def run(args: argparse.Namespace) -> int:
     methods, refused = make_methods(config, split_ropes(args.rope or [OWN]))
     tokenizer, texts = None, list[Text]()
     if args.text or args.passkey:
-        contents = read_texts(args.text)
+        contents = read_texts(args.text, reflowed=args.reflow)
         tokenizer = tokenizer_for(folder, config)
         texts = tokenize(tokenizer, contents, max(args.context), args)
     with Journal(args.out, _header(args, folder, config, texts)) as journal:
@@ -222,7 +224,8 @@ def _finish(args: argparse.Namespace, records: list[dict[str, Any]]) -> None:
     seconds = sum(r.get("seconds", 0) for r in records)
     head = records[0]
     about = f"{head['model']} ({head['dtype']}, {head['device']})"
-    print(f"{about}, trained on {head['trained_length']:,} tokens")
+    about += f", trained on {head['trained_length']:,} tokens, theta {head['theta']:g}"
+    print(f"{about}{', texts reflowed' * args.reflow}")
     print(*tables(records, by_position=args.buckets), sep="\n")
     print(f"\nmeasured in {duration_text(seconds)}")
     if args.report is not None:

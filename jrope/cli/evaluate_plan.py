@@ -15,6 +15,7 @@ import numpy as np
 from jrope.cli.common import parse_rope
 from jrope.cli.text import load_tokenizer, vocabulary
 from jrope.errors import JropeError
+from jrope.lab.perplexity import reflow
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
 from jrope.rope import ROPE_TYPES
@@ -26,7 +27,7 @@ _SAMPLES, _SAMPLE = 16, 2**16  # pieces and bytes of a weight file that are hash
 @final
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """A text as the model reads it; `sha256` is that of its bytes."""
+    """A text as the model reads it; `sha256` is that of the file's bytes."""
 
     name: str
     sha256: str
@@ -107,8 +108,14 @@ def _fields(label: str, name: str) -> set[str]:
     return {"factor"} if name == "condense" else set()
 
 
-def read_texts(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
+def read_texts(
+    paths: Sequence[Path], *, reflowed: bool = False
+) -> list[tuple[str, str, str]]:
     """Name, hash and contents of the files, and of the .txt files in folders.
+
+    Args:
+      paths: of files and folders.
+      reflowed: contents have a paragraph in a line; hashes are the files' all the same.
 
     Raises:
       JropeError: not UTF-8, empty, or a folder without texts.
@@ -130,6 +137,7 @@ def read_texts(paths: Sequence[Path]) -> list[tuple[str, str, str]]:
             raise JropeError(f"--text {file} is not UTF-8 text: {at}") from None
         if not text.strip():
             raise JropeError(f"--text {file} is empty: it has 0 tokens")
+        text = reflow(text) if reflowed else text
         texts.append((file.name, hashlib.sha256(data).hexdigest(), text))
     return texts
 
@@ -213,7 +221,7 @@ def check_settings(args: argparse.Namespace) -> None:
     work |= {"--passkey": args.passkey, "--distance": args.distance}
     if not any(work.values()):
         raise JropeError("nothing to do: give --text, --passkey or --distance")
-    for name in ("distance", "stride", "tokens", "skip_short"):
+    for name in ("distance", "stride", "tokens", "skip_short", "reflow"):
         if getattr(args, name) and not args.text:
             option = "--" + name.replace("_", "-")
             raise JropeError(f"{option} needs a --text")
@@ -235,4 +243,5 @@ def check_settings(args: argparse.Namespace) -> None:
 def plan_of(args: argparse.Namespace, new: int) -> Mapping[str, Any]:
     """The settings that a journal's records depend on, by name."""
     names = ("precision", "tokens", "stride", "trials", "seed", "filler")
-    return {**{name: getattr(args, name) for name in names}, "answer_tokens": new}
+    settings = {name: getattr(args, name) for name in names}
+    return {**settings, "reflow": args.reflow or None, "answer_tokens": new}

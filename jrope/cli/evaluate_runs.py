@@ -13,14 +13,14 @@ import numpy as np
 from jax.errors import JaxRuntimeError
 
 from jrope.cli.common import trained_length
-from jrope.cli.evaluate_plan import Text, cost
+from jrope.cli.evaluate_plan import OWN, Text, cost
 from jrope.cli.evaluate_table import failure_line
 from jrope.cli.terminal import TimeLeft
 from jrope.errors import JropeError
 from jrope.lab import distance, passkey, perplexity
 from jrope.lab.journal import Journal
 from jrope.model.config import LlamaConfig
-from jrope.rope import base_frequencies
+from jrope.rope import base_frequencies, describe
 
 _DISTANCE_TOKENS = 16384  # read for the mean queries and keys
 Measure = Callable[[Callable[[int], None]], Mapping[str, Any]]
@@ -128,7 +128,7 @@ class Laboratory:
                 {
                     "kind": "method",
                     "rope": label,
-                    "label": label,
+                    "label": f"{OWN}: " * (label == OWN) + describe(rope),
                     "inv_freq": np.asarray(inv_freq).tolist(),
                     "base_inv_freq": base.tolist(),
                     "attention_scaling": float(scaling),

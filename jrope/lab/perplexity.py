@@ -13,6 +13,7 @@ transformers takes for a full pass.
 """
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -73,6 +74,19 @@ class TokenScores:
         gaps = self.index[chosen] - np.arange(np.count_nonzero(chosen))
         runs = gaps + self.text[chosen].astype(np.int64) * 2**32
         return block_bootstrap(self.nll[chosen], runs)
+
+
+def reflow(text: str) -> str:
+    """One paragraph a line: white space inside a paragraph becomes single spaces.
+
+    Blank lines end paragraphs.  Hard line breaks are tokens that a model trained on
+    flowing text does not expect.
+
+    >>> reflow("It was\\n  so.\\n\\nEnd.\\n")
+    'It was so.\\nEnd.'
+    """
+    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    return "\n".join(part for part in paragraphs if part)
 
 
 def windows(count: int, context: int, stride: int | None = None) -> list[Window]:

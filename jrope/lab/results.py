@@ -87,8 +87,7 @@ class Results:
                 "jrope evaluate writes, its first line included"
             )
         named = {row["rope"]: str(row["rope"]) for row in rows if "rope" in row}
-        given = {row["rope"]: row.get("label") for row in rows if "rope" in row}
-        named |= {rope: str(label) for rope, label in given.items() if label}
+        named |= {row["rope"]: str(row["label"]) for row in rows if row.get("label")}
         of = {kind: [r for r in rows if r["kind"] == kind] for kind in REQUIRED}
         return cls(
             header=headers[-1],
