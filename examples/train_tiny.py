@@ -31,6 +31,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 
 from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import load, save
+from jrope.lab.perplexity import reflow
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import count_parameters, init_params
 from jrope.model.scores import score
@@ -64,6 +65,10 @@ choice was made, cut into windows of each length (`jrope.score`, float32):
 
 {table}
 
+In the training text and in this one every paragraph is one line.  With the hard line
+breaks of its file, the same part of the held-out text reads {wrapped:.1f} in windows of
+{window}: reflow what you measure (`jrope evaluate --reflow`).
+
 Positions from {args.context} on are new to the base model: plain, its perplexity
 breaks there.  Dividing positions by {args.condense} keeps every angle in range but
 squeezes the distances the model knows; the tuned model has learnt the squeezed ones.
@@ -74,7 +79,7 @@ def clean(text: str) -> str:
     """One paragraph a line: no hard breaks, no emphasis, no Gutenberg frame."""
     text = re.split(r"\*\*\* ?START OF.*?\*\*\*", text)[-1]
     text = re.split(r"\*\*\* ?END OF", text)[0].replace("_", "")
-    paragraphs = (" ".join(part.split()) for part in re.split(r"\n\s*\n", text))
+    paragraphs = reflow(text).split("\n")
     return "\n".join(p for p in paragraphs if re.search(r"\w", p) and p[0] != "[")
 
 
@@ -244,6 +249,12 @@ def measure(base: Path, tuned: Path, text: np.ndarray, condense: int) -> Rows:
     }
 
 
+def measure_wrapped(folder: Path, text: np.ndarray) -> dict[int, float]:
+    """Nats per token of a saved model in its own windows, by their length."""
+    params, config = load(folder, dtype="float32")
+    return {window(config): nats(params, text, window(config), config)}
+
+
 def markdown(rows: Rows) -> str:
     """Perplexity (nats) by context, one line a model."""
     lengths = list(next(iter(rows.values())))
@@ -278,8 +289,12 @@ def parse(argv: list[str]) -> argparse.Namespace:
     return args
 
 
-def publish(folder: Path, stage: str, facts: dict[str, Any], metrics: Any) -> None:
+def publish(
+    folder: Path, stage: str, facts: dict[str, Any], metrics: dict[str, Any]
+) -> None:
     """Write the model card and metrics.json."""
+    ((length, value),) = metrics["hard_wrapped"].items()
+    facts |= {"window": length, "wrapped": math.exp(value)}
     card = CARD.format(name=folder.name, stage=stage, **facts)
     (folder / "README.md").write_text(card, encoding="utf-8")
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
@@ -329,8 +344,15 @@ def main(argv: list[str] | None = None) -> None:
     stage = f"Trained on windows of {args.context} tokens"
     then = f"{stage}, then tuned on\nwindows of {longest} with every position divided "
     then += f"by {ratio} (position interpolation)."
-    publish(args.out, f"{stage}.", facts, {"nats": rows, "history": learnt})
-    publish(args.tuned, then, facts, {"nats": rows, "history": tuning})
+    raw = [path.read_text(encoding="utf-8") for path in args.held_out]
+    raw = np.array_split(encode(tokenizer, raw), 2)[1]
+    for folder, words, history in (
+        (args.out, f"{stage}.", learnt),
+        (args.tuned, then, tuning),
+    ):
+        wrapped = measure_wrapped(folder, raw)
+        metrics = {"nats": rows, "hard_wrapped": wrapped, "history": history}
+        publish(folder, words, facts, metrics)
     excerpt = tokenizer.decode(report[: 4 * longest].tolist()).split("\n", 1)[-1]
     (args.out / "held_out.txt").write_text(excerpt, encoding="utf-8")
 

@@ -1,5 +1,6 @@
 """Every example runs as its reader would run it, and what it prints is true."""
 
+import dataclasses
 import json
 import re
 import runpy
@@ -97,6 +98,30 @@ def test_methods_past_the_context(run: Run) -> None:
         assert rows[name][0] < 1.2 * near
     best = min(rows, key=lambda name: rows[name][1])
     assert f": {best};" in out.splitlines()[-1]
+
+
+def test_length_rules_are_those_of_full_passes(run: Run, tmp_path: Path) -> None:
+    """On two layers of the model, said to know 32 tokens: 8 windows of 128."""
+    folder = tmp_path / "short"
+    params, config = jrope.load(MODEL, dtype="float32")
+    smaller = {"max_position_embeddings": 32, "num_hidden_layers": 2}
+    config = dataclasses.replace(config, **smaller)
+    layers = params["model"]["layers"]
+    params["model"]["layers"] = {i: layers[i] for i in ("0", "1")}
+    jrope.save(folder, params, config, extra_files=tokenizer_files())
+    names, out = run("length_rules", folder)
+    assert "8 windows of 128 tokens" in out
+    table, rows = names["table"], names["rows"]
+    for lengths in ("planned", "growing"):
+        name, rule = f"dynamic:2, {lengths}", {"factor": 2, "lengths": lengths}
+        stretched = jrope.with_rope(config, "dynamic", **rule)
+        nats = -np.asarray(jrope.score(params, rows, config=stretched))
+        want = [np.exp(nats[:, a:b].mean()) for a, b in ((0, 32), (32, 64), (64, 128))]
+        np.testing.assert_allclose(table[name], want, rtol=1e-4)
+        assert numbers(line_of(out, name)) == [round(value, 1) for value in table[name]]
+    trained = table["as trained"]
+    assert table["dynamic:2, hf"][0] == pytest.approx(trained[0], rel=1e-5)
+    assert table["dynamic:2, hf"][1] != pytest.approx(trained[1], rel=1e-3)
 
 
 def test_training_lowers_the_loss(run: Run) -> None:

@@ -82,6 +82,22 @@ def test_saved_model_scores_as_measured(trained: Path, stretched: Path) -> None:
     assert got < np.log(config.vocab_size)
 
 
+@pytest.mark.parametrize(("name", "window"), [("tiny", 16), ("tiny-condensed-2", 32)])
+def test_hard_line_breaks_are_measured(trained: Path, name: str, window: int) -> None:
+    """The held-out file as it is, beside the reflowed text that the table is of."""
+    script, folder = import_script(), trained.with_name(name)
+    text = (trained.parent / "unseen.txt").read_text(encoding="utf-8")
+    tokenizer = script.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    raw = np.array_split(script.encode(tokenizer, [text]), 2)[1]
+    params, config = jrope.load(folder, dtype="float32")
+    want = script.nats(params, raw, window, config)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["hard_wrapped"] == {str(window): pytest.approx(want, rel=1e-5)}
+    assert want > metrics["nats"]["base"]["16"] + 0.1
+    card = " ".join((folder / "README.md").read_text(encoding="utf-8").split())
+    assert f"reads {np.exp(want):.1f} in windows of {window}: reflow" in card
+
+
 @pytest.mark.parametrize("name", ["tiny", "tiny-condensed-2"])
 def test_folders_load_in_transformers(trained: Path, name: str) -> None:
     """Tokenizer, configuration and weights: the same ids and logits."""
