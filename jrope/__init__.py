@@ -24,6 +24,7 @@ from jrope.model.cache import KVCache as KVCache
 from jrope.model.config import LlamaConfig as LlamaConfig
 from jrope.model.llama import Llama as Llama
 from jrope.model.llama import forward as forward
+from jrope.model.llama import hidden_states as hidden_states
 from jrope.model.llama import init_params as init_params
 from jrope.model.scores import score as score
 from jrope.model.with_rope import with_rope as with_rope

@@ -11,9 +11,10 @@ import pytest
 from model_helpers import changed, close, logits_of, some_ropes, tokens_of
 from model_helpers import make as make
 
-import jrope.model.layers
+from jrope.model import llama
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
+from jrope.model.layers import attention, decoder_layer
 from jrope.model.llama import count_parameters, forward, init_params
 from jrope.rope import Llama3, Rope
 from jrope.tree import flatten
@@ -136,13 +137,13 @@ def test_405b_is_checked_without_arrays() -> None:
 def test_a_layer_is_traced_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     model = make(layers=6)
     calls = []
-    original = jrope.model.layers.attention
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
-        return original(*args, **kwargs)
+        return attention(*args, **kwargs)
 
-    monkeypatch.setattr(jrope.layers, "attention", counted)
+    layer = partial(decoder_layer, attention=counted)
+    monkeypatch.setattr(llama, "decoder_layer", layer)
     config = changed(model.config, rms_norm_eps=1.25e-5)  # nothing traced so far
     run = jax.jit(partial(forward, config=config))
     tokens = tokens_of(config, 2, 5)

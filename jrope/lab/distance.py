@@ -23,7 +23,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import decoder_layer, linears
+from jrope.model.layers import Step, decoder_layer, linears
 from jrope.model.llama import embed
 from jrope.rope import Rope, table
 
@@ -105,9 +105,8 @@ def _queries_and_keys(
         for found, y in ((queries, q), (keys, k)):
             mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
             found.append(mean.reshape(-1, config.head_dim))
-        x, _ = decoder_layer(
-            weights, x, cos, sin, None, None, config=config, capacity=count
-        )
+        step = Step(cos=cos, sin=sin)
+        x, _ = decoder_layer(weights, x, step, config=config, capacity=count)
     return jnp.stack(queries), jnp.stack(keys)
 
 

@@ -28,7 +28,7 @@ from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
 from jrope.lab.statistics import Interval, block_bootstrap
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed
 from jrope.model.scores import token_logprobs
 from jrope.rope import table
@@ -268,9 +268,8 @@ def _window_nll(
     cos, sin = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (cos, sin))
     for i in range(config.num_hidden_layers):
         weights = model["layers"][str(i)]
-        x, _ = decoder_layer(
-            weights, x, cos, sin, None, None, config=config, capacity=count
-        )
+        step = Step(cos=cos, sin=sin)
+        x, _ = decoder_layer(weights, x, step, config=config, capacity=count)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
     x = x[:, :-1].reshape(1, batch * (count - 1), -1)
     targets = tokens[:, 1:].reshape(1, -1)

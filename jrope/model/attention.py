@@ -2,11 +2,13 @@
 
     softmax(q k^T / sqrt(H) + mask) v,   query head n reads key/value head n // (N / K)
 
-Query t of a row stands in slot start + t and sees the slots up to its own.  Scores and
-softmax are float32; a long prompt never builds a T x S matrix for all heads.
+Query t of a row stands in slot start + t and sees the slots up to its own, or the last
+`window` of these, or those of its own segment.  Scores and softmax are float32; a long
+prompt never builds a T x S matrix for all heads.
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -18,11 +20,18 @@ from jrope.numerics import cpu_barrier, matmul_precision
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
+LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exactly 0
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None = None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None = None,
+    *,
+    window: int | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of T new tokens over S slots.
 
@@ -30,24 +39,57 @@ def attend(
       q: [B, T, N, H], rotated.
       k, v: [B, S, K, H]; slots past a row's last query may hold anything finite.
       starts: int32 [B], the slot of each row's first query; None: 0 for all, T = S.
+      window: a query sees this many slots up to its own; None: all of them.
+      segments: int32 [B, T], without `starts`: a query sees its own segment only.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
-    if _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
+    plain = window is None and segments is None
+    if plain and _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
         return jax.lax.platform_dependent(q, k, v, starts, cuda=_cudnn, default=_xla)
-    return _xla(q, k, v, starts)
+    return _xla(q, k, v, starts, window=window, segments=segments)
 
 
 def _xla(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    window: int | None = None,
+    segments: jax.Array | None = None,
 ) -> jax.Array:
     """Plain XLA, for every platform."""
+    queries = _Queries(slots=_slots(q, starts), segments=segments, window=window)
     if q.shape[1] == 1:
-        return _one_query(q, k, v, _slots(q, starts))
+        return _one_query(q, k, v, queries)
     if q.shape[1] * k.shape[1] <= WHOLE:
-        return _whole(q, k, v, _slots(q, starts))
-    return _blockwise(q, k, v, _slots(q, starts))
+        return _whole(q, k, v, queries)
+    return _blockwise(q, k, v, queries)
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("slots", "segments"),
+    meta_fields=("window",),
+)
+@dataclass(frozen=True, kw_only=True)
+class _Queries:
+    """Where queries stand, int32 [B, T], and what that lets them see."""
+
+    slots: jax.Array
+    segments: jax.Array | None
+    window: int | None
+
+    def hidden(self, keys: jax.Array, key_segments: jax.Array | None) -> jax.Array:
+        """Which keys, in slots [S] and segments [B, S], they may not see: [B, T, S]."""
+        slots, keys = self.slots[:, :, None], keys[None, None, :]
+        hidden = keys > slots
+        if self.window is not None:
+            hidden |= keys <= slots - self.window
+        if self.segments is not None and key_segments is not None:
+            hidden |= self.segments[:, :, None] != key_segments[:, None, :]
+        return hidden
 
 
 def _cudnn_takes(q: jax.Array) -> bool:
@@ -69,35 +111,35 @@ def _cudnn(
 
 def _slots(q: jax.Array, starts: jax.Array | None) -> jax.Array:
     """The slot of every query: int32 [B, T]."""
-    steps = jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
+    steps = _steps(q.shape[1])[None, :]
     if starts is None:
         return jnp.broadcast_to(steps, q.shape[:2])
     return starts[:, None] + steps
+
+
+def _steps(count: int) -> jax.Array:
+    return jnp.arange(count, dtype=jnp.int32)
 
 
 def _scale(q: jax.Array) -> np.float32:
     return np.float32(1 / math.sqrt(q.shape[-1]))
 
 
-def _hidden(slots: jax.Array, first_key: int | jax.Array, keys: int) -> jax.Array:
-    """Which keys a query may not see: bool [B, 1, T, S]."""
-    key_slots = first_key + jnp.arange(keys, dtype=jnp.int32)
-    return (key_slots[None, None, :] > slots[:, :, None])[:, None]
-
-
-def _whole(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+def _whole(q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries) -> jax.Array:
     """All T x S scores at once: short prompts."""
     batch, tokens, _, head_dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
     scores = _einsum("BTKGH,BSKH->BKGTS", grouped, k) * _scale(q)
-    hidden = _hidden(slots, 0, k.shape[1])[:, None]
-    scores = jnp.where(hidden, -jnp.inf, scores)
+    hidden = queries.hidden(_steps(k.shape[1]), queries.segments)
+    scores = jnp.where(hidden[:, None, None], -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = _einsum("BKGTS,BSKH->BTKGH", weights, v)
     return y.astype(q.dtype).reshape(q.shape)
 
 
-def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+def _one_query(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries
+) -> jax.Array:
     """A decode step, which reads keys and values where they lie.
 
     The query heads stand in a matrix [N, K x H] that is zero outside their own key
@@ -111,41 +153,48 @@ def _one_query(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> ja
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
     scores = _einsum("BNX,BSX->BNS", spread, k) * _scale(q)
-    scores = jnp.where(_hidden(slots, 0, k.shape[1])[:, 0], -jnp.inf, scores)
+    hidden = queries.hidden(_steps(k.shape[1]), queries.segments)
+    scores = jnp.where(hidden, -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     y = _einsum("BNS,BSX->BNX", weights, v).reshape(batch, heads, kv_heads, head_dim)
     y = jnp.sum(jnp.where(own, y, 0), axis=2)
     return y.astype(q.dtype).reshape(q.shape)
 
 
-def _blockwise(q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array) -> jax.Array:
+def _blockwise(
+    q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries
+) -> jax.Array:
     """Online softmax over blocks of keys, block after block of queries.
 
     Milakov and Gimelshein 2018 (arXiv:1805.02867); Rabe and Staats 2021
-    (arXiv:2112.05682).  Blocks that lie in every query's future are skipped, and the
-    backward pass computes a query block's scores anew.  Key/value heads come first and
-    their query heads are rows of one matrix: plain matrix products on every backend.
+    (arXiv:2112.05682).  Blocks that no query sees are skipped, and the backward pass
+    computes a query block's scores anew.  Key/value heads come first and their query
+    heads are rows of one matrix: plain matrix products on every backend.
     """
     batch, tokens, heads, head_dim = q.shape
     kv_heads, block = k.shape[2], min(BLOCK, tokens)
-    q, slots = _pad(q, block), _pad(slots, block, mode="edge")
+    q, key_segments = _pad(q, block), queries.segments
     k, v = (jnp.moveaxis(_pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
     k = jnp.swapaxes(k, 2, 3)
+    if key_segments is not None:
+        key_segments = _pad(key_segments, BLOCK)
     # [B, blocks x block, K x G, H] -> [blocks, B, K, G x block, H]
     count = q.shape[1] // block
-    queries = q.reshape(batch, count, block, kv_heads, -1, head_dim)
-    queries = queries.transpose(1, 0, 3, 4, 2, 5)
-    queries = queries.reshape(count, batch, kv_heads, -1, head_dim)
-    rows = jnp.tile(slots.reshape(batch, count, block), (1, 1, heads // kv_heads))
-    rows = jnp.moveaxis(rows, 1, 0)
+    blocks = q.reshape(batch, count, block, kv_heads, -1, head_dim)
+    blocks = blocks.transpose(1, 0, 3, 4, 2, 5)
+    blocks = blocks.reshape(count, batch, kv_heads, -1, head_dim)
+
+    def rows(x: jax.Array) -> jax.Array:  # [B, T] -> [blocks, B, G x block]
+        x = _pad(x, block, mode="edge").reshape(batch, count, block)
+        return jnp.moveaxis(jnp.tile(x, (1, 1, heads // kv_heads)), 1, 0)
 
     @jax.checkpoint
     def one_block(
-        carry: None, inputs: tuple[jax.Array, jax.Array]
+        carry: None, inputs: tuple[jax.Array, _Queries]
     ) -> tuple[None, jax.Array]:
-        return carry, _attend_block(inputs[0], k, v, inputs[1])
+        return carry, _attend_block(inputs[0], k, v, inputs[1], key_segments)
 
-    _, out = jax.lax.scan(one_block, None, (queries, rows))
+    _, out = jax.lax.scan(one_block, None, (blocks, jax.tree.map(rows, queries)))
     out = out.reshape(count, batch, kv_heads, -1, block, head_dim)
     return out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)[:, :tokens]
 
@@ -157,22 +206,29 @@ def _pad(x: jax.Array, block: int, **how: Any) -> jax.Array:
 
 
 def _attend_block(
-    q: jax.Array, k: jax.Array, v: jax.Array, slots: jax.Array
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: _Queries,
+    key_segments: jax.Array | None,
 ) -> jax.Array:
     """Queries of one block over all keys.
 
     Args:
       q: [B, K, rows, H], the block's queries of every head in the group.
       k, v: [B, K, H, S] and [B, K, S, H].
-      slots: int32 [B, rows].
+      queries: where the rows stand, [B, rows].
+      key_segments: int32 [B, S], or None.
 
     Returns:
       [B, K, rows, H] in q's dtype.
     """
-    last = jnp.max(slots)
+    last, first_seen = jnp.max(queries.slots), 0
+    if queries.window is not None:
+        first_seen = jnp.min(queries.slots) - (queries.window - 1)
     zeros = partial(jnp.zeros, dtype=jnp.float32)
     start = (
-        jnp.full(q.shape[:3], -jnp.inf, jnp.float32),  # running maximum
+        jnp.full(q.shape[:3], LOWEST),  # running maximum
         zeros(q.shape[:3]),  # running sum of exponentials
         zeros(q.shape),  # running weighted values
     )
@@ -181,12 +237,17 @@ def _attend_block(
         carry: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         top, total, acc = carry
-        keys = jax.lax.dynamic_slice_in_dim(k, first, BLOCK, axis=3)
-        values = jax.lax.dynamic_slice_in_dim(v, first, BLOCK, axis=2)
+        part = partial(jax.lax.dynamic_slice_in_dim, start_index=first)
+        keys = part(k, slice_size=BLOCK, axis=3)
+        values = part(v, slice_size=BLOCK, axis=2)
+        segments = key_segments
+        if segments is not None:
+            segments = part(segments, slice_size=BLOCK, axis=1)
         scores = _einsum("BKXH,BKHS->BKXS", q, keys) * _scale(q)
-        scores = jnp.where(_hidden(slots, first, BLOCK), -jnp.inf, scores)
+        hidden = queries.hidden(first + _steps(BLOCK), segments)
+        scores = jnp.where(hidden[:, None], LOWEST, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        # Block 0 holds a visible key for every query, so new_top is never -inf.
+        # What a row sums up before its first visible key, `shrink` makes zero there.
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
@@ -197,7 +258,8 @@ def _attend_block(
     def step(
         carry: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        return jax.lax.cond(first <= last, see, lambda c, _: c, carry, first), None
+        seen = (first <= last) & (first + BLOCK > first_seen)
+        return jax.lax.cond(seen, see, lambda c, _: c, carry, first), None
 
     firsts = jnp.arange(0, v.shape[2], BLOCK, dtype=jnp.int32)
     (_, total, acc), _ = jax.lax.scan(step, start, firsts)

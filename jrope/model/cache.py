@@ -6,10 +6,11 @@ what lies beyond is overwritten before it is ever seen.
 """
 
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike, DTypeLike
 
 from jrope.model.config import LlamaConfig
 from jrope.numerics import cpu_barrier
@@ -45,8 +46,8 @@ class KVCache:
         config: LlamaConfig,
         batch: int,
         capacity: int,
-        dtype: Any,
-        rope_lengths: Any = None,
+        dtype: DTypeLike,
+        rope_lengths: ArrayLike | None = None,
     ) -> "KVCache":
         """A cache with nothing in it.
 
@@ -54,7 +55,8 @@ class KVCache:
         """
         if rope_lengths is None:
             remembers = config.rope.lengths == "hf"
-            rope_lengths = config.rope.trained_length if remembers else capacity
+            trained = config.rope.trained_length or 0
+            rope_lengths = trained if remembers else capacity
         shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
         layers = range(config.num_hidden_layers)
         return cls(
@@ -65,7 +67,7 @@ class KVCache:
         )
 
 
-def per_row(value: Any, batch: int) -> jax.Array:
+def per_row(value: ArrayLike, batch: int) -> jax.Array:
     """A scalar or [B] integers as int32 [B]."""
     return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
 

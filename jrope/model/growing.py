@@ -54,6 +54,7 @@ def attend_growing(
     cos: jax.Array,
     sin: jax.Array,
     rope: Rope,
+    window: int | None = None,
 ) -> jax.Array:
     """`attend` for q and k as projected; a query past the trained length costs O(S).
 
@@ -64,12 +65,15 @@ def attend_growing(
       cos, sin: of the slots, [B, S, R]; for a single query that has a start those of
         its own length, else those of the trained length.
       rope: the embedding.
+      window: as in `attend`.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
     count, slots, trained = q.shape[1], k.shape[1], rope.trained_length or 0
-    see = partial(_see, tables=(cos[:, :slots], sin[:, :slots]), rope=rope)
+    own = {"rope": rope, "window": window}
+    see = partial(_see, tables=(cos[:, :slots], sin[:, :slots]), **own)
+    late = partial(_late, **own)
     if starts is not None and (count == 1 or slots <= trained):
         return see(q, k, v, starts)
     if starts is None:
@@ -77,13 +81,13 @@ def attend_growing(
         if count <= trained:
             return y
         starts = jnp.full(q.shape[0], trained, jnp.int32)
-        return jnp.concatenate([y, _late(q[:, trained:], k, v, starts, rope)], axis=1)
+        return jnp.concatenate([y, late(q[:, trained:], k, v, starts)], axis=1)
     past = _query_slots(q, starts) >= trained
     return jax.lax.cond(
         jnp.any(past),
         lambda: jnp.where(
             past[:, :, None, None],
-            _late(q, k, v, starts, rope),
+            late(q, k, v, starts),
             see(q, k, v, starts),
         ),
         lambda: see(q, k, v, starts),
@@ -100,33 +104,43 @@ def _see(
     v: jax.Array,
     starts: jax.Array | None,
     tables: tuple[jax.Array, jax.Array],
+    *,
     rope: Rope,
+    window: int | None,
 ) -> jax.Array:
     """One table for all queries, and for the keys that they see."""
     turn = partial(rotate, layout=rope.layout, precision=rope.precision)
     k = turn(k, *(x[:, : k.shape[1]] for x in tables))
     if starts is None:
-        return attend(turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v)
+        return attend(
+            turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v, window=window
+        )
     at = _query_slots(q, starts)[..., None]
     rows = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in tables)
     q = turn(q, *(jnp.take_along_axis(x, at, axis=1) for x in rows))
-    return attend(q, k, v, starts)
+    return attend(q, k, v, starts, window=window)
 
 
 def _late(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array, rope: Rope
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array,
+    *,
+    rope: Rope,
+    window: int | None,
 ) -> jax.Array:
     """Queries past the trained length: one after the other, each with its own table."""
-    slots = k.shape[1]
+    slots, see = k.shape[1], partial(_see, rope=rope, window=window)
     if isinstance(rope.scaling, LongRope):  # the second table and the last
         tables = slot_table(rope, slots, rope.scaling.original_length + 1)
-        return _see(q, k, v, starts, tables, rope)
+        return see(q, k, v, starts, tables)
 
     @jax.checkpoint  # else the backward pass would keep the keys of every query
     def one(carry: None, query: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x, at = query
         tables = slot_table(rope, slots, at + 1)
-        return carry, _see(x[:, None], k, v, at, tables, rope)[:, 0]
+        return carry, see(x[:, None], k, v, at, tables)[:, 0]
 
     queries = jnp.moveaxis(q, 1, 0), _query_slots(q, starts).T
     return jnp.moveaxis(jax.lax.scan(one, None, queries)[1], 0, 1)

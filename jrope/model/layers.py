@@ -4,9 +4,10 @@ Sources: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); SwiGLU, Shazeer 20
 (arXiv:2002.05202); grouped queries, Ainslie et al. 2023 (arXiv:2305.13245).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
 from jrope.numerics import with_rank
 from jrope.rope import rotate
+from jrope.tree import LayerParams, Params
 
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -28,53 +30,38 @@ FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-@partial(jax.jit, static_argnames=("config", "capacity"))
-def decoder_layer(
-    weights: Mapping[str, Any],
-    x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slots: tuple[jax.Array, jax.Array] | None,
-    starts: jax.Array | None,
-    *,
-    config: LlamaConfig,
-    capacity: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+Slots: TypeAlias = tuple[jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """What a layer is given besides its weights and hidden states.
 
     Args:
-      weights: the layer's subtree.
-      x: [B, T, D].
       cos, sin: float32 [B, T, R]; for growing lengths of the slots, see `growing`.
-      slots: keys and values [B, S, K, H] to write into; None: there are none yet.
+      slots: this layer's keys and values [B, S, K, H] to write into; None: none yet.
       starts: int32 [B], filled slots of each row, given with `slots`.
-      config: the model's.
-      capacity: S.
-
-    Returns:
-      x [B, T, D], and keys and values with the new tokens in them.
+      segments: int32 [B, T], equal for tokens of one sequence; None: a row is one.
     """
-    with jax.named_scope("attention"):
-        y, filled = attention(weights, x, cos, sin, slots, starts, config, capacity)
-        x = x + y
-    with jax.named_scope("mlp"):
-        x = x + mlp(weights, x, config)
-    if x.shape[1] > 1:
-        # Else XLA puts the cache writes of all layers off, and keeps their inputs.
-        x, filled = jax.lax.optimization_barrier((x, filled))
-    return x, filled
+
+    cos: jax.Array
+    sin: jax.Array
+    slots: Slots | None = None
+    starts: jax.Array | None = None
+    segments: jax.Array | None = None
 
 
 def attention(
-    weights: Mapping[str, Any],
+    weights: LayerParams,
     x: jax.Array,
-    cos: jax.Array,
-    sin: jax.Array,
-    slots: tuple[jax.Array, jax.Array] | None,
-    starts: jax.Array | None,
+    step: Step,
+    *,
     config: LlamaConfig,
     capacity: int,
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    window: int | None,
+    rotary: bool,
+) -> tuple[jax.Array, Slots]:
     """Norm, project, rotate, remember, attend, project back; see `decoder_layer`."""
     batch, count, _ = x.shape
     heads = (batch, count, -1, config.head_dim)
@@ -86,34 +73,75 @@ def attention(
     norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
     projected = linears(weights["self_attn"], "self_attn", x, norm, sizes)
     q, k, v = (y.reshape(heads) for y in projected)
-    turn = partial(
-        rotate,
-        cos=cos,
-        sin=sin,
-        layout=config.rope.layout,
-        precision=config.rope.precision,
-    )
-    if config.rope.lengths == "growing":  # keys are cached as they are
-        see = partial(attend_growing, cos=cos, sin=sin, rope=config.rope)
-    else:
-        q, k, see = turn(q), turn(k), attend
-    if slots is None or starts is None:
+    rope, tables = config.rope, {"cos": step.cos, "sin": step.sin}
+    see = partial(attend, window=window, segments=step.segments)
+    if rotary and rope.lengths == "growing":  # keys are cached as they are
+        see = partial(attend_growing, **tables, rope=rope, window=window)
+    elif rotary:
+        turn = partial(rotate, **tables, layout=rope.layout, precision=rope.precision)
+        q, k = turn(q), turn(k)
+    if step.slots is None or step.starts is None:
         y = see(q, k, v)
         slots = grow(k, capacity), grow(v, capacity)
     else:
-        slots = (write(slots[0], k, starts), write(slots[1], v, starts))
-        y = see(q, *slots, starts)
+        keys, values = step.slots
+        slots = write(keys, k, step.starts), write(values, v, step.starts)
+        y = see(q, *slots, step.starts)
     y = y.reshape(batch, count, -1)
     return linear(weights["self_attn"]["o_proj"], y), slots
 
 
-def mlp(weights: Mapping[str, Any], x: jax.Array, config: LlamaConfig) -> jax.Array:
+def mlp(weights: LayerParams, x: jax.Array, *, config: LlamaConfig) -> jax.Array:
     """down(act(gate(h)) * up(h)), h = norm(x)."""
     norm = weights["post_attention_layernorm"]["weight"], config.rms_norm_eps
     sizes = (config.intermediate_size, config.intermediate_size)
     gate, up = linears(weights["mlp"], "mlp", x, norm, sizes)
     inner = ACTIVATIONS[config.hidden_act](gate) * up
     return linear(weights["mlp"]["down_proj"], inner)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "capacity", "window", "rotary", "attention", "mlp"),
+)
+def decoder_layer(
+    weights: LayerParams,
+    x: jax.Array,
+    step: Step,
+    *,
+    config: LlamaConfig,
+    capacity: int,
+    window: int | None = None,
+    rotary: bool = True,
+    attention: Callable[..., tuple[jax.Array, Slots]] = attention,
+    mlp: Callable[..., jax.Array] = mlp,
+) -> tuple[jax.Array, Slots]:
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+      weights: the layer's subtree.
+      x: [B, T, D].
+      step: rotary tables, cache and segments.
+      config: the model's.
+      capacity: S.
+      window: a query sees this many keys up to its own; None: all of them.
+      rotary: whether queries and keys are rotated.
+      attention, mlp: what computes the two halves, called as those of this module.
+
+    Returns:
+      x [B, T, D], and keys and values [B, S, K, H] with the new tokens in them.
+    """
+    with jax.named_scope("attention"):
+        how = {"capacity": capacity, "window": window, "rotary": rotary}
+        y, slots = attention(weights, x, step, config=config, **how)
+        x = x + y
+    with jax.named_scope("mlp"):
+        x = x + mlp(weights, x, config=config)
+    if x.shape[1] > 1:
+        # Without it XLA (GPU, jax 0.11) puts the cache writes of all layers off to the
+        # end of a prompt, and keeps their inputs until then.
+        x, slots = jax.lax.optimization_barrier((x, slots))
+    return x, slots
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
@@ -123,7 +151,7 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
 
 
 def linears(
-    weights: Mapping[str, Any],
+    weights: Params,
     block: str,
     x: jax.Array,
     norm: tuple[jax.Array, float],

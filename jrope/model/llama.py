@@ -9,38 +9,44 @@ and called L times: a scan over stacked weights would copy a layer's weights eac
 Source: Touvron et al. 2023 (arXiv:2302.13971, 2307.09288).
 """
 
-from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Never
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike, DTypeLike
 
-from jrope.errors import JropeError
 from jrope.model.cache import KVCache, per_row
 from jrope.model.config import LlamaConfig, parameter_shapes
-from jrope.model.growing import slot_table
-from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.inputs import (
+    check_inputs,
+    check_segment_rope,
+    refuse_unknown,
+    rotary_table,
+    segment_positions,
+)
+from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.products import linear
 from jrope.numerics import cpu_barrier
-from jrope.rope import LongRope, table
-from jrope.tree import Tree, flatten, nest
+from jrope.tree import Params, Tree, flatten, nest
 
 
 def forward(
-    params: Mapping[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array | None = None,
+    params: Params,
+    tokens: ArrayLike,
+    positions: ArrayLike | None = None,
     cache: KVCache | None = None,
     *,
     config: LlamaConfig,
-    lengths: Any = None,
-    rope_lengths: Any = None,
+    lengths: ArrayLike | None = None,
+    rope_lengths: ArrayLike | None = None,
     capacity: int | None = None,
+    segment_ids: ArrayLike | None = None,
     logits: Literal["all", "last"] = "all",
+    **unknown: Never,
 ) -> tuple[jax.Array, KVCache]:
     """Next-token logits of every token, and the cache that holds them.
 
@@ -51,8 +57,8 @@ def forward(
       tokens: integers [B, T], rows padded on the right with anything.  An id outside
         the vocabulary makes its row NaN.
       positions: integers [B, T] for the rotary embedding; None: count on from the
-        cache.  They order nothing: attention is causal in the order given.  Growing
-        lengths take none.
+        cache, or from each segment's first token.  They order nothing: attention is
+        causal in the order given.  Growing lengths take none.
       cache: what earlier tokens left; None: there are none.
       lengths: valid tokens of each row, [B]; None: T.
       rope_lengths: each row's planned total length, scalar or [B], for the methods that
@@ -60,12 +66,18 @@ def forward(
         transformers takes, the largest position + 1 (of the row, not of the batch).
         Read where `config.rope.lengths` is "planned".
       capacity: slots of the cache that is made when none is given; None: T.
+      segment_ids: integers [B, T], several sequences packed into a row: a token sees
+        those before it whose id is its own.  Not with a cache, and what is returned as
+        one cannot be continued.
       logits: "all" tokens, or each row's "last" valid one.
 
     Returns:
       logits: float32 [B, T, V], or [B, V] for "last".  A row that overflows its cache
         is NaN.
       cache: the given one with the new tokens in it.
+
+    Raises:
+      JropeError: arguments of another type or shape, or that exclude each other.
     """
     x, cache = hidden_states(
         params,
@@ -76,6 +88,8 @@ def forward(
         lengths=lengths,
         rope_lengths=rope_lengths,
         capacity=capacity,
+        segment_ids=segment_ids,
+        **unknown,
     )
     if logits == "last":
         x = last_token(x, lengths)
@@ -83,25 +97,34 @@ def forward(
 
 
 def hidden_states(
-    params: Mapping[str, Any],
-    tokens: jax.Array,
-    positions: jax.Array | None = None,
+    params: Params,
+    tokens: ArrayLike,
+    positions: ArrayLike | None = None,
     cache: KVCache | None = None,
     *,
     config: LlamaConfig,
-    lengths: Any = None,
-    rope_lengths: Any = None,
+    lengths: ArrayLike | None = None,
+    rope_lengths: ArrayLike | None = None,
     capacity: int | None = None,
+    segment_ids: ArrayLike | None = None,
     remat: bool = False,
+    **unknown: Never,
 ) -> tuple[jax.Array, KVCache]:
     """`forward` up to and including the final norm: [B, T, D] in the dtype of `embed`.
 
     With `remat`, a backward pass keeps no more than each layer's input, and computes
     the rest of the layer anew: less memory for a third more time.
     """
-    batch, count = _check_tokens(tokens, positions, cache, capacity)
+    refuse_unknown("forward", unknown)
+    tokens, positions, segments = check_inputs(
+        params, tokens, positions, cache, capacity, segment_ids
+    )
+    batch, count = tokens.shape
     model = params["model"]
-    cos, sin, rope_lengths = _rotary_table(
+    if segments is not None:
+        check_segment_rope(config, rope_lengths)
+        positions = segment_positions(segments) if positions is None else positions
+    cos, sin, rope_lengths = rotary_table(
         config, tokens, positions, cache, lengths, rope_lengths, capacity
     )
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
@@ -109,112 +132,28 @@ def hidden_states(
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
     x = embed(model, tokens)
     starts = None if cache is None else cache.lengths
-    room = (
-        cache.capacity if cache is not None else count if capacity is None else capacity
-    )
+    if cache is not None:
+        capacity = cache.capacity
+    capacity = count if capacity is None else capacity
     keys, values = [], []
-    layer = partial(decoder_layer, config=config, capacity=room)
+    layer = partial(decoder_layer, config=config, capacity=capacity)
     layer = jax.checkpoint(layer) if remat else layer
+    step = Step(cos=cos, sin=sin, starts=starts, segments=segments)
     for i in range(config.num_hidden_layers):
-        slots = None if cache is None else (cache.keys[i], cache.values[i])
-        weights = model["layers"][str(i)]
-        x, (k, v) = layer(weights, x, cos, sin, slots, starts)
+        if cache is not None:
+            step = replace(step, slots=(cache.keys[i], cache.values[i]))
+        x, (k, v) = layer(model["layers"][str(i)], x, step)
         keys.append(k)
         values.append(v)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
     filled = per_row(count if lengths is None else lengths, batch)
     filled = filled if starts is None else starts + filled
-    x = jnp.where((filled > room)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+    x = jnp.where((filled > capacity)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
     cache = KVCache(tuple(keys), tuple(values), filled, per_row(rope_lengths, batch))
     return x, cache
 
 
-def _check_tokens(
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    cache: KVCache | None,
-    capacity: int | None,
-) -> tuple[int, int]:
-    dims = chex.Dimensions()
-    if tokens.ndim != 2 or not jnp.issubdtype(tokens.dtype, jnp.integer):
-        got = f"{tokens.dtype} {list(tokens.shape)}"
-        raise JropeError(f"tokens: got {got}, want integers [B, T]")
-    dims["BT"] = tokens.shape
-    if positions is not None:
-        chex.assert_shape(positions, dims["BT"])
-    if cache is not None and capacity is not None:
-        raise JropeError("capacity: the given cache already has one; give only one")
-    room = cache.capacity if cache is not None else capacity
-    if room is not None and tokens.shape[1] > room and cache is None:
-        raise JropeError(f"capacity: got {room}, want at least T = {tokens.shape[1]}")
-    return tokens.shape[0], tokens.shape[1]
-
-
-def _rotary_table(
-    config: LlamaConfig,
-    tokens: jax.Array,
-    positions: jax.Array | None,
-    cache: KVCache | None,
-    lengths: Any,
-    rope_lengths: Any,
-    capacity: int | None,
-) -> tuple[jax.Array, jax.Array, Any]:
-    """cos, sin [B, T, R], once for all layers, and the lengths they were made for.
-
-    For growing lengths of the slots, [B, S, R]: see `growing.attend_growing`.
-    """
-    batch, count = tokens.shape
-    counted, rule = positions is None, config.rope.lengths
-    if not counted and rule == "growing":
-        hint = "keys are rotated for their slots, whenever they are looked at"
-        raise JropeError(f"positions: growing lengths take none ({hint}); leave it out")
-    if positions is None:
-        steps = jnp.arange(count, dtype=jnp.int32)[None, :]
-        first = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
-        positions = first[:, None] + steps
-    if rule == "hf":
-        rope_lengths = _remembered(config, positions, cache, lengths)
-    elif rope_lengths is None:
-        if cache is not None:
-            rope_lengths = cache.rope_lengths
-        elif capacity is not None:
-            rope_lengths = capacity
-        elif counted:
-            rope_lengths = count if lengths is None else per_row(lengths, batch)
-        else:
-            rope_lengths = jnp.max(positions, axis=1).astype(jnp.int32) + 1
-    with jax.named_scope("rope"):
-        if rule == "growing":
-            room = cache.capacity if cache is not None else capacity or count
-            own = cache.lengths + 1 if cache is not None and count == 1 else None
-            cos, sin = slot_table(config.rope, room, own)
-        else:
-            cos, sin = table(config.rope, positions, length=rope_lengths)
-    return cos, sin, rope_lengths
-
-
-def _remembered(
-    config: LlamaConfig, positions: jax.Array, cache: KVCache | None, lengths: Any
-) -> jax.Array:
-    """The length that transformers' module computes this pass with, and remembers.
-
-    n is the largest position of the whole batch + 1.  Dynamic NTK takes the largest n
-    so far, forgotten when a pass stays strictly below the trained length; longrope this
-    pass's own.  Source: `dynamic_rope_update` of transformers 5.23.
-    """
-    batch, count = positions.shape
-    if lengths is not None:
-        valid = jnp.arange(count)[None, :] < per_row(lengths, batch)[:, None]
-        positions = jnp.where(valid, positions, 0)
-    newest, trained = jnp.max(positions) + 1, config.rope.trained_length or 0
-    if cache is None or isinstance(config.rope.scaling, LongRope):
-        return per_row(jnp.maximum(newest, trained), batch)
-    known = jnp.max(cache.rope_lengths)
-    reset = (newest < trained) & (known > trained)
-    return per_row(jnp.where(reset, trained, jnp.maximum(newest, known)), batch)
-
-
-def embed(model: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
+def embed(model: Params, tokens: jax.Array) -> jax.Array:
     """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it.
 
     They are in the embedding's dtype; of a quantised one, in that of the norms.
@@ -231,7 +170,7 @@ def embed(model: Mapping[str, Any], tokens: jax.Array) -> jax.Array:
     return (rows * scale[..., None]).astype(model["norm"]["weight"].dtype)
 
 
-def last_token(x: jax.Array, lengths: Any) -> jax.Array:
+def last_token(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
     """The last valid token of each row: [B, T, D] -> [B, D]."""
     if lengths is None:
         return x[:, -1]
@@ -239,9 +178,7 @@ def last_token(x: jax.Array, lengths: Any) -> jax.Array:
     return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1)[:, 0]
 
 
-def unembed(
-    params: Mapping[str, Any], x: jax.Array, *, config: LlamaConfig
-) -> jax.Array:
+def unembed(params: Params, x: jax.Array, *, config: LlamaConfig) -> jax.Array:
     """Logits of hidden states [..., D]: float32 [..., V], not rounded in between."""
     tied = config.tie_word_embeddings
     head = params["model"]["embed_tokens"] if tied else params["lm_head"]
@@ -249,7 +186,9 @@ def unembed(
         return linear(head, x, dtype=jnp.float32)
 
 
-def init_params(key: jax.Array, config: LlamaConfig, dtype: Any = jnp.float32) -> Tree:
+def init_params(
+    key: jax.Array, config: LlamaConfig, dtype: DTypeLike = jnp.float32
+) -> Tree:
     """Fresh weights: normal(0, initializer_range), norms one, biases zero."""
     flat: dict[str, jax.Array] = {}
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
@@ -271,7 +210,7 @@ class Llama(nn.Module):
     """
 
     config: LlamaConfig
-    param_dtype: Any = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, tokens: jax.Array, *args: Any, **kwargs: Any) -> Any:
@@ -285,6 +224,6 @@ class Llama(nn.Module):
         return init_params(key, self.config, self.param_dtype)[root]
 
 
-def count_parameters(params: Mapping[str, Any]) -> int:
+def count_parameters(params: Params) -> int:
     """Numbers in the tree."""
     return sum(int(np.prod(leaf.shape)) for leaf in flatten(params).values())

@@ -1,26 +1,27 @@
 """How likely a text is: log-probabilities of given tokens, the vocabulary in chunks."""
 
-from collections.abc import Mapping
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, unembed
+from jrope.tree import Params
 
 LOGITS_AT_ONCE = 256
 
 
 @partial(jax.jit, static_argnames=("config", "remat"))
 def score(
-    params: Mapping[str, Any],
-    tokens: jax.Array,
-    lengths: Any = None,
+    params: Params,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     config: LlamaConfig,
-    rope_lengths: Any = None,
+    rope_lengths: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
     remat: bool = False,
 ) -> jax.Array:
     """log p(token t + 1 | tokens up to t) for every t.
@@ -31,11 +32,12 @@ def score(
       params, config: the model.
       tokens: integers [B, T], rows padded on the right.
       lengths: valid tokens of each row, [B]; None: T.
-      rope_lengths: as in `llama.forward`.
+      rope_lengths, segment_ids: as in `forward`.
       remat: for training on long texts, see `llama.hidden_states`.
 
     Returns:
-      float32 [B, T - 1]; entries from lengths - 1 on are 0.
+      float32 [B, T - 1]; entries from lengths - 1 on are 0, and those of a segment's
+      first token.
     """
     x, cache = hidden_states(
         params,
@@ -43,15 +45,21 @@ def score(
         config=config,
         lengths=lengths,
         rope_lengths=rope_lengths,
+        segment_ids=segment_ids,
         remat=remat,
     )
-    scores = token_logprobs(params, x[:, :-1], tokens[:, 1:], config=config)
-    known = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]
-    return jnp.where(known < cache.lengths[:, None], scores, 0)
+    targets = jnp.asarray(tokens)[:, 1:]
+    scores = token_logprobs(params, x[:, :-1], targets, config=config)
+    steps = jnp.arange(1, x.shape[1], dtype=jnp.int32)[None, :]
+    known = steps < cache.lengths[:, None]
+    if segment_ids is not None:
+        segments = jnp.asarray(segment_ids)
+        known &= segments[:, 1:] == segments[:, :-1]
+    return jnp.where(known, scores, 0)
 
 
 def token_logprobs(
-    params: Mapping[str, Any], x: jax.Array, targets: jax.Array, *, config: LlamaConfig
+    params: Params, x: jax.Array, targets: jax.Array, *, config: LlamaConfig
 ) -> jax.Array:
     """log softmax(unembed(x))[target], never holding more than 256 x V logits a row.
 

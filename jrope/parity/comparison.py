@@ -13,7 +13,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import decoder_layer, rms_norm
+from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed, forward
 from jrope.model.with_rope import with_rope
 from jrope.parity.report import Report, segment, stage
@@ -151,7 +151,7 @@ def jrope_stages(
     seen = {"embeddings": x}
     layer = partial(decoder_layer, config=config, capacity=ids.shape[1])
     for i in range(config.num_hidden_layers):
-        x, _ = layer(model["layers"][str(i)], x, cos, sin, None, None)
+        x, _ = layer(model["layers"][str(i)], x, Step(cos=cos, sin=sin))
         seen[f"layer {i}"] = x
     seen["final norm"] = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
     seen["logits"], _ = _forward(params, tokens, positions, config=config)
