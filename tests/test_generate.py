@@ -89,18 +89,18 @@ def test_rows_stop_each_on_its_own(pad: int | None) -> None:
 
 def test_stops_and_pad_default_to_the_configuration() -> None:
     config = dataclasses.replace(model()[2], eos_token_id=(4, 9), pad_token_id=5)
-    rules = prepare(PROMPT, LENGTHS, config).rules
+    rules = prepare(PROMPT, LENGTHS, config).sampling
     assert rules.stop_ids.tolist() == [4, 9, *[-1] * 6] and int(rules.pad_id) == 5
-    rules = prepare(PROMPT, LENGTHS, config, stop_ids=[], pad_id=0).rules
+    rules = prepare(PROMPT, LENGTHS, config, stop_ids=[], pad_id=0).sampling
     assert rules.stop_ids.tolist() == [-1] * 8 and int(rules.pad_id) == 0
     config = dataclasses.replace(config, pad_token_id=None)
-    assert int(prepare(PROMPT, LENGTHS, config).rules.pad_id) == 0
+    assert int(prepare(PROMPT, LENGTHS, config).sampling.pad_id) == 0
 
 
 @pytest.mark.parametrize("count, room", [(0, 8), (1, 8), (8, 8), (9, 16), (16, 16)])
 def test_stop_ids_come_in_blocks(count: int, room: int) -> None:
     ids = np.arange(count)
-    got = prepare(PROMPT, LENGTHS, model()[2], stop_ids=ids).rules.stop_ids
+    got = prepare(PROMPT, LENGTHS, model()[2], stop_ids=ids).sampling.stop_ids
     assert got.tolist() == [*range(count), *[-1] * (room - count)]
 
 

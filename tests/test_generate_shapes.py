@@ -98,14 +98,16 @@ def lowered_decode(batch: int) -> tuple[jax.stages.Compiled, KVCache]:
     _, params, config = model()
     prompt = np.zeros((batch, 16), np.int32)
     request = prepare(prompt, None, config, max_new_tokens=2000)
-    caches = KVCache.empty(config, batch, 16 + request.room, "float32")
-    start = partial(first_token, config=config, room=request.room, scored=False)
+    caches = KVCache.empty(config, batch, 16 + request.output_slots, "float32")
+    start = partial(
+        first_token, config=config, output_slots=request.output_slots, scored=False
+    )
     last = jnp.zeros((batch, config.hidden_size), jnp.float32)
     rows = jax.eval_shape(
-        start, params, last, request.prompt, request.lengths, request.rules
+        start, params, last, request.prompt, request.lengths, request.sampling
     )
     limit = jnp.asarray(2000, jnp.int32)
-    lowered = decode.lower(params, caches, rows, request.rules, limit, config=config)
+    lowered = decode.lower(params, caches, rows, request.sampling, limit, config=config)
     return lowered.compile(), caches
 
 

@@ -50,7 +50,7 @@ class Decode:
         batch, dtype = len(lengths), params["model"]["norm"]["weight"].dtype
         prompt = np.ones((batch, 1), np.int32)
         request = prepare(prompt, None, config, max_new_tokens=new + 1, stop_ids=())
-        self.params, self.rules, self.new = params, request.rules, new
+        self.params, self.sampling, self.new = params, request.sampling, new
         self.lengths = jnp.asarray(lengths, jnp.int32)
         self.cache = KVCache.empty(config, batch, capacity, dtype)
         self.rows = first_token(
@@ -58,23 +58,23 @@ class Decode:
             jnp.ones((batch, config.hidden_size), dtype),
             jnp.asarray(request.prompt),
             jnp.asarray(request.lengths),
-            request.rules,
+            request.sampling,
             config=config,
-            room=request.room,
+            output_slots=request.output_slots,
             scored=False,
         )
         self.limit = jnp.asarray(new + 1, jnp.int32)
-        args = (params, self.cache, self.rows, self.rules, self.limit)
+        args = (params, self.cache, self.rows, self.sampling, self.limit)
         self.program = Program(decode, *args, config=config)
 
     def run(self, sampler: Sampler) -> float:
         """Seconds of a step."""
-        rules = replace(self.rules, sampler=sampler)
+        sampling = replace(self.sampling, sampler=sampler)
         cache = replace(self.cache, lengths=self.lengths + 0)  # it will be donated
         jax.block_until_ready((cache, self.rows))
         begin = time.perf_counter()
         self.cache, rows = self.program.call(
-            self.params, cache, self.rows, rules, self.limit
+            self.params, cache, self.rows, sampling, self.limit
         )
         jax.block_until_ready(rows)
         return (time.perf_counter() - begin) / self.new
@@ -100,8 +100,9 @@ class Prefill:
         static = {"config": config, "capacity": capacity, "scored": False}
         self.program = Program(prefill, *self.args, **static)
         last, _, _ = self.program.call(*self.args)
-        self.first_args = (tokens[:, :-1], lengths, request.rules)
-        static = {"config": config, "room": request.room, "scored": False}
+        self.first_args = (tokens[:, :-1], lengths, request.sampling)
+        static["output_slots"] = request.output_slots
+        del static["capacity"]
         self.first = Program(first_token, params, last, *self.first_args, **static)
         self.program.compile_seconds += self.first.compile_seconds
 

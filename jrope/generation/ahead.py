@@ -1,21 +1,28 @@
 """Compiling ahead: what `generate` will run, before the weights are there."""
 
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
-from jrope.generation.loop import decode, first_of, first_token, piece_of, prefill
+from jrope.generation.loop import (
+    chunk_inputs,
+    decode,
+    first_token,
+    first_token_inputs,
+    prefill,
+)
 from jrope.generation.request import Options, prepare
 from jrope.model.config import LlamaConfig
+from jrope.tree import Params
 
 
 def compile_ahead(
-    params: Mapping[str, Any],
-    prompt: Any,
-    lengths: Any = None,
+    params: Params,
+    prompt: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     config: LlamaConfig,
     logprobs: bool = False,
@@ -35,20 +42,20 @@ def compile_ahead(
     """
     request = prepare(prompt, lengths, config, **options)
     static: dict[str, Any] = {"config": config, "scored": logprobs}
-    first = (params, *piece_of(request, 0), None, None)
+    first = (params, *chunk_inputs(request, 0), None, None)
     static_first = {**static, "capacity": request.capacity}
     last, cache, _ = prefill.eval_shape(*first, **static_first)
     lowered = [prefill.lower(*first, **static_first)]
     if request.prefill_chunk < request.width:
-        later = (params, *piece_of(request, 0), cache, last)
+        later = (params, *chunk_inputs(request, 0), cache, last)
         lowered.append(prefill.lower(*later, capacity=None, **static))
-    drawn = (params, last, *first_of(request))
-    static["room"] = request.room
-    rows = first_token.eval_shape(*drawn, **static)
+    drawn = (params, last, *first_token_inputs(request))
+    static["output_slots"] = request.output_slots
+    state = first_token.eval_shape(*drawn, **static)
     lowered.append(first_token.lower(*drawn, **static))
     limit = jax.ShapeDtypeStruct((), jnp.int32)
     lowered.append(
-        decode.lower(params, cache, rows, request.rules, limit, config=config)
+        decode.lower(params, cache, state, request.sampling, limit, config=config)
     )
     pool = ThreadPoolExecutor(len(lowered))
     try:

@@ -4,7 +4,7 @@ Each compiles once per bucket of shapes (`request`), whatever the prompts, the s
 the seeds, the stop ids and the number of new tokens; the loop runs on the device.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Unpack, final
@@ -12,14 +12,16 @@ from typing import Any, Unpack, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jrope.errors import check_count
-from jrope.generation.request import Options, Request, Rules, prepare
+from jrope.generation.request import Options, Request, SamplingParams, prepare
 from jrope.generation.sample import log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token, unembed
 from jrope.model.scores import token_logprobs
+from jrope.tree import Params
 
 
 @final
@@ -30,6 +32,9 @@ class Generation:
     Args:
       tokens: int32 [B, max_new_tokens], new tokens only, pad id after a row's stop.
       lengths: int32 [B], new tokens of each row, its stop id included.
+      finite: bool [B], whether every logit that a row's tokens were drawn from was a
+        finite number.  Where not, its tokens mean nothing: weights hold a NaN, or
+        float16 overflowed, which bfloat16 does not.
       logprobs: float32 [B, max_new_tokens] under the model itself (before temperature
         and filters), 0 after the stop; None unless asked for.
       prompt_logprobs: float32 [B, T - 1], as `score` gives; None unless asked for.
@@ -37,28 +42,30 @@ class Generation:
 
     tokens: jax.Array
     lengths: jax.Array
+    finite: jax.Array
     logprobs: jax.Array | None
     prompt_logprobs: jax.Array | None
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class _Rows:
+class DecodeState:
     """What decoding knows of its rows besides the cache."""
 
     last: jax.Array  # int32 [B], the newest token, not yet in the cache
-    tokens: jax.Array  # int32 [B, room]
-    logprobs: jax.Array  # float32 [B, room], or [B, 0] when not asked for
+    tokens: jax.Array  # int32 [B, output_slots]
+    logprobs: jax.Array  # float32 [B, output_slots], or [B, 0] when not asked for
     seen: jax.Array  # bool [B, V], for the repetition penalty
     done: jax.Array  # bool [B]
+    finite: jax.Array  # bool [B], no logit so far was NaN or infinite
     lengths: jax.Array  # int32 [B], new tokens
     step: jax.Array  # int32 [], columns of `tokens` that are filled
 
 
 def generate(
-    params: Mapping[str, Any],
-    prompt: Any,
-    lengths: Any = None,
+    params: Params,
+    prompt: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     config: LlamaConfig,
     logprobs: bool = False,
@@ -81,27 +88,29 @@ def generate(
       JropeError: an empty prompt, ids outside the vocabulary, a missing key, ...
     """
     request = prepare(prompt, lengths, config, **options)
-    cache, rows, prompt_scores = begin(params, request, config, logprobs)
+    start = prefill_and_first_token(params, request, config, logprobs)
+    cache, state, prompt_scores = start
     limit = jnp.asarray(request.max_new_tokens, jnp.int32)
-    _, rows = decode(params, cache, rows, request.rules, limit, config=config)
+    _, state = decode(params, cache, state, request.sampling, limit, config=config)
     new = request.max_new_tokens
     return Generation(
-        tokens=rows.tokens[:, :new],
-        lengths=jnp.minimum(rows.lengths, new),
-        logprobs=rows.logprobs[:, :new] if logprobs else None,
+        tokens=state.tokens[:, :new],
+        lengths=jnp.minimum(state.lengths, new),
+        finite=state.finite,
+        logprobs=state.logprobs[:, :new] if logprobs else None,
         prompt_logprobs=prompt_scores,
     )
 
 
 def stream(
-    params: Mapping[str, Any],
-    prompt: Any,
-    lengths: Any = None,
+    params: Params,
+    prompt: ArrayLike,
+    lengths: ArrayLike | None = None,
     *,
     config: LlamaConfig,
     chunk: int = 8,
     **options: Unpack[Options],
-) -> Iterator[np.ndarray]:
+) -> "Stream":
     """`generate` as it goes: the same tokens in blocks of columns.
 
     The first token comes alone, then `chunk` at a time; a block is read while the
@@ -111,39 +120,57 @@ def stream(
       chunk: tokens per row between two looks at the device.
       params, prompt, lengths, config, options: as in `generate`.
 
-    Yields:
-      int32 [B, n], the next n tokens of every row; ends when every row has stopped.
+    Returns:
+      An iterator of int32 [B, n], the next n tokens of every row; it ends when every
+      row has stopped.
 
     Raises:
       JropeError: as `generate`, at the call, not at the first block.
     """
     check_count("chunk", chunk, 1)
-    request = prepare(prompt, lengths, config, **options)
-    return _blocks(params, request, config, chunk)
+    return Stream(params, prepare(prompt, lengths, config, **options), config, chunk)
 
 
-def _blocks(
-    params: Mapping[str, Any], request: Request, config: LlamaConfig, chunk: int
-) -> Iterator[np.ndarray]:
-    if request.max_new_tokens == 0:
-        return
-    cache, rows, _ = begin(params, request, config, False)
-    told = 0
-    for planned in [*range(1, request.max_new_tokens, chunk), None]:
-        ahead = rows
-        if planned is not None:
-            limit = min(planned + chunk, request.max_new_tokens)
-            limit = jnp.asarray(limit, jnp.int32)
-            cache, ahead = decode(
-                params, cache, rows, request.rules, limit, config=config
-            )
-        reached = int(rows.step)  # waits for the block before, not for this one
-        if reached > told:
-            yield np.asarray(rows.tokens)[:, told:reached]
-        told = reached
-        if bool(rows.done.all()):
+@final
+class Stream(Iterator[np.ndarray]):
+    """The blocks of `stream`.
+
+    Attributes:
+      finite: bool [B], as `Generation.finite`, of the blocks so far.
+    """
+
+    def __init__(
+        self, params: Params, request: Request, config: LlamaConfig, chunk: int
+    ) -> None:
+        self.finite = np.ones(len(request.prompt), bool)
+        self._blocks = self._run(params, request, config, chunk)
+
+    def __next__(self) -> np.ndarray:
+        return next(self._blocks)
+
+    def _run(
+        self, params: Params, request: Request, config: LlamaConfig, chunk: int
+    ) -> Iterator[np.ndarray]:
+        if request.max_new_tokens == 0:
             return
-        rows = ahead
+        cache, state, _ = prefill_and_first_token(params, request, config, False)
+        emitted = 0
+        for planned in [*range(1, request.max_new_tokens, chunk), None]:
+            following = state
+            if planned is not None:
+                limit = min(planned + chunk, request.max_new_tokens)
+                limit = jnp.asarray(limit, jnp.int32)
+                cache, following = decode(
+                    params, cache, state, request.sampling, limit, config=config
+                )
+            reached = int(state.step)  # waits for the block before, not for this one
+            self.finite = np.asarray(state.finite)
+            if reached > emitted:
+                yield np.asarray(state.tokens)[:, emitted:reached]
+            emitted = reached
+            if bool(state.done.all()):
+                return
+            state = following
 
 
 @partial(
@@ -152,7 +179,7 @@ def _blocks(
     donate_argnames=("cache",),
 )
 def prefill(
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     lengths: jax.Array,
     rope_lengths: jax.Array,
@@ -163,15 +190,15 @@ def prefill(
     capacity: int | None,
     scored: bool,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
-    """A piece of the prompts into a fresh cache, or onto the one given.
+    """A chunk of the prompts into a fresh cache, or onto the one given.
 
     Args:
       params, config: the model.
-      tokens: int32 [B, T + 1], the piece and the token after it.
-      lengths: valid tokens of the piece, int32 [B].
+      tokens: int32 [B, T + 1], the chunk and the token after it.
+      lengths: valid tokens of the chunk, int32 [B].
       rope_lengths: int32 [B], planned totals.
-      cache: what the pieces before left, None for the first one.
-      last: [B, D], hidden states that rows without a token in this piece keep.
+      cache: what the chunks before left, None for the first one.
+      last: [B, D], hidden states that rows without a token in this chunk keep.
       capacity: slots of a fresh cache.
       scored: whether to return log p(token t + 1 | tokens up to t).
 
@@ -194,120 +221,136 @@ def prefill(
     return newest, cache, scores
 
 
-@partial(jax.jit, static_argnames=("config", "room", "scored"))
+@partial(jax.jit, static_argnames=("config", "output_slots", "scored"))
 def first_token(
-    params: Mapping[str, Any],
+    params: Params,
     last: jax.Array,
     prompt: jax.Array,
     lengths: jax.Array,
-    rules: Rules,
+    sampling: SamplingParams,
     *,
     config: LlamaConfig,
-    room: int,
+    output_slots: int,
     scored: bool,
-) -> _Rows:
+) -> DecodeState:
     """Draw each row's first new token from the hidden state [B, D] of its prompt."""
     batch, width = prompt.shape
     valid = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
     ids = jnp.where(valid, prompt, config.vocab_size)
     seen = jnp.zeros((batch, config.vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
-    rows = _Rows(
+    state = DecodeState(
         last=jnp.zeros(batch, jnp.int32),
-        tokens=jnp.full((batch, room), rules.pad_id, jnp.int32),
-        logprobs=jnp.zeros((batch, room if scored else 0), jnp.float32),
+        tokens=jnp.full((batch, output_slots), sampling.pad_id, jnp.int32),
+        logprobs=jnp.zeros((batch, output_slots if scored else 0), jnp.float32),
         seen=seen,
         done=jnp.zeros(batch, bool),
+        finite=jnp.ones(batch, bool),
         lengths=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
-    return _draw(unembed(params, last, config=config), rows, rules)
+    return draw_token(unembed(params, last, config=config), state, sampling)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
 def decode(
-    params: Mapping[str, Any],
+    params: Params,
     cache: KVCache,
-    rows: _Rows,
-    rules: Rules,
+    state: DecodeState,
+    sampling: SamplingParams,
     limit: jax.Array,
     *,
     config: LlamaConfig,
-) -> tuple[KVCache, _Rows]:
+) -> tuple[KVCache, DecodeState]:
     """Draw tokens on the device until column `limit` or until every row has stopped."""
 
-    def unfinished(state: tuple[KVCache, _Rows]) -> jax.Array:
-        return (state[1].step < limit) & ~jnp.all(state[1].done)
+    def unfinished(carry: tuple[KVCache, DecodeState]) -> jax.Array:
+        return (carry[1].step < limit) & ~jnp.all(carry[1].done)
 
-    def step(state: tuple[KVCache, _Rows]) -> tuple[KVCache, _Rows]:
-        cache, rows = state
-        x, cache = hidden_states(params, rows.last[:, None], cache=cache, config=config)
-        return cache, _draw(unembed(params, x[:, 0], config=config), rows, rules)
+    def step(carry: tuple[KVCache, DecodeState]) -> tuple[KVCache, DecodeState]:
+        cache, state = carry
+        last = state.last[:, None]
+        x, cache = hidden_states(params, last, cache=cache, config=config)
+        logits = unembed(params, x[:, 0], config=config)
+        return cache, draw_token(logits, state, sampling)
 
-    return jax.lax.while_loop(unfinished, step, (cache, rows))
+    return jax.lax.while_loop(unfinished, step, (cache, state))
 
 
-def _draw(logits: jax.Array, rows: _Rows, rules: Rules) -> _Rows:
-    """One new token for every row that goes on; write down what came of it."""
+def draw_token(
+    logits: jax.Array, state: DecodeState, sampling: SamplingParams
+) -> DecodeState:
+    """One new token for every row that goes on, from float32 logits [B, V]."""
     with jax.named_scope("sample"):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(rules.keys, rows.step)
-        drawn = rules.sampler(logits, keys, rows.seen)
-    token = jnp.where(rows.done, rules.pad_id, drawn)
-    stopped = jnp.any(drawn[:, None] == rules.stop_ids[None, :], axis=1)
-    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=rows.step, axis=1)
-    scores = rows.logprobs
+        keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
+        drawn = sampling.sampler(logits, keys, state.seen)
+    # A sum: of float32 numbers with a NaN, XLA's CPU maximum may be none (jax 0.10).
+    finite = jnp.isfinite(jnp.sum(logits, axis=-1)) | state.done
+    token = jnp.where(state.done, sampling.pad_id, drawn)
+    stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
+    put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+    scores = state.logprobs
     if scores.shape[1]:
-        score = jnp.where(rows.done, 0, log_probs(logits, drawn))
+        score = jnp.where(state.done, 0, log_probs(logits, drawn))
         scores = put(scores, score[:, None])
     batch = jnp.arange(token.shape[0], dtype=jnp.int32)
     return replace(
-        rows,
+        state,
         last=token,
-        tokens=put(rows.tokens, token[:, None]),
+        tokens=put(state.tokens, token[:, None]),
         logprobs=scores,
-        seen=rows.seen.at[batch, drawn].set(True),
-        done=rows.done | stopped,
-        lengths=rows.lengths + (~rows.done).astype(jnp.int32),
-        step=rows.step + 1,
+        seen=state.seen.at[batch, drawn].set(True),
+        done=state.done | stopped,
+        finite=state.finite & finite,
+        lengths=state.lengths + (~state.done).astype(jnp.int32),
+        step=state.step + 1,
     )
 
 
-def begin(
-    params: Mapping[str, Any], request: Request, config: LlamaConfig, scored: bool
-) -> tuple[KVCache, _Rows, jax.Array | None]:
-    """Prefill, in pieces where asked, and the first token."""
+def prefill_and_first_token(
+    params: Params, request: Request, config: LlamaConfig, scored: bool
+) -> tuple[KVCache, DecodeState, jax.Array | None]:
+    """Prefill, in chunks where asked, and the first token."""
     size, static = request.prefill_chunk, {"config": config, "scored": scored}
 
-    def piece(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    def chunk(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
         capacity = None if at else request.capacity
-        args = (*piece_of(request, at), *so_far)
+        args = (*chunk_inputs(request, at), *so_far)
         return prefill(params, *args, capacity=capacity, **static)
 
-    last, cache, score = piece(0, None, None)
+    last, cache, score = chunk(0, None, None)
     scores = [score]
     for at in range(size, request.width, size):
-        last, cache, score = piece(at, cache, last)
+        last, cache, score = chunk(at, cache, last)
         scores.append(score)
-    rows = first_token(params, last, *first_of(request), room=request.room, **static)
-    return cache, rows, _prompt_scores(scores, request) if scored else None
+    state = first_token(
+        params,
+        last,
+        *first_token_inputs(request),
+        output_slots=request.output_slots,
+        **static,
+    )
+    return cache, state, _prompt_scores(scores, request) if scored else None
 
 
-def piece_of(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, lengths and planned totals of the piece of the prompts from `at` on."""
+def chunk_inputs(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, lengths and planned totals of the chunk of the prompts from `at` on."""
     size = request.prefill_chunk
-    ahead = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
+    tokens = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
     valid = np.clip(request.lengths - at, 0, size)
     planned = request.lengths + request.max_new_tokens
     return (
-        jnp.asarray(ahead[:, : size + 1]),
+        jnp.asarray(tokens[:, : size + 1]),
         jnp.asarray(valid, jnp.int32),
         jnp.asarray(planned, jnp.int32),
     )
 
 
-def first_of(request: Request) -> tuple[jax.Array, jax.Array, Rules]:
-    """What `first_token` is told of the request."""
-    return jnp.asarray(request.prompt), jnp.asarray(request.lengths), request.rules
+def first_token_inputs(
+    request: Request,
+) -> tuple[jax.Array, jax.Array, SamplingParams]:
+    """Prompts, lengths and sampling parameters, as `first_token` takes them."""
+    return jnp.asarray(request.prompt), jnp.asarray(request.lengths), request.sampling
 
 
 def _prompt_scores(scores: list[Any], request: Request) -> jax.Array:

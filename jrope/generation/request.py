@@ -22,7 +22,7 @@ LONGEST = 2**30  # tokens of a row: positions, and the buckets above them, are i
 
 
 class Options(TypedDict, total=False):
-    """What `generate` and `stream` may be told, all optional.
+    """What `generate` and `stream` take besides the prompt, all optional.
 
     Args:
       sampler: how tokens are drawn; None: greedy.
@@ -47,7 +47,7 @@ class Options(TypedDict, total=False):
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Rules:
+class SamplingParams:
     """The traced part of a request."""
 
     sampler: Sampler
@@ -62,8 +62,8 @@ class Request:
 
     prompt: np.ndarray  # int32 [B, T], padded to the bucket
     lengths: np.ndarray  # int32 [B]
-    rules: Rules
-    room: int  # columns of the output buffer
+    sampling: SamplingParams
+    output_slots: int  # columns of the output buffer
     max_new_tokens: int
     prefill_chunk: int
     width: int  # T as given
@@ -71,7 +71,7 @@ class Request:
     @property
     def capacity(self) -> int:
         """Cache slots: of the padded prompt and everything that may follow."""
-        return self.prompt.shape[1] + self.room
+        return self.prompt.shape[1] + self.output_slots
 
 
 def bucket(length: int) -> int:
@@ -133,8 +133,8 @@ def prepare(
     return Request(
         prompt=tokens,
         lengths=lengths.astype(np.int32),
-        rules=_rules(batch, config, sampler, key, seeds, stop_ids, pad_id),
-        room=bucket(max(max_new_tokens, 1)),
+        sampling=_sampling_params(batch, config, sampler, key, seeds, stop_ids, pad_id),
+        output_slots=bucket(max(max_new_tokens, 1)),
         max_new_tokens=int(max_new_tokens),
         prefill_chunk=chunk,
         width=width,
@@ -168,7 +168,7 @@ def _check_ids(name: str, ids: Any, config: LlamaConfig) -> None:
         )
 
 
-def _rules(
+def _sampling_params(
     batch: int,
     config: LlamaConfig,
     sampler: Sampler | None,
@@ -176,7 +176,7 @@ def _rules(
     seeds: Any,
     stop_ids: Sequence[int] | None,
     pad_id: int | None,
-) -> Rules:
+) -> SamplingParams:
     sampler = Sampler() if sampler is None else sampler
     key = _one_key(key, sampler)
     seeds = np.arange(batch) if seeds is None else np.asarray(seeds)
@@ -191,7 +191,7 @@ def _rules(
     if pad is not None:
         check_count("pad_id", pad, -(2**31))
     folds = jnp.asarray(seeds.astype(np.uint32))
-    return Rules(
+    return SamplingParams(
         sampler=sampler,
         keys=jax.vmap(jax.random.fold_in, (None, 0))(key, folds),
         stop_ids=jnp.asarray(stops, jnp.int32),
