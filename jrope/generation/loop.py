@@ -281,6 +281,9 @@ def draw_token(
     logits: jax.Array, state: DecodeState, sampling: SamplingParams
 ) -> DecodeState:
     """One new token for every row that goes on, from float32 logits [B, V]."""
+    # Without it XLA's GPU backend (jax 0.11) computes the head's product once for the
+    # sampler and again for the sum below: 0.33 ms more of 5.66 a step (8B, H100).
+    logits = jax.lax.optimization_barrier(logits)
     with jax.named_scope("sample"):
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
         drawn = sampling.sampler(logits, keys, state.seen)
