@@ -54,7 +54,7 @@ def test_parse_rope(text: str, name: str, fields: dict[str, Any]):
         ("nkt:2", "did you mean 'ntk'?"),
         ("yarn", "needs factor"),
         ("yarn:4,fac=1", r"has no field ['fac']"),
-        ("linear:0", "--rope 'linear:0': factor: got 0, want a finite number > 0"),
+        ("linear:0", "--rope 'linear:0': factor: got 0, want a number, at least 1"),
         ("linear:nan", "factor: got nan"),
         ("linear:true", "factor: got True"),
         ("linear:1:2", "factor: got (1, 2)"),

@@ -357,11 +357,11 @@ def test_condense() -> None:
     assert with_rope(config, "condense", factor=8) == got
     assert with_rope(got, condense=1) == config
     kept = with_rope(got, "linear", factor=2).rope
-    assert (kept.condense, kept.scaling) == (8, Linear(factor=2))
+    assert (kept.condense, kept.scaling) == (1, Linear(factor=2))
     both = with_rope(config, "yarn", factor=4, condense=2.5)
     assert (both.rope.condense, both.rope.scaling) == (2.5, METHODS["yarn"][1])
     changed = with_rope(both, "condense", factor=3).rope
-    assert (changed.condense, changed.scaling) == (3, METHODS["yarn"][1])
+    assert (changed.condense, changed.scaling) == (3, None)
 
 
 def test_precision() -> None:
@@ -403,7 +403,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"method": Linear(factor=2), "factor": 2},
         r"fields \['factor'\] given without a method's name$",
     ),
-    "value": ({"method": "linear", "factor": 0}, "factor: got 0, want a finite number"),
+    "value": (
+        {"method": "linear", "factor": 0},
+        "factor: got 0, want a number, at least 1",
+    ),
     "original of 0": (
         {"method": "longrope", "short": FACTORS, "long": FACTORS, "original": 0},
         "original_length: got 0, want a positive integer",

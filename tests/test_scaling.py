@@ -164,10 +164,22 @@ def test_yarn_mscale_counts_only_with_mscale_all_dim() -> None:
 LLAMA3 = {"factor": 8, "original_length": 64}
 BAD_METHODS: list[tuple[Any, dict[str, Any], str]] = [
     *(
-        (Linear, {"factor": x}, r"factor: got .*a finite number > 0")
+        (Linear, {"factor": x}, r"factor: got .*a number, at least 1")
         for x in BAD_NUMBERS
     ),
-    (NTKAware, {"factor": 0}, r"factor: got 0, want a finite number > 0"),
+    *(
+        (kind, {"factor": x, **more}, r"factor: got .*, want a number, at least 1")
+        for kind, more in (
+            (Linear, {}),
+            (NTKAware, {}),
+            (Yarn, {"original_length": 64}),
+            (
+                Llama3,
+                {"original_length": 64, "low_freq_factor": 1, "high_freq_factor": 4},
+            ),
+        )
+        for x in (0, 0.5, 1e-30)
+    ),
     (DynamicNTK, {"factor": -2, "original_length": 64}, r"factor: got -2"),
     (
         DynamicNTK,
@@ -200,7 +212,7 @@ BAD_METHODS: list[tuple[Any, dict[str, Any], str]] = [
     *(
         (DynamicYarn, {"original_length": 64, **bad}, message)
         for bad, message in (
-            ({"factor": 0.5}, r"factor: got 0.5, want at least 1 for dynamic YaRN"),
+            ({"factor": 0.5}, r"factor: got 0.5, want a number, at least 1"),
             ({"factor": True}, r"factor: got True"),
             ({"original_length": 0}, r"original_length: got 0"),
             ({"beta_slow": -1}, r"beta_slow: got -1"),

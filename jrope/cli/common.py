@@ -143,9 +143,8 @@ def add_rope_arguments(
     parser: argparse.ArgumentParser, *, precision: bool = True
 ) -> None:
     """Add --rope, --condense; --precision, --rope-lengths where something is run."""
-    parser.add_argument(
-        "--rope", metavar="SPEC", help="another rotary embedding, see below"
-    )
+    text = "another rotary embedding instead of the folder's, see below"
+    parser.add_argument("--rope", metavar="SPEC", help=text)
     parser.add_argument(
         "--condense", metavar="C", type=number, help="divide positions by this"
     )
@@ -186,18 +185,21 @@ def apply_rope(config: LlamaConfig, args: argparse.Namespace) -> LlamaConfig:
     name, fields = (None, {}) if args.rope is None else parse_rope(args.rope)
     if name == "condense" and args.condense is not None:
         raise JropeError("--rope condense and --condense are the same; give one")
-    precision = getattr(args, "precision", None)
+    chosen = {
+        "condense": args.condense,
+        "precision": getattr(args, "precision", None),
+        "lengths": getattr(args, "rope_lengths", None),
+    }
     try:
-        config = with_rope(config, condense=args.condense, precision=precision)
+        return with_rope(config, name, **chosen, **fields)
     except JropeError as error:
-        raise JropeError(f"--condense {args.condense}: {error}") from None
-    lengths = getattr(args, "rope_lengths", None)
-    try:
-        return with_rope(config, name, lengths=lengths, **fields)
-    except JropeError as error:
-        given = "" if args.rope is None else f"--rope {args.rope!r}"
-        given += "" if lengths is None else f" --rope-lengths {lengths}"
-        raise JropeError(f"{given.strip()}: {error}") from None
+        words = [] if args.rope is None else [f"--rope {args.rope!r}"]
+        for flag, value in (
+            ("condense", args.condense),
+            ("rope-lengths", chosen["lengths"]),
+        ):
+            words += [] if value is None else [f"--{flag} {value}"]
+        raise JropeError(f"{' '.join(words)}: {error}") from None
 
 
 def reach(config: LlamaConfig) -> int | None:

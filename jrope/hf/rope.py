@@ -233,6 +233,9 @@ def _scaling(
             value = tuple(value)
         fields[field.name] = value
     longest = positive_integer(config, "max_position_embeddings")
+    if kind == "longrope" and "original_length" not in fields:
+        hint = "without it the switch from short to long factors has no place"
+        raise JropeError(f"{where}: rope type 'longrope' needs {ORIGINAL}; {hint}")
     original = fields.get("original_length", longest)
     ratio = longest / original if original and is_positive(original) else 1.0
     if kind == "yarn" and given.get("factor", 1) is None:

@@ -19,13 +19,18 @@ def with_rope(
 ) -> LlamaConfig:
     """The same model with another rotary embedding; weights stay as they are.
 
+    A method replaces the whole embedding that the configuration has: positions are
+    divided by nothing unless `condense` says so, and lengths are "planned" unless
+    `lengths` says otherwise.  Without a method, only what is given changes.
+
     Args:
       config: any configuration.
-      method: a name in `rope.ROPE_TYPES`, "default" for none, "condense" (with factor),
-        or a method object; None keeps what the configuration has.
-      condense: divide positions by this; None keeps.
+      method: a name in `rope.ROPE_TYPES`, "default" for none, "condense" (with factor)
+        for plain RoPE of divided positions, or a method object; None keeps what the
+        configuration has.
+      condense: divide positions by this.
       precision: "parity" or "accurate"; None keeps.
-      lengths: "planned", "growing" or "hf", see `rope`; None keeps.
+      lengths: "planned", "growing" or "hf", see `rope`.
       fields: the named method's fields.  `original_length` (or `original`) defaults to
         the trained length that the configuration states, longrope's `factor` to
         max_position_embeddings / original_length.
@@ -36,21 +41,23 @@ def with_rope(
     >>> with_rope(config, "yarn", factor=4)  # doctest: +SKIP
     """
     changes: dict[str, Any] = {}
+    if method is not None:
+        changes = {"scaling": None, "condense": 1.0, "lengths": "planned"}
     if method == "condense":
         if set(fields) != {"factor"} or condense is not None:
             raise JropeError(
                 f"rope 'condense' takes factor alone, got {sorted(fields)}"
             )
-        method, condense, fields = None, fields["factor"], {}
-    if isinstance(method, str):
-        trained = config.rope.trained_length or config.max_position_embeddings
+        condense = fields["factor"]
+    elif isinstance(method, str):
         longest = config.max_position_embeddings
+        trained = config.rope.trained_length or longest
         changes["scaling"] = build(method, fields, trained=trained, longest=longest)
     elif fields:
         raise JropeError(f"fields {sorted(fields)} given without a method's name")
     elif method is not None:
         changes["scaling"] = method
-    told = {"condense": condense, "precision": precision, "lengths": lengths}
-    changes |= {name: value for name, value in told.items() if value is not None}
+    given = {"condense": condense, "precision": precision, "lengths": lengths}
+    changes |= {name: value for name, value in given.items() if value is not None}
     rope = dataclasses.replace(config.rope, **changes)
     return dataclasses.replace(config, rope=rope)

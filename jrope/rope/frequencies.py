@@ -5,7 +5,7 @@ from typing import Any, TypeAlias
 import jax
 import numpy as np
 
-from jrope.errors import check, is_positive
+from jrope.errors import check, is_number, is_positive
 from jrope.numerics import Float
 
 Length: TypeAlias = int | jax.Array | np.ndarray | None
@@ -47,3 +47,13 @@ def check_length(method: object) -> None:
     value = getattr(method, "original_length")  # noqa: B009
     good = is_positive(value) and isinstance(value, int)
     check(good, "original_length", value, "a positive integer")
+
+
+def check_factor(method: object) -> None:
+    """Raise a JropeError unless `factor` is a number of at least 1.
+
+    Below 1 it would shrink the context; transformers warns of it, and goes on.
+    """
+    value = getattr(method, "factor")  # noqa: B009
+    good = is_number(value) and value >= 1
+    check(good, "factor", value, "a number, at least 1")

@@ -31,6 +31,7 @@ from jrope.numerics import Float, round_to, with_rank
 from jrope.rope.frequencies import (
     Length,
     base_frequencies,
+    check_factor,
     check_length,
     ntk_theta,
     wavelength_powers,
@@ -58,7 +59,7 @@ class Linear:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor")
+        check_factor(self)
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
@@ -75,7 +76,7 @@ class NTKAware:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor")
+        check_factor(self)
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
@@ -97,9 +98,8 @@ class DynamicNTK:
     needs_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor")
+        check_factor(self)
         check_length(self)
-        check(self.factor >= 1, "factor", self.factor, "at least 1 for dynamic NTK")
 
     def __call__(
         self, rotary_dim: int, theta: float, length: Length, dtype: Float = np.float32
@@ -144,7 +144,8 @@ class Yarn:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor", "beta_fast", "beta_slow")
+        check_factor(self)
+        check_positive(self, "beta_fast", "beta_slow")
         for name in ("attention_factor", "mscale", "mscale_all_dim"):
             if getattr(self, name) is not None:
                 check_positive(self, name)
@@ -192,9 +193,9 @@ class DynamicYarn:
     needs_length: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor", "beta_fast", "beta_slow")
+        check_factor(self)
+        check_positive(self, "beta_fast", "beta_slow")
         check_length(self)
-        check(self.factor >= 1, "factor", self.factor, "at least 1 for dynamic YaRN")
         wanted = f"more than beta_slow ({self.beta_slow})"
         check(self.beta_fast > self.beta_slow, "beta_fast", self.beta_fast, wanted)
 
@@ -235,7 +236,8 @@ class Llama3:
     needs_length: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        check_positive(self, "factor", "low_freq_factor", "high_freq_factor")
+        check_factor(self)
+        check_positive(self, "low_freq_factor", "high_freq_factor")
         check_length(self)
         wanted = f"more than low_freq_factor ({self.low_freq_factor})"
         high = self.high_freq_factor
