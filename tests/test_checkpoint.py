@@ -268,7 +268,7 @@ MEMORY = """
 import sys
 from pathlib import Path
 import jax, jax.numpy as jnp
-from jrope.checkpoint import load, save
+from jrope.hf.checkpoint import load, save
 
 def status(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -290,7 +290,7 @@ def test_a_header_whose_length_looks_like_a_pickle(folder: Path) -> None:
 def test_nothing_is_read_before_the_headers_agree(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jrope.safetensors_read._pieces", pytest.fail)
+    monkeypatch.setattr("jrope.hf.tensors._pieces", pytest.fail)
     set_config(folder, num_hidden_layers=1)
     with pytest.raises(JropeError, match="unexpected"):
         load(folder)

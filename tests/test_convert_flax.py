@@ -79,7 +79,7 @@ def test_flax_checkpoint_of_other_devices(tiny_hf, tmp_path, run):
     program = """
 import sys, jax, numpy as np, orbax.checkpoint as ocp
 from pathlib import Path
-from jrope.config import nest
+from jrope.tree import nest
 folder = Path(sys.argv[1])
 mesh = jax.make_mesh((4,), ("x",))
 split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "x"))

@@ -1,6 +1,7 @@
 """Lengths that grow, and transformers' memory of them: against oracles, row by row."""
 
 import dataclasses
+import inspect
 from functools import cache, partial
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import reference
 import torch
 from conftest import TinyHF, make_tiny_hf
-from transformers import DynamicCache
+from transformers import DynamicCache, LlamaForCausalLM
 
 from jrope.errors import JropeError
 from jrope.generation.loop import generate, stream
@@ -327,6 +328,10 @@ def test_planned_lengths_are_not_read() -> None:
 
 # transformers' memory
 
+# its name for a cache: "cache" from 5.24 on, where the old one warns
+TAKEN = inspect.signature(LlamaForCausalLM.forward).parameters
+CACHE = "cache" if "cache" in TAKEN else "past_key_values"
+
 
 @each_hf_method
 def test_hf_steps_equal_transformers_with_a_cache(name: str) -> None:
@@ -337,7 +342,7 @@ def test_hf_steps_equal_transformers_with_a_cache(name: str) -> None:
     want, past = [], DynamicCache()
     for at in [slice(0, 7), *(slice(i, i + 1) for i in range(7, TIME))]:
         part = torch.from_numpy(np.array(tokens[:, at]))
-        want.append(tiny.model(part, past_key_values=past).logits.numpy())
+        want.append(tiny.model(part, **{CACHE: past}).logits.numpy())
     got = steps(params, config, tokens, 7)
     close(got, np.concatenate(want, axis=1), 5e-6)
     whole = run(params, tokens, config=config)[0]
@@ -359,7 +364,7 @@ def test_hf_batch_mates_count_as_in_transformers(name: str) -> None:
     room = {"lengths": lengths, "capacity": 22 + new}
     logits, cache = run(params, tokens[:, :30], config=config, **room)
     got = [np.stack([logits[0, 3], logits[1, 21]])]
-    feed = partial(tiny.model, past_key_values=past)
+    feed = partial(tiny.model, **{CACHE: past})
     want = [feed(torch.from_numpy(ids), attention_mask=mask, position_ids=places)]
     for step in range(new):
         at = (lengths + step)[:, None]
@@ -391,7 +396,7 @@ def test_hf_memory_is_reset_as_in_transformers(name: str, last: int) -> None:
         ids, where = np.array(tokens[:, at]), places[:, at]
         more = tiny.model(
             torch.from_numpy(ids),
-            past_key_values=past,
+            **{CACHE: past},
             position_ids=torch.from_numpy(where),
         )
         want.append(more.logits.numpy())

@@ -351,7 +351,7 @@ def test_original_length_at_the_top_overrides_the_inner_one() -> None:
         assert outer.trained_length == 32
         bare = {k: v for k, v in rope.items() if k[:4] != "orig"}
         if rope is LONG:  # transformers warns, and takes 64 for both lengths
-            with pytest.raises(JropeError, match="longrope.* needs original_max_pos"):
+            with pytest.raises(JropeError, match=r"longrope.* needs original_max_pos"):
                 rope_of(bare)
         else:
             assert rope_of(bare).trained_length == 64

@@ -21,7 +21,7 @@ from jrope.hf.replacing import recover, replacing
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from jrope import replacing
+from jrope.hf import replacing
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

@@ -74,7 +74,8 @@ def describe(rope: Rope) -> str:
 
     Not theta and rotary_dim, which belong to the checkpoint whatever the method.
 
-    >>> describe(Rope(theta=1e4, rotary_dim=8, scaling=Linear(factor=4.0), condense=8))
+    >>> method = build("linear", {"factor": 4.0}, trained=64, longest=64)
+    >>> describe(Rope(theta=1e4, rotary_dim=8, scaling=method, condense=8))
     'linear:factor=4 of positions / 8'
     """
     names = {kind: name for name, kind in ROPE_TYPES.items()}
