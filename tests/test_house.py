@@ -33,8 +33,9 @@ ARROWS = {
     "generation": "errors tree model",
     "parity": "errors tree rope model hf",
     "bench": "errors numerics tree rope model weights hf generation",
+    "plan": "errors model weights generation bench",
     "lab": "errors tree rope model generation",
-    "cli": "errors tree rope model weights hf generation parity bench lab",
+    "cli": "errors tree rope model weights hf generation parity bench plan lab",
 }
 
 

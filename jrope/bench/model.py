@@ -29,6 +29,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, int, int, float, bool]] = {
     "llama2-7b": (32000, 4096, 11008, 32, 32, 32, 128, 1e4, False),
     "llama3-8b": (128256, 4096, 14336, 32, 32, 8, 128, 5e5, False),
     "llama3-70b": (128256, 8192, 28672, 80, 64, 8, 128, 5e5, False),
+    "llama3-405b": (128256, 16384, 53248, 126, 128, 8, 128, 5e5, False),
     "smollm2-135m": (49152, 576, 1536, 30, 9, 3, 64, 1e5, True),
 }
 

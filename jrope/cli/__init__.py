@@ -23,6 +23,7 @@ COMMANDS = {
     "parity": "compare a model with PyTorch, stage by stage",
     "evaluate": "measure RoPE methods on texts: perplexity, passkeys, attention",
     "bench": "measure speed beside the device's own limits",
+    "plan": "predict memory and speed on devices that are not here",
 }
 _COMPILING = ("generate", "parity", "evaluate")
 _TORCHLESS = ("generate", "evaluate")  # of transformers they need the tokenizers only

@@ -1,0 +1,100 @@
+"""How long a step and a prompt take, by rooflines.
+
+The efficiencies are those of jrope on one H100 (README, "Measured"), and are assumed of
+every other device and of several; nothing else is fitted.  Beside its table's rows:
+
+    8B, batch 1, context 2,048 and 16,384    5.70 and 6.30 ms    here 5.70 and 6.30
+    8B, batch 8, 32 and 128, 1,536 (mean)    6.51, 8.38, 15.8    here 6.59, 8.32, 15.2
+    7B, batch 1, context 2,048 and 16,384    5.43 and 7.83       here 5.38 and 7.82
+    8B int8, batch 1 and 32                  3.47 and 6.62       here 3.27 and 5.69
+    8B, prompt of 2k, 8k, 32k                48.6, 216, 1,208    here 48.4, 215, 1,205
+"""
+
+from dataclasses import dataclass
+from typing import final
+
+from jrope.bench.model import prefill_flops
+from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.plan.devices import Cluster
+from jrope.plan.memory import Mesh, Work, cache_shard
+
+# Parts of the data sheet's bandwidth (3.35 TB/s) that reading weights and cache reaches
+READ_ONE = 0.92  # one row: 3.06 to 3.10 TB/s
+READ_ROWS = 0.85  # several: small products and attention read more slowly
+LAYER = (
+    23e-6  # seconds of a layer's step in which nothing large is read: norms, launches
+)
+PRODUCTS = 0.62  # of the data sheet's 989 TFLOP/s, while a prompt is read
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Step:
+    """A decode step at the full context.
+
+    Args:
+      bytes: that each device reads.
+      flops: that each device computes.
+      read: seconds of reading, or of computing where that takes longer.
+      layers: seconds that a layer takes however little it reads, of all layers.
+      collectives: seconds of all-reduces.
+    """
+
+    bytes: int
+    flops: int
+    read: float
+    layers: float
+    collectives: float
+
+    @property
+    def seconds(self) -> float:
+        """In all."""
+        return self.read + self.layers + self.collectives
+
+
+def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
+    """One token for each row.
+
+    max(bytes / bandwidth, FLOPs / peak) + 23 us a layer + 2 L + 2 all-reduces of [B, D]
+    (after attention and MLP, of the embedding's rows, and of the head's choice).
+
+    Args:
+      work, mesh, cluster: what is asked for.
+      weights: bytes of them that a device reads, as `read_shards` counts.
+    """
+    device, rows = cluster.device, work.batch // mesh.data
+    # cuDNN reads filled slots only, plain XLA all that there are
+    fused = device.kind == "gpu" and work.dtype != "float32"
+    slots = work.context if fused else work.slots
+    size = weights + cache_shard(work, mesh, slots)
+    flops = rows * token_flops(work.config, work.context) // mesh.ways
+    rate = (READ_ONE if rows == 1 else READ_ROWS) * device.bandwidth
+    layers = work.config.num_hidden_layers
+    payload = rows * work.config.hidden_size * work.itemsize
+    return Step(
+        bytes=size,
+        flops=flops,
+        read=max(size / rate, flops / (PRODUCTS * device.peak(work.dtype))),
+        layers=layers * LAYER,
+        collectives=(2 * layers + 2) * cluster.all_reduce(payload, mesh.ways),
+    )
+
+
+def token_flops(config: LlamaConfig, context: int) -> int:
+    """2 for each weight of layers and head, 4 for each head's channel and slot."""
+    shapes = parameter_shapes(config)
+    inner = sum(s[0] * s[1] for n, s in shapes.items() if ".layers." in n and s[1:])
+    head = config.vocab_size * config.hidden_size
+    width = config.num_attention_heads * config.head_dim
+    return 2 * (inner + head) + 4 * config.num_hidden_layers * width * context
+
+
+def prefill_seconds(work: Work, mesh: Mesh, cluster: Cluster) -> float:
+    """The prompts of all rows: FLOPs / peak + 2 L + 1 all-reduces [B, C, D] a chunk."""
+    device, rows, chunk = cluster.device, work.batch // mesh.data, work.chunk(mesh)
+    flops = prefill_flops(work.config, rows, work.prompt) / mesh.ways
+    payload = rows * chunk * work.config.hidden_size * work.itemsize
+    chunks = work.prompt / chunk
+    reduces = chunks * (2 * work.config.num_hidden_layers + 1)
+    computing = flops / (PRODUCTS * device.peak(work.dtype))
+    return computing + reduces * cluster.all_reduce(payload, mesh.ways)
