@@ -11,6 +11,7 @@ from jrope.plan.memory import (
     Work,
     cache_shard,
     factorisations,
+    has_cudnn,
     read_shards,
     temporaries,
     weight_shards,
@@ -130,12 +131,22 @@ def test_attention_outside_cudnn_needs_room():
     chunked = work(context=4096 + 64, batch=2, prefill_chunk=128)
     few = 2 * 128 * 3 * (4096 + 14336) * 2 + layer + 8 * 2 * 32 * 128 * 512
     assert temporaries(chunked, ONE, H100) == few
-    long = work(context=2**17, batch=2, prefill_chunk=1)
-    decode = 16 * 2 * 128256 + 8 * 2 * 32 * long.slots
-    layer = 2 * long.slots * 131072 // 32
-    assert temporaries(long, ONE, V5E) == max(
-        decode, 2 * 3 * (4096 + 14336) * 2 + layer + 8 * 2 * 32 * 512
-    )
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "on", "cudnn"),
+    [
+        (named_shape("llama3-8b"), "bfloat16", "h100", True),
+        (named_shape("llama3-8b"), "float16", "a100-80g", True),
+        (named_shape("llama3-8b"), "float32", "h100", False),
+        (named_shape("llama3-8b"), "bfloat16", "v6e", False),
+        (tiny(head_dim=256), "bfloat16", "h100", False),
+        (tiny(head_dim=4), "bfloat16", "h100", False),
+    ],
+)
+def test_cudnn_takes_what_attention_gives_it(config, dtype, on, cudnn):
+    asked = work(config=config, dtype=dtype)
+    assert has_cudnn(asked, parse_cluster(on)) is cudnn
 
 
 def test_chunks_hold_8192_tokens_of_a_device():

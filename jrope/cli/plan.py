@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=DTYPES, default="bfloat16", help=text)
     add_quantize_argument(parser)
     add("--json", action="store_true", help="one JSON object instead of text")
-    add_rope_arguments(parser)
+    add_rope_arguments(parser, precision=False)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
 

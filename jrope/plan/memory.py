@@ -8,7 +8,7 @@ are cut over `data`.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TypeAlias, final
 
 import jax.numpy as jnp
@@ -114,10 +114,6 @@ class Work:
         rows = self.batch // mesh.data
         return min(self.prompt, max(AT_ONCE // rows, SHORTEST))
 
-    def with_(self, **changes: int) -> "Work":
-        """The same with another batch or context."""
-        return replace(self, **changes)
-
 
 Temporaries: TypeAlias = Callable[[Work, Mesh, Cluster], int]
 
@@ -188,9 +184,8 @@ def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
     Decode: four float32 arrays of logits, 16 R V / ways.
 
     cuDNN's attention, on GPUs and for prompts in one chunk, adds nothing.  Elsewhere
-    prefill turns a layer's keys and values once more, 2 R S K H / model, and holds
-    scores of blocks twice in float32, 8 R N / ways min(C, 512) 512; decode holds
-    scores twice, 8 R N / ways S, on TPUs.
+    prefill turns a layer's keys and values once more, 2 R S K H itemsize / model, and
+    holds scores of blocks twice in float32, 8 R N / ways min(C, 512) 512.
 
     A compiler's figure may stand here instead: `propose` takes any such function.
     """
@@ -199,13 +194,17 @@ def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
     wide = 3 * config.hidden_size + 3 * config.intermediate_size // mesh.ways
     prefill = rows * chunk * wide * work.itemsize
     decode = rows * DRAWING * 4 * config.vocab_size // mesh.ways
-    fused = cluster.device.kind == "gpu" and work.dtype != "float32"
-    if not fused or chunk < work.prompt:
+    if not has_cudnn(work, cluster) or chunk < work.prompt:
         layer = cache_shard(work, mesh, work.slots) // config.num_hidden_layers
         prefill += layer + 8 * rows * heads * min(chunk, BLOCK) * BLOCK
-    if not fused:
-        decode += 8 * rows * heads * work.slots
     return max(prefill, decode)
+
+
+def has_cudnn(work: Work, cluster: Cluster) -> bool:
+    """Whether attention is cuDNN's, in decode and for prompts in one chunk."""
+    head_dim, short = work.config.head_dim, work.dtype != "float32"
+    fits = head_dim % 8 == 0 and head_dim <= 128
+    return cluster.device.kind == "gpu" and short and fits
 
 
 def factorisations(work: Work, cluster: Cluster) -> Iterator[tuple[Mesh, str | None]]:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import final
 
 from jrope.errors import JropeError
@@ -102,10 +102,10 @@ def _proposal(
         )
 
     def rows_fit(parts: int) -> bool:
-        return used(work.with_(batch=mesh.data * parts)).total <= usable
+        return used(replace(work, batch=mesh.data * parts)).total <= usable
 
     def tokens_fit(prompt: int) -> bool:
-        return used(work.with_(context=work.new + prompt)).total <= usable
+        return used(replace(work, context=work.new + prompt)).total <= usable
 
     memory, batch = used(work), mesh.data * _largest(rows_fit, MOST_ROWS)
     if memory.total > usable:

@@ -6,7 +6,7 @@ every other device and of several; nothing else is fitted.  Beside its table's r
     8B, batch 1, context 2,048 and 16,384    5.70 and 6.30 ms    here 5.70 and 6.30
     8B, batch 8, 32 and 128, 1,536 (mean)    6.51, 8.38, 15.8    here 6.59, 8.32, 15.2
     7B, batch 1, context 2,048 and 16,384    5.43 and 7.83       here 5.38 and 7.82
-    8B int8, batch 1 and 32                  3.47 and 6.62       here 3.27 and 5.69
+    8B int8, batch 1 and 32                  3.47 and 6.62       here 3.26 and 5.68
     8B, prompt of 2k, 8k, 32k                48.6, 216, 1,208    here 48.4, 215, 1,205
 """
 
@@ -16,14 +16,12 @@ from typing import final
 from jrope.bench.model import prefill_flops
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.plan.devices import Cluster
-from jrope.plan.memory import Mesh, Work, cache_shard
+from jrope.plan.memory import Mesh, Work, cache_shard, has_cudnn
 
 # Parts of the data sheet's bandwidth (3.35 TB/s) that reading weights and cache reaches
 READ_ONE = 0.92  # one row: 3.06 to 3.10 TB/s
 READ_ROWS = 0.85  # several: small products and attention read more slowly
-LAYER = (
-    23e-6  # seconds of a layer's step in which nothing large is read: norms, launches
-)
+LAYER = 23e-6  # seconds of a layer's step beside reading: norms, launches
 PRODUCTS = 0.62  # of the data sheet's 989 TFLOP/s, while a prompt is read
 
 
@@ -64,8 +62,7 @@ def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
     """
     device, rows = cluster.device, work.batch // mesh.data
     # cuDNN reads filled slots only, plain XLA all that there are
-    fused = device.kind == "gpu" and work.dtype != "float32"
-    slots = work.context if fused else work.slots
+    slots = work.context if has_cudnn(work, cluster) else work.slots
     size = weights + cache_shard(work, mesh, slots)
     flops = rows * token_flops(work.config, work.context) // mesh.ways
     rate = (READ_ONE if rows == 1 else READ_ROWS) * device.bandwidth
