@@ -24,6 +24,10 @@ pytest.register_assert_rewrite(
     "int8_helpers",
     "model_helpers",
 )
+if folder := os.environ.get("JROPE_TEST_CACHE"):  # equal programs compile once a run
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

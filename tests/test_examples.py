@@ -221,3 +221,19 @@ def test_examples_are_short_documented_and_listed(path: Path) -> None:
         assert f"python examples/{path.name} [FOLDER]" in text
     listed = (EXAMPLES / "README.md").read_text("utf-8")
     assert f"- [`{path.name}`]({path.name}): " in listed
+
+
+def test_the_readme_s_lines_run_and_save_a_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a reader would paste them, from the repository's root."""
+    text = (EXAMPLES.parent / "README.md").read_text("utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    (tmp_path / "examples").symlink_to(EXAMPLES)
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(block, "README.md", "exec"), names)
+    config = jrope.load("folder")[1]
+    assert config.rope == names["config"].rope
+    assert config.rope.condense == 1
+    assert config.rope.scaling == jrope.rope.Yarn(factor=4, original_length=256)
