@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -26,7 +26,7 @@ def tell(params: dict, config: jrope.LlamaConfig, prompt: np.ndarray) -> None:
     for block in jrope.stream(params, prompt, **draw):
         clock.append(time.perf_counter())
         tokens += block.size
-        print(tokenizer.decode(block[0], skip_special_tokens=True), end="", flush=True)
+        print(tokenizer.decode(block[0]), end="", flush=True)
     first, speed = clock[1] - clock[0], (tokens - 1) / (clock[-1] - clock[1])
     print(f"\n  [first token after {first:.2f} s, then {speed:.0f} tokens/s]\n")
 
@@ -34,13 +34,13 @@ def tell(params: dict, config: jrope.LlamaConfig, prompt: np.ndarray) -> None:
 folder = Path(sys.argv[1] if sys.argv[1:] else EMBEDDED)
 base, config = jrope.load(folder, dtype="float32")
 tuned, condensed = jrope.load(f"{folder}-condensed-8", dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 size, count = config.max_position_embeddings, sum(x.size for x in jax.tree.leaves(base))
 print(f"{folder.name}: {count:,} parameters, trained on windows of {size} tokens\n")
 print("== Within the trained context: When the letter came, she ...")
-tell(base, config, np.array([tokenizer("When the letter came, she").input_ids]))
+tell(base, config, np.array([tokenizer.encode("When the letter came, she").ids]))
 text = (folder / "held_out.txt").read_text("utf-8")
-passage = np.array([tokenizer(text, verbose=False).input_ids[: 8 * size]])
+passage = np.array([tokenizer.encode(text).ids[: 8 * size]])
 spans = [(size * a, size * b) for a, b in ((0, 1), (1, 2), (2, 4), (4, 8))]
 print("== Perplexity at     ", *(f"{f'{a}-{b}':>11}" for a, b in spans))
 rows = {"as trained": (base, config), "condensed, fine-tuned": (tuned, condensed)}

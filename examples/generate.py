@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import jax
-from transformers import AutoTokenizer
+import numpy as np
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -15,10 +16,10 @@ EMBEDDED = Path(__file__).parent / "models" / "jrope-tiny"
 
 folder = sys.argv[1] if sys.argv[1:] else EMBEDDED
 params, config = jrope.load(folder, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 prompt = "When the letter came, she"
-ids = tokenizer(prompt, return_tensors="np").input_ids
+ids = np.array([tokenizer.encode(prompt).ids])
 sampler = jrope.Sampler(temperature=0.8, top_p=0.9)
 out = jrope.generate(params, ids, config=config, sampler=sampler, key=jax.random.key(2))
 new = out.tokens[0, : out.lengths[0]]
-print(prompt + tokenizer.decode(new, skip_special_tokens=True))
+print(prompt + tokenizer.decode(new))

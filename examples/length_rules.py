@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -46,7 +46,7 @@ params, config = jrope.load(folder, dtype="float32")
 text = (EMBEDDED / "held_out.txt").read_text("utf-8")
 edges = [config.max_position_embeddings * times for times in (0, 1, 2, 4)]
 spans, window = [*pairwise(edges)], edges[-1]
-ids = AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids
+ids = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(text).ids
 windows = min(len(ids) // window, 8)
 rows = jnp.asarray(ids[: windows * window], jnp.int32).reshape(windows, window)
 print(f"perplexity of {folder.name}, {windows} windows of {window} tokens")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -27,10 +27,10 @@ METHODS = {
 
 folder = Path(sys.argv[1] if sys.argv[1:] else EMBEDDED)
 params, config = jrope.load(folder, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder)
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
 text = (EMBEDDED / "held_out.txt").read_text("utf-8")
 context = config.max_position_embeddings
-ids = tokenizer(text, verbose=False).input_ids[: TIMES * context]
+ids = tokenizer.encode(text).ids[: TIMES * context]
 tokens, half = jnp.asarray([ids], jnp.int32), len(ids) // 2
 
 print(f"perplexity of {folder.name}, trained on {context} tokens, at positions")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -21,8 +21,8 @@ PROMPTS = [
 
 folder = Path(sys.argv[1] if sys.argv[1:] else EMBEDDED)
 params, config = jrope.load(folder, dtype="float32")
-tokenizer = AutoTokenizer.from_pretrained(folder)
-rows = [tokenizer(prompt).input_ids for prompt in PROMPTS]
+tokenizer = Tokenizer.from_file(f"{folder}/tokenizer.json")
+rows = [tokenizer.encode(prompt).ids for prompt in PROMPTS]
 lengths = [len(row) for row in rows]
 batch = np.array([row + [0] * (max(lengths) - len(row)) for row in rows])
 
@@ -33,11 +33,14 @@ out = jrope.generate(params, batch, lengths, **options)
 same, worst = True, 0.0
 for b, (prompt, length) in enumerate(zip(PROMPTS, lengths, strict=True)):
     tokens = out.tokens[b, : out.lengths[b]].tolist()
-    print(f"{prompt}|{tokenizer.decode(tokens, skip_special_tokens=True)}")
+    print(f"{prompt}|{tokenizer.decode(tokens)}")
     known, new = out.prompt_logprobs[b, : length - 1], out.logprobs[b, : len(tokens)]
     print(f"  prompt: log p {known.sum():7.2f} of {length - 1} tokens")
     print(f"  output: log p {new.sum():7.2f} of {len(tokens)} tokens, first ", end="")
-    words = [repr(tokenizer.decode([token])) for token in tokens[:3]]
+    words = [
+        repr(tokenizer.decode([token], skip_special_tokens=False))
+        for token in tokens[:3]
+    ]
     pairs = zip(words, new.tolist(), strict=False)
     print(", ".join(f"{word} {value:.2f}" for word, value in pairs))
 

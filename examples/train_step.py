@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
 
 import jrope
 
@@ -22,7 +22,7 @@ WINDOWS, LENGTH, STEPS = 4, 128, 10
 folder = Path(sys.argv[1] if sys.argv[1:] else EMBEDDED)
 params, config = jrope.load(folder, dtype="float32")
 text = (EMBEDDED / "held_out.txt").read_text("utf-8")
-ids = AutoTokenizer.from_pretrained(folder)(text, verbose=False).input_ids
+ids = Tokenizer.from_file(f"{folder}/tokenizer.json").encode(text).ids
 tokens = jnp.asarray(ids[: WINDOWS * LENGTH], jnp.int32).reshape(WINDOWS, LENGTH)
 
 optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(3e-4))

@@ -39,6 +39,13 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
+def test_no_example_imports_transformers_itself() -> None:
+    """Without PyTorch it would say so before everything else."""
+    texts = {path.name: path.read_text("utf-8") for path in EXAMPLES.glob("*.py")}
+    assert [name for name in texts if "import transformers" in texts[name]] == []
+    assert [name for name in texts if "from transformers" in texts[name]] == []
+
+
 def numbers(line: str) -> list[float]:
     """The numbers with a decimal point in a line."""
     return [float(word) for word in re.findall(r"-?\d+\.\d+", line)]
