@@ -1,7 +1,10 @@
 """`jrope parity`: tables, JSON, thresholds and text."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import pytest
 from parity_helpers import folder as folder
 
 from jrope import cli
-from jrope.parity import compare
+from jrope.parity import compare, comparison
 
 
 def command(*words: str) -> int:
@@ -55,6 +58,48 @@ def test_command_says_what_is_wrong(
     captured = capsys.readouterr()
     assert message in captured.err and captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_command_tells_nan_in_one_line(
+    folder: Path, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = comparison.jrope_stages
+
+    def spoilt(*args: Any) -> Any:
+        return {name: x * float("nan") for name, x in run(*args).items()}
+
+    monkeypatch.setattr(comparison, "jrope_stages", spoilt)
+    words = ["--tokens", "4", "--positions", "0", "--dtype", "float32"]
+    assert command(str(folder), *words) == 1
+    out = capsys.readouterr().out
+    assert "\nFAILED: NaN or infinity: jrope from embeddings on (PyTorch is" in out
+    assert " nan" not in out and out.strip().count("\n") == 1
+
+
+def test_commands_keep_transformers_notices_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads this when it is imported, unless the user has set another level."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "info")
+    command(str(tmp_path))
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "info"
+    monkeypatch.delenv("TRANSFORMERS_VERBOSITY")
+    command(str(tmp_path))
+    assert os.environ["TRANSFORMERS_VERBOSITY"] == "error"
+
+
+def test_command_without_torch(folder: Path) -> None:
+    """One line on what to install, and not transformers' own notice before it."""
+    script = (
+        "import sys; sys.modules['torch'] = None; from jrope import cli; "
+        f"sys.exit(cli.main(['parity', {str(folder)!r}, '--no-compile-cache']))"
+    )
+    words = [sys.executable, "-c", script]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("jrope: error: parity needs torch (")
+    assert done.stderr.endswith("): pip install torch transformers\n")
+    assert done.stderr.count("\n") == 1
 
 
 def test_command_reads_text(folder: Path, tmp_path: Path, capsys: Any) -> None:

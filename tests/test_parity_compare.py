@@ -16,7 +16,7 @@ from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
 from jrope.parity import compare, comparison, jrope_stages, place, torch_side
-from jrope.parity.report import Error
+from jrope.parity.report import Error, NotFinite
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -143,6 +143,7 @@ def test_tokens_are_cut_into_segments(folder: Path) -> None:
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "dtype": ({"dtype": "float64"}, "dtype: got 'float64', want one of float32"),
     "no tokens": ({"tokens": []}, "tokens: got 0 of float64, want at least one"),
+    "tensors": ({"tokens": [[1, 2], [3]]}, r"a builtins.list unlike.*\.tolist\(\)"),
     "vocabulary": ({"tokens": [3, 61]}, "integers from 0 to 60"),
     "count": ({"count": 0}, "tokens: got 0 a segment, want at least 1"),
     "word": ({"positions": ["trained*2"]}, r"positions: got 'trained\*2'.*want"),
@@ -170,6 +171,82 @@ def test_missing_torch(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     with pytest.raises(JropeError, match=r"parity needs torch.*pip install torch"):
         compare(folder, count=4)
+
+
+def test_transformers_is_quiet_and_then_as_before() -> None:
+    import logging
+
+    import transformers
+
+    before = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_info()
+    try:
+        with torch_side.quiet(transformers):
+            assert transformers.logging.get_verbosity() == logging.ERROR
+        assert transformers.logging.get_verbosity() == logging.INFO
+    finally:
+        transformers.logging.set_verbosity(before)
+
+
+def test_torch_that_transformers_does_not_take(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import transformers
+
+    monkeypatch.setattr(transformers, "is_torch_available", lambda: False)
+    with pytest.raises(JropeError, match=r"does not take torch 2.*pip install --up"):
+        compare(folder, count=4)
+
+
+def test_torch_tensors_as_tokens(folder: Path) -> None:
+    import torch
+
+    listed = compare(folder, tokens=[5, 6, 7], count=3, positions=[0])
+    given: Any = torch.tensor([5, 6, 7])
+    assert compare(folder, tokens=given, count=3, positions=[0]) == listed
+    away: Any = torch.ones(3, dtype=torch.long, device="meta")
+    with pytest.raises(JropeError, match=r"tokens: got a torch.Tensor.*\.tolist\(\)"):
+        compare(folder, tokens=away, count=3, positions=[0])
+
+
+@pytest.fixture(scope="module")
+def loud(tiny_hf: Any, tmp_path_factory: Any) -> Path:
+    """A model whose second layer is past what float16 holds."""
+    path = tmp_path_factory.mktemp("loud")
+    model = tiny_hf(max_position_embeddings=TRAINED).model
+    for part in (
+        model.model.layers[1].mlp.up_proj,
+        model.model.layers[1].mlp.down_proj,
+    ):
+        part.weight.mul_(1000)
+    model.save_pretrained(path)
+    return path
+
+
+def test_overflow_is_named_on_both_sides(loud: Path) -> None:
+    report = compare(loud, count=4, positions=[0], dtype="float16")
+    assert report.not_finite == NotFinite(jrope="layer 1", torch="layer 1")
+    assert not report.ok and report.stages == report.segments == ()
+    assert "nan" not in report.table() and report.table().count("\n") == 1
+    assert compare(loud, count=4, positions=[0], dtype="bfloat16").not_finite is None
+
+
+@pytest.mark.parametrize("side", ["jrope", "torch"])
+def test_one_side_that_is_not_finite(
+    folder: Path, side: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = getattr(comparison, f"{side}_stages")
+
+    def spoilt(*args: Any, **kwargs: Any) -> Any:
+        stages = run(*args, **kwargs)
+        stages["final norm"][0, 1, 2] = float("inf")
+        stages["logits"][:] = float("nan")
+        return stages
+
+    monkeypatch.setattr(comparison, f"{side}_stages", spoilt)
+    report = compare(folder, count=4, positions=[0])
+    found = {"jrope": None, "torch": None, side: "final norm"}
+    assert report.not_finite == NotFinite(**found) and not report.ok
 
 
 def test_places() -> None:

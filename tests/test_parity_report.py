@@ -5,7 +5,8 @@ import json
 
 import numpy as np
 
-from jrope.parity.report import Error, Report, Segment, Stage, segment
+from jrope.parity.frequencies import Frequencies
+from jrope.parity.report import Error, NotFinite, Report, Segment, Stage, segment
 
 
 def report_of(ours: float, theirs: float | None, dtype: str = "bfloat16") -> Report:
@@ -19,6 +20,7 @@ def report_of(ours: float, theirs: float | None, dtype: str = "bfloat16") -> Rep
         dtype=dtype,
         rope="plain RoPE",
         trained_length=8,
+        frequencies=Frequencies(count=8, limit=4, differences=()),
         stages=(logits,),
         segments=(Segment(first=0, last=3, logits=logits, top1=1.0, kl=0.0),),
         threshold=2e-5,
@@ -36,16 +38,30 @@ def test_what_passes() -> None:
     assert not report_of(np.nan, None, "float32").ok
 
 
-def test_far_positions_have_slack() -> None:
-    report = report_of(1.9e-4, None, "float32")
-    near = report.segments[0]
-    far = dataclasses.replace(near, last=81919)
-    assert far.slack == 10 and near.slack == 1
-    assert dataclasses.replace(report, segments=(far,)).ok
-    assert not dataclasses.replace(report, segments=(far, near)).ok
-    assert (
-        "both x position / 8192" in dataclasses.replace(report, segments=(far,)).table()
+def test_far_positions_have_no_slack() -> None:
+    report = report_of(2.1e-5, None, "float32")
+    far = dataclasses.replace(report.segments[0], first=131008, last=131071)
+    assert not dataclasses.replace(report, segments=(far,)).ok
+
+
+def test_not_finite_is_one_line() -> None:
+    report = dataclasses.replace(
+        report_of(1e-6, None, "float16"),
+        not_finite=NotFinite(jrope="layer 0", torch="layer 3"),
+        stages=(),
+        segments=(),
     )
+    assert not report.ok and json.loads(report.to_json())["figure"] is None
+    title, line = report.table().splitlines()
+    assert title == "folder in float16, plain RoPE"
+    assert line == (
+        "FAILED: NaN or infinity: jrope from layer 0 on and PyTorch from layer 3 on, "
+        "nothing to compare; float16 ends at 65504, take bfloat16 or float32; "
+        "jrope.load(..., check_finite=True) names weights that are NaN or infinite"
+    )
+    alone = NotFinite(jrope=None, torch="logits").line("bfloat16")
+    assert "infinity: PyTorch from logits on (jrope is finite), n" in alone
+    assert "float16" not in alone.replace("bfloat16", "")
 
 
 def test_one_segment_that_is_nan_fails() -> None:

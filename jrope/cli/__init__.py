@@ -85,6 +85,7 @@ def _dispatch(words: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     name = words[0]
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # errors are ours to tell
     module: Any = importlib.import_module(f"jrope.cli.{name}")
     text = COMMANDS[name]
     about = f"{text[0].upper()}{text[1:]}."

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,17 @@ from jrope.model.config import LlamaConfig
 from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed, forward
 from jrope.model.with_rope import with_rope
-from jrope.parity.report import Report, segment, stage
+from jrope.parity.frequencies import Frequencies, compare_frequencies
+from jrope.parity.report import NotFinite, Report, Segment, Stage, segment, stage
 from jrope.parity.torch_side import (
     Stages,
-    import_module,
+    import_peers,
     quiet,
+    torch_frequencies,
     torch_stages,
     twin_config,
 )
-from jrope.rope import Method, describe, table
+from jrope.rope import Method, Rope, describe, table
 
 DTYPES = ("float32", "bfloat16", "float16")
 FAR = 131072
@@ -64,10 +67,12 @@ def compare(
     Raises:
       JropeError: an argument makes no sense, `load` refuses the folder, transformers
         has no such rotary embedding, or torch or transformers is not installed.
+
+    Weights are loaded without `check_finite`: the report says on which side NaN is.
     """
     if dtype not in DTYPES:
         raise JropeError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
-    transformers = import_module("transformers")
+    torch, transformers = import_peers()
     params, config = load(folder, dtype)
     name, fields = rope if isinstance(rope, tuple) else (rope, {})
     config = with_rope(config, name, condense=condense, **fields)
@@ -83,34 +88,31 @@ def compare(
         model = transformers.LlamaForCausalLM.from_pretrained(
             folder,
             config=transformers.LlamaConfig(**wanted),
-            dtype=getattr(import_module("torch"), dtype),
+            dtype=getattr(torch, dtype),
         )
-    theirs, want = None, torch_stages(model, ids, places, condense=condense)
+    frequencies, inv_freq = _frequencies(config.rope, model, places)
+    run = partial(
+        torch_stages, ids=ids, places=places, condense=condense, inv_freq=inv_freq
+    )
+    theirs, want = None, run(model)
     if dtype != "float32":
-        theirs, want = want, torch_stages(model.float(), ids, places, condense=condense)
-    return Report(
+        theirs, want = want, run(model.float())
+    not_finite = _not_finite(ours, theirs, want)
+    report = Report(
         model=str(folder),
         dtype=dtype,
         rope=f"{describe(config.rope)}, theta {config.rope.theta:g}",
         trained_length=trained,
-        stages=tuple(
-            stage(
-                name, ours[name], want[name], None if theirs is None else theirs[name]
-            )
-            for name in want
-        ),
-        segments=tuple(
-            segment(
-                trained,
-                row,
-                ours["logits"][i * repeats :][:repeats],
-                want["logits"][i * repeats :][:repeats],
-                None if theirs is None else theirs["logits"][i * repeats :][:repeats],
-            )
-            for i, row in enumerate(segments)
-        ),
+        frequencies=frequencies,
+        not_finite=not_finite,
+        stages=(),
+        segments=(),
         threshold=threshold,
     )
+    if not_finite is not None:
+        return report
+    stages, parts = _errors(trained, segments, ours, want, theirs)
+    return replace(report, stages=stages, segments=parts)
 
 
 def place(
@@ -158,6 +160,50 @@ def jrope_stages(
     return {name: np.asarray(y).astype(np.float32) for name, y in seen.items()}
 
 
+def _frequencies(
+    rope: Rope, model: Any, places: np.ndarray
+) -> tuple[Frequencies, np.ndarray | None]:
+    """What differs, and jrope's [B, R] where PyTorch is to run with them."""
+    lengths = places.max(axis=1).astype(np.int64) + 1
+    theirs = torch_frequencies(model, places)
+    ours = np.broadcast_to(rope.frequencies(lengths)[0], theirs.shape).copy()
+    found = compare_frequencies(rope, ours, theirs, lengths)
+    return found, ours if found.differences and found.ok else None
+
+
+def _not_finite(ours: Stages, theirs: Stages | None, want: Stages) -> NotFinite | None:
+    def first(*runs: Stages | None) -> str | None:
+        bad = (
+            name
+            for name in want
+            if any(run and not np.isfinite(run[name]).all() for run in runs)
+        )
+        return next(bad, None)
+
+    found = NotFinite(jrope=first(ours), torch=first(theirs, want))
+    return None if found == NotFinite(jrope=None, torch=None) else found
+
+
+def _errors(
+    trained: int,
+    segments: np.ndarray,
+    ours: Stages,
+    want: Stages,
+    theirs: Stages | None,
+) -> tuple[tuple[Stage, ...], tuple[Segment, ...]]:
+    """The errors of every stage, and of the logits of every segment."""
+    stages = tuple(
+        stage(name, ours[name], want[name], None if theirs is None else theirs[name])
+        for name in want
+    )
+    got, right = (np.split(run["logits"], len(segments)) for run in (ours, want))
+    other: Sequence[np.ndarray | None] = [None] * len(segments)
+    if theirs is not None:
+        other = np.split(theirs["logits"], len(segments))
+    parts = zip(segments, got, right, other, strict=True)
+    return stages, tuple(segment(trained, *part) for part in parts)
+
+
 def _start(word: int | str, trained: int) -> int:
     match = re.fullmatch(r"(\d+)|trained([+-]\d+)?", str(word).strip())
     start = -1
@@ -172,7 +218,12 @@ def _start(word: int | str, trained: int) -> int:
 def _rows(tokens: Any, vocabulary: int, shape: tuple[int, ...]) -> np.ndarray:
     if tokens is None:
         return np.random.default_rng(0).integers(0, vocabulary, shape, np.int32)
-    ids = np.asarray(tokens)
+    try:
+        ids = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError):  # tensors of torch on a device, too
+        kind = f"{type(tokens).__module__}.{type(tokens).__name__}"
+        hint = "a list of integers, of a tensor .tolist()"
+        raise JropeError(f"tokens: got a {kind} unlike an array, want {hint}") from None
     good = ids.size and np.issubdtype(ids.dtype, np.integer)
     if not good or ids.min() < 0 or ids.max() >= vocabulary:
         raise JropeError(

@@ -8,8 +8,9 @@ from typing import Any, final
 
 import numpy as np
 
+from jrope.parity.frequencies import Frequencies
+
 YARDSTICK = 1.10
-NEAR = 8192
 
 
 @final
@@ -87,14 +88,26 @@ class Segment:
     top1: float
     kl: float
 
-    @property
-    def slack(self) -> float:
-        """What the threshold is multiplied by: position / 8192, at least 1.
 
-        The last bit of PyTorch's own frequencies depends on its build (AVX2, AVX512);
-        it moves an angle by position * frequency * 6e-8.
-        """
-        return max(1.0, (self.last + 1) / NEAR)
+@final
+@dataclass(frozen=True, kw_only=True)
+class NotFinite:
+    """Where NaN or infinity first was, on each side: a stage's name, or None."""
+
+    jrope: str | None
+    torch: str | None
+
+    def line(self, dtype: str) -> str:
+        """What it was and what to do about it."""
+        sides = (("jrope", self.jrope), ("PyTorch", self.torch))
+        where = " and ".join(f"{who} from {at} on" for who, at in sides if at)
+        finite = "".join(f" ({who} is finite)" for who, at in sides if not at)
+        hint = (
+            "jrope.load(..., check_finite=True) names weights that are NaN or infinite"
+        )
+        if dtype == "float16":
+            hint = f"float16 ends at 65504, take bfloat16 or float32; {hint}"
+        return f"NaN or infinity: {where}{finite}, nothing to compare; {hint}"
 
 
 @final
@@ -107,8 +120,10 @@ class Report:
       dtype: of weights and activations.
       rope: the rotary embedding in words.
       trained_length: where "past" begins.
-      stages: the stages, logits last.
-      segments: the logits again, by position.
+      frequencies: those that are not this PyTorch's to the bit.
+      not_finite: where the first NaN or infinity was; None: all numbers are finite.
+      stages: the stages, logits last; none where a number is not finite.
+      segments: the logits again, by position; likewise.
       threshold: for float32.
     """
 
@@ -116,6 +131,8 @@ class Report:
     dtype: str
     rope: str
     trained_length: int
+    frequencies: Frequencies
+    not_finite: NotFinite | None = None
     stages: tuple[Stage, ...]
     segments: tuple[Segment, ...]
     threshold: float
@@ -123,9 +140,11 @@ class Report:
     @property
     def figure(self) -> float:
         """The number that is judged: see the package `parity`."""
+        if self.not_finite is not None:
+            return math.nan
         if (ratio := self.stages[-1].ratio) is not None:
             return ratio
-        return float(np.max([s.logits.jrope.of_max / s.slack for s in self.segments]))
+        return float(np.max([s.logits.jrope.of_max for s in self.segments]))
 
     @property
     def limit(self) -> float:
@@ -135,7 +154,7 @@ class Report:
     @property
     def ok(self) -> bool:
         """Whether jrope passes; NaN does not."""
-        return self.figure <= self.limit
+        return self.frequencies.ok and self.figure <= self.limit
 
     def to_json(self) -> str:
         """Everything as a JSON object; numbers that are not finite are null."""
@@ -144,6 +163,20 @@ class Report:
 
     def table(self) -> str:
         """Everything, for reading."""
+        title = f"{self.model} in {self.dtype}, {self.rope}"
+        notes = [note] if (note := self.frequencies.line()) else []
+        if self.not_finite is not None:
+            why = self.not_finite.line(self.dtype)
+            return "\n".join([title, *notes, f"FAILED: {why}"])
+        unit = "of the largest" if self.stages[-1].torch is None else "times PyTorch's"
+        verdict = (
+            f"{'ok' if self.ok else 'FAILED'}: error of a logit {self.figure:.3g} "
+            f"{unit}, allowed {self.limit:g}"
+        )
+        return "\n".join([title, *self._lines(), "", *notes, verdict])
+
+    def _lines(self) -> list[str]:
+        """The stages and the segments, a line each, under their heads."""
         alone = self.stages[-1].torch is None
         heads = ["max abs", "of max", "rel RMS"]
         heads += [] if alone else ["typical", "PyTorch's", "ratio"]
@@ -155,19 +188,11 @@ class Report:
             ends = f"{part.top1:.2%}", f"{part.kl:.1e}"
             rows.append([place, *_figures(part.logits), *ends])
         widest = max(len(row[0]) for row in rows if row)
-        title = f"{self.model} in {self.dtype}, {self.rope}"
-        unit = "of the largest" if alone else "times PyTorch's"
-        verdict = (
-            f"{'ok' if self.ok else 'FAILED'}: error of a logit {self.figure:.3g} "
-            f"{unit}, allowed {self.limit:g}"
-        )
-        if alone and any(part.slack > 1 for part in self.segments):
-            verdict += f" (both x position / {NEAR} past {NEAR})"
         lines = [
             " ".join([row[0].ljust(widest), *(cell.rjust(9) for cell in row[1:])])
             for row in ([*row] or [""] for row in rows)
         ]
-        return "\n".join([title, *(line.rstrip() for line in lines), "", verdict])
+        return [line.rstrip() for line in lines]
 
 
 def stage(

@@ -1,4 +1,4 @@
-"""What runs in PyTorch: the twin of a configuration, and its stages."""
+"""What runs in PyTorch: the twin of a configuration, its frequencies, its stages."""
 
 import dataclasses
 import importlib
@@ -17,12 +17,17 @@ Stages: TypeAlias = dict[str, np.ndarray]
 
 
 def torch_stages(
-    model: Any, ids: np.ndarray, places: np.ndarray, *, condense: float = 1.0
+    model: Any,
+    ids: np.ndarray,
+    places: np.ndarray,
+    *,
+    condense: float = 1.0,
+    inv_freq: np.ndarray | None = None,
 ) -> Stages:
     """Every stage of a transformers Llama as float32 [B, T, ...], row by row.
 
     `condense` divides the positions as FastChat does: in float32, before the product
-    with the frequencies.
+    with the frequencies.  `inv_freq` [B, R] are frequencies to take instead of its own.
     """
     torch, inner = import_module("torch"), model.model
     parts = {"embeddings": inner.embed_tokens}
@@ -39,13 +44,16 @@ def torch_stages(
 
     hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
     device = model.device
-    for row, steps in zip(ids, places, strict=True):
+    for i, (row, steps) in enumerate(zip(ids, places, strict=True)):
         tokens = torch.tensor(row[None], dtype=torch.long, device=device)
         at = torch.tensor(steps[None], dtype=torch.long, device=device)
         if condense != 1:
             at = at.float() / condense
-        # Dynamic NTK remembers the longest row so far; ours depend on themselves alone.
-        inner.rotary_emb = type(inner.rotary_emb)(model.config).to(device)
+        inner.rotary_emb = _new_rotary(model)
+        if inv_freq is not None:
+            inner.rotary_emb.rope_type = "default"  # or it would replace them
+            given = torch.tensor(inv_freq[i], device=device)
+            inner.rotary_emb.register_buffer("inv_freq", given, persistent=False)
         with torch.no_grad():
             # The mask says that gaps between positions do not part sequences.
             mask = torch.ones_like(tokens)
@@ -53,6 +61,22 @@ def torch_stages(
     for hook in hooks:
         hook.remove()
     return {name: np.concatenate(rows) for name, rows in seen.items()}
+
+
+def torch_frequencies(model: Any, places: np.ndarray) -> np.ndarray:
+    """The float32 frequencies that it rotates each row [B, T] with: [B, R]."""
+    torch = import_module("torch")
+    rows: list[np.ndarray] = []
+    for steps in places:
+        at, rotary = torch.tensor(steps[None], dtype=torch.long), _new_rotary(model)
+        rotary(torch.zeros(1, device=model.device), at.to(model.device))
+        rows.append(rotary.inv_freq.float().numpy(force=True))
+    return np.stack(rows)
+
+
+def _new_rotary(model: Any) -> Any:
+    """Dynamic NTK remembers the longest row so far; ours depend on themselves alone."""
+    return type(model.model.rotary_emb)(model.config).to(model.device)
 
 
 def twin_config(config: LlamaConfig) -> tuple[dict[str, Any], float]:
@@ -70,6 +94,18 @@ def twin_config(config: LlamaConfig) -> tuple[dict[str, Any], float]:
     return config_to_hf(dataclasses.replace(config, rope=plain)), condense
 
 
+def import_peers() -> tuple[Any, Any]:
+    """The torch and transformers modules, which work together; else a JropeError."""
+    torch = import_module("torch")  # first: transformers without it says so by itself
+    transformers = import_module("transformers")
+    if not transformers.is_torch_available():
+        raise JropeError(
+            f"parity: transformers {transformers.__version__} does not take torch "
+            f"{torch.__version__}: pip install --upgrade torch transformers"
+        )
+    return torch, transformers
+
+
 def import_module(name: str) -> Any:
     """torch or transformers, which only parity needs; else a JropeError."""
     try:
@@ -81,12 +117,14 @@ def import_module(name: str) -> Any:
 
 @contextmanager
 def quiet(transformers: Any) -> Generator[None]:
-    """Without transformers' progress bars."""
-    bars = transformers.utils.logging
-    shown = bars.is_progress_bar_enabled()
-    bars.disable_progress_bar()
+    """Without transformers' progress bars and its warnings about configurations."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
-            bars.enable_progress_bar()
+        log.set_verbosity(level)
+        if bars:
+            log.enable_progress_bar()
