@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 Float: TypeAlias = type[np.float32] | type[np.float64]
 
@@ -24,7 +25,7 @@ def round_to(x: Any, dtype: Float) -> Any:
     return x if dtype is np.float64 else jax.lax.reduce_precision(x, 8, 23)
 
 
-def rounded(x: jax.Array, dtype: Any) -> jax.Array:
+def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """x rounded to `dtype` but held in float32: XLA may not skip it, unlike a cast."""
     if jnp.dtype(dtype) == jnp.float32:
         return x
@@ -41,7 +42,7 @@ def with_rank(x: Any, ndim: int) -> Any:
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def matmul_precision(dtype: Any) -> jax.lax.Precision:
+def matmul_precision(dtype: DTypeLike) -> jax.lax.Precision:
     """float32 means float32 on every device: no TF32, no bfloat16 passes."""
     wide = jnp.dtype(dtype) == jnp.float32
     return jax.lax.Precision.HIGHEST if wide else jax.lax.Precision.DEFAULT

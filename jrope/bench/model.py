@@ -7,7 +7,6 @@ causal attention, which is counted at half of the square.
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from functools import partial
 from typing import Any, Literal
 
@@ -18,7 +17,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.rope import Rope
-from jrope.tree import Tree, nest
+from jrope.tree import Params, Tree, nest
 from jrope.weights.fuse import fuse, unfuse
 from jrope.weights.int8 import Quantization, matrices, scale_name, weight_bytes
 
@@ -57,7 +56,7 @@ def with_layers(config: LlamaConfig, count: int | None) -> LlamaConfig:
     return dataclasses.replace(config, num_hidden_layers=count or had)
 
 
-def first_layers(params: Mapping[str, Any], count: int) -> Tree:
+def first_layers(params: Params, count: int) -> Tree:
     """The tree without the layers from `count` on."""
     model = params["model"]
     layers = {str(i): model["layers"][str(i)] for i in range(count)}
@@ -108,7 +107,7 @@ class Weights:
     """
 
     def __init__(
-        self, params: Mapping[str, Any], config: LlamaConfig, *, keep: bool = False
+        self, params: Params, config: LlamaConfig, *, keep: bool = False
     ) -> None:
         self.config = config
         self.plain = dict(params) if keep else None

@@ -17,6 +17,7 @@ from jrope.generation.request import prepare
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
+from jrope.tree import Params
 
 Runner = Callable[[], float]
 
@@ -41,7 +42,7 @@ class Decode:
 
     def __init__(
         self,
-        params: Mapping[str, Any],
+        params: Params,
         config: LlamaConfig,
         lengths: np.ndarray,
         new: int,
@@ -85,7 +86,7 @@ class Prefill:
 
     def __init__(
         self,
-        params: Mapping[str, Any],
+        params: Params,
         config: LlamaConfig,
         batch: int,
         context: int,

@@ -17,7 +17,7 @@ from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
 from jrope.hf import config_to_hf
 from jrope.model.config import LlamaConfig
-from jrope.tree import flatten
+from jrope.tree import Params, flatten
 
 EAGER, COMPILED = "transformers", "transformers, compiled"
 
@@ -48,7 +48,7 @@ class Peer:
       config: the model.
     """
 
-    def __init__(self, params: Mapping[str, Any], config: LlamaConfig) -> None:
+    def __init__(self, params: Params, config: LlamaConfig) -> None:
         self.torch, self.transformers = import_peers()
         self.config = config
         self.criteria = self.transformers.StoppingCriteriaList

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf, config_to_hf
@@ -34,7 +35,7 @@ from jrope.hf.replacing import replacing
 from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
 from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
-from jrope.tree import Tree, flatten, nest
+from jrope.tree import Params, Tree, flatten, nest
 from jrope.weights.int8 import Quantization, is_quantized, keeper
 
 __all__ = [
@@ -55,7 +56,7 @@ READERS = 8  # one alone reads and copies at a fraction of what a GPU's link car
 
 def load(
     path_or_repo: PathLike,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
     quantize: Quantization | None = None,
@@ -117,7 +118,10 @@ def load(
 
 
 def load_shapes(
-    path_or_repo: PathLike, dtype: Any = None, *, revision: str | None = None
+    path_or_repo: PathLike,
+    dtype: DTypeLike | None = None,
+    *,
+    revision: str | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """What `load` gives for the same arguments, with a ShapeDtypeStruct for each array.
 
@@ -170,7 +174,7 @@ def _arrivals(
 
 def save(
     folder: PathLike,
-    params: Mapping[str, Any],
+    params: Params,
     config: LlamaConfig,
     *,
     max_shard_size: int = SHARD_SIZE,

@@ -12,7 +12,7 @@ so what differs between two curves is the rotation alone.  That plain RoPE lets 
 decay with distance is its promise (Su et al. 2021, sec. 3.4.3).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from jrope.model.config import LlamaConfig
 from jrope.model.layers import Step, decoder_layer, linears
 from jrope.model.llama import embed
 from jrope.rope import Rope, table
+from jrope.tree import Params
 
 
 class Means(NamedTuple):
@@ -36,7 +37,7 @@ class Means(NamedTuple):
 
 
 def mean_queries_and_keys(
-    params: Mapping[str, Any],
+    params: Params,
     config: LlamaConfig,
     texts: Sequence[np.ndarray],
     context: int,
@@ -82,7 +83,7 @@ def mean_queries_and_keys(
 
 @partial(jax.jit, static_argnames=("config",))
 def _queries_and_keys(
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     cos: jax.Array,
     sin: jax.Array,

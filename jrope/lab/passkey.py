@@ -7,9 +7,9 @@ more.
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jrope.generation.loop import generate, prefill
 from jrope.generation.request import bucket
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
+from jrope.tree import Params
 
 NEW = 16  # tokens that an answer may take
 HEAD = (
@@ -118,7 +119,7 @@ def _fill(
 
 
 def answer_passkeys(
-    params: Mapping[str, Any],
+    params: Params,
     config: LlamaConfig,
     passkeys: Passkeys,
     decode: Callable[[Sequence[int]], str],
@@ -165,9 +166,7 @@ def is_answer(text: str, key: str) -> bool:
     return digits is not None and digits.group() == key
 
 
-def check_memory(
-    params: Mapping[str, Any], config: LlamaConfig, rows: int, width: int
-) -> None:
+def check_memory(params: Params, config: LlamaConfig, rows: int, width: int) -> None:
     """Raise a JropeError when the prompts and their cache do not fit.
 
     The compiled prefill is the one that `generate` will run.

@@ -15,7 +15,7 @@ transformers takes for a full pass.
 import dataclasses
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple, final
@@ -32,6 +32,7 @@ from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed
 from jrope.model.scores import token_logprobs
 from jrope.rope import table
+from jrope.tree import Params
 
 FIRST_BUCKET = 256
 
@@ -124,7 +125,7 @@ def windows(count: int, context: int, stride: int | None = None) -> list[Window]
 
 
 def perplexity(
-    params: Mapping[str, Any],
+    params: Params,
     config: LlamaConfig,
     texts: Sequence[np.ndarray],
     context: int,
@@ -252,7 +253,7 @@ def _unstretched(config: LlamaConfig) -> LlamaConfig:
 
 @partial(jax.jit, static_argnames=("config",))
 def _window_nll(
-    params: Mapping[str, Any],
+    params: Params,
     tokens: jax.Array,
     cos: jax.Array,
     sin: jax.Array,

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from jrope.numerics import cpu_barrier, matmul_precision, with_rank
 from jrope.tree import LinearParams
@@ -18,7 +19,7 @@ def linear(
     x: jax.Array,
     *,
     factor: jax.Array | None = None,
-    dtype: Any = None,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     """factor * x W^T + b for W [out, in], summed in float32, rounded once to `dtype`.
 

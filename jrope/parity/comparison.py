@@ -28,6 +28,7 @@ from jrope.parity.torch_side import (
     twin_config,
 )
 from jrope.rope import Method, Rope, describe, table
+from jrope.tree import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 FAR = 131072
@@ -142,7 +143,7 @@ def place(
 
 
 def jrope_stages(
-    params: Mapping[str, Any], config: LlamaConfig, ids: np.ndarray, places: np.ndarray
+    params: Params, config: LlamaConfig, ids: np.ndarray, places: np.ndarray
 ) -> Stages:
     """Every stage of jrope as float32 [B, T, ...]; the logits are `forward`'s."""
     tokens, positions = jnp.asarray(ids), jnp.asarray(places)

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from jrope.errors import JropeError, check, is_positive
 from jrope.numerics import Float
@@ -99,7 +100,7 @@ class Rope:
 
 
 def table(
-    rope: Rope, positions: Any, *, length: Length = None
+    rope: Rope, positions: ArrayLike, *, length: Length = None
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin of every position's rotation.
 

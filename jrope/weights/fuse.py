@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import FUSED
-from jrope.tree import Tree
+from jrope.tree import Params, Tree
 from jrope.weights.int8 import is_quantized
 
 Order = Literal["out_in", "in_out"]
 
 
-def fuse(params: Mapping[str, Any], order: Order = "out_in") -> Tree:
+def fuse(params: Params, order: Order = "out_in") -> Tree:
     """Join the projections that read the same input; the given tree stays as it is.
 
     `forward`, `generate` and `score` take either tree; `unfuse` gives the first back.
@@ -45,7 +45,7 @@ def fuse(params: Mapping[str, Any], order: Order = "out_in") -> Tree:
     return _each_block(params, change)
 
 
-def unfuse(params: Mapping[str, Any], config: LlamaConfig) -> Tree:
+def unfuse(params: Params, config: LlamaConfig) -> Tree:
     """Split what `fuse` joined, bit for bit."""
     heads = config.num_attention_heads * config.head_dim
     kv_heads = config.num_key_value_heads * config.head_dim
@@ -70,7 +70,7 @@ def _turn(leaves: Mapping[str, Any], old: str, new: str) -> Tree:
     return turned | {new: leaves[old].T} if old in leaves else turned
 
 
-def _each_block(params: Mapping[str, Any], change: Any) -> Tree:
+def _each_block(params: Params, change: Any) -> Tree:
     """Apply `change` to the attention and MLP subtree of every layer."""
     model = params["model"]
     layers = {

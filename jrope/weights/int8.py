@@ -23,13 +23,13 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.numerics import round_to
-from jrope.tree import Tree, flatten, nest
+from jrope.tree import Params, Tree, flatten, nest
 
 Quantization = Literal["int8"]
 LIMIT = np.float32(127)
 
 
-def quantize(params: Mapping[str, Any]) -> Tree:
+def quantize(params: Params) -> Tree:
     """Projections and head as int8; the given tree stays as it is.
 
     `forward`, `generate`, `stream`, `score` and `fuse` take either tree (`Llama` takes
@@ -62,7 +62,7 @@ def quantize(params: Mapping[str, Any]) -> Tree:
     return nest(found)
 
 
-def dequantize(params: Mapping[str, Any], dtype: Any = None) -> Tree:
+def dequantize(params: Params, dtype: Any = None) -> Tree:
     """The plain tree that a quantised one stands for, scale times integers.
 
     It is not what was quantised: half a scale of each element is lost.
@@ -87,7 +87,7 @@ def dequantize(params: Mapping[str, Any], dtype: Any = None) -> Tree:
     )
 
 
-def is_quantized(params: Mapping[str, Any]) -> bool:
+def is_quantized(params: Params) -> bool:
     """Whether the tree, or a part of one, holds scales."""
     return any(name.split(".")[-1] == "scale" for name in flatten(params))
 
