@@ -87,6 +87,22 @@ def test_damaged_weights_stay_visible(bad: float) -> None:
     assert found.sum() == TOKENS.size
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(64, 4096), (5, 1000), (1, 96)])
+def test_a_damaged_row_is_nan(shape: tuple[int, int], dtype: str, bad: float) -> None:
+    """Wherever it is damaged, and no other row: XLA's CPU maximum may lose a NaN."""
+    random = np.random.default_rng(3).standard_normal(shape, np.float32)
+    want = int8.quantize_tensor("w.weight", jnp.asarray(random, dtype))
+    for column in (0, shape[1] // 2 + 1, shape[1] - 1):
+        damaged = random.copy()
+        damaged[0, column] = bad
+        got = int8.quantize_tensor("w.weight", jnp.asarray(damaged, dtype))
+        assert np.isnan(got["w.scale"][0])
+        for name, array in want.items():
+            np.testing.assert_array_equal(got[name][1:], array[1:])
+
+
 # the tree
 
 

@@ -145,9 +145,12 @@ def weight_bytes(
 
 @jax.jit
 def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
-    most = jnp.max(jnp.abs(w), axis=1)
+    # Bits of positive floats are in their order, NaN last: XLA's float maximum may be
+    # a finite one beside a NaN on a CPU.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(w), f"int{8 * w.dtype.itemsize}")
+    most = jax.lax.bitcast_convert_type(jnp.max(bits, axis=1), w.dtype)
     w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
-    most = most.astype(jnp.float32)
+    most = jnp.where(jnp.isfinite(most), most, jnp.nan).astype(jnp.float32)
     nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
     # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
     # quotient is off far behind the bits that stay.
