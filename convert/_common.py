@@ -20,7 +20,7 @@ from jrope.errors import JropeError
 from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import write_folder
 from jrope.hf.checks import check_tensors
-from jrope.hf.folders import parse_json, some
+from jrope.hf.folders import TABLES, parse_json, some
 from jrope.hf.tensors import DTYPES, inside
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig
 
@@ -205,7 +205,7 @@ def write_hf(
       dtype: what to cast to; None keeps.
       extra_files: copied beside the weights.
     """
-    kept = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
+    kept = {n: t for n, t in tensors.items() if not TABLES.fullmatch(n)}
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*kept}:
         if not same_bits(kept[EMBEDDING], kept[HEAD]):
             raise JropeError(
@@ -226,6 +226,7 @@ def write_hf(
             dst,
             config_to_hf(config, dtype=kinds.pop() if len(kinds) == 1 else "float32"),
             _stream(kept, dtype),
+            nbytes=total,
             extra_files=extra_files,
             progress=progress,
         )

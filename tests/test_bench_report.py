@@ -31,6 +31,13 @@ def test_higher_ceilings_lower_the_parts():
     assert again.rows[1] == report.rows[1]
 
 
+def test_the_head_names_the_rope_in_full():
+    rope = dataclasses.replace(tiny().rope, condense=2)
+    config = dataclasses.replace(tiny(), rope=rope)
+    report = dataclasses.replace(make_report(), config=config)
+    assert report.head()[2].endswith("of weights, rope default of positions / 2")
+
+
 def test_busy_hosts_are_told(capsys):
     busy = dataclasses.replace(make_report(), busy=2.0)
     assert any(line.startswith("BUSY: the host had 2.0") for line in busy.head())

@@ -70,8 +70,9 @@ def test_folder_is_loaded_in_its_own_dtype(tmp_path, capsys):
 
 def test_rope_may_be_another(capsys):
     assert run("--only", "decode", "--rope", "linear:4", "--json", "-") == 0
-    rope = json.loads(capsys.readouterr().out)["config"]["rope"]
-    assert "Linear" in rope["scaling"]
+    report = json.loads(capsys.readouterr().out)
+    assert "Linear" in report["config"]["rope"]["scaling"]
+    assert report["model"]["rope"] == "linear:factor=4"
 
 
 @pytest.mark.parametrize(

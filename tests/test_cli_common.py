@@ -96,7 +96,7 @@ def test_rope_lengths(capsys: Any, model: Path):
     assert describe(capsys, model, *words, "hf")["rope"]["lengths"] == "hf"
     assert describe(capsys, model)["rope"]["lengths"] is None
     out, _ = succeed(capsys, "inspect", model, *words, "growing")
-    assert "parity, growing lengths)" in out
+    assert "original_length=64, growing lengths, theta" in out
     error = fail(capsys, "inspect", model, "--rope-lengths", "growing")
     assert "--rope-lengths growing: lengths: got 'growing', want 'planned'" in error
     error = fail(capsys, "inspect", model, "--rope", "dynamic:2,lengths=1")

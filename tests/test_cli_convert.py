@@ -3,6 +3,7 @@
 import json
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -39,6 +40,29 @@ def test_convert_casts_and_splits(capsys: Any, model: Path, tmp_path: Path):
         assert (target / name).read_bytes() == (model / name).read_bytes()
     written = json.loads((target / "config.json").read_text())
     assert written["torch_dtype"] == written["dtype"] == "bfloat16"
+
+
+def test_convert_names_the_rope_in_full(capsys: Any, copy: Path, tmp_path: Path):
+    scaling = {"rope_type": "linear", "factor": 4.0}
+    (copy / "config.json").write_text(json.dumps({**CONFIG, "rope_scaling": scaling}))
+    out, _ = succeed(capsys, "convert", copy, tmp_path / "a")
+    assert ", rope linear:factor=4; copied" in out
+    words = ("--rope", "default", "--condense", "8")
+    out, _ = succeed(capsys, "convert", copy, tmp_path / "b", *words)
+    assert ", rope default of positions / 8; copied" in out
+
+
+def test_convert_knows_before_it_writes_that_the_disk_is_full(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path
+):
+    """As bfloat16 it would fit, as the float32 that will be written it does not."""
+    free = sum(array.nbytes for array in make_weights().values()) * 3 // 2
+    monkeypatch.setattr(
+        "jrope.hf.replacing.shutil.disk_usage", lambda _: SimpleNamespace(free=free)
+    )
+    error = fail(capsys, "convert", model, tmp_path / "out")
+    assert f"{free:,} bytes are free; make room" in error
+    assert [*tmp_path.iterdir()] == []
 
 
 def test_convert_keeps_what_it_is_not_told_to_change(
@@ -97,6 +121,7 @@ def test_convert_errors(capsys: Any, model: Path, copy: Path, tmp_path: Path):
         ("consolidated.00.pth", "meta_to_hf.py"),
         ("pytorch_model.bin", "pytorch_bin_to_hf.py"),
         ("flax_model.msgpack", "flax_msgpack_to_hf.py"),
+        ("streaming_params", "flax_msgpack_to_hf.py"),
     ],
 )
 @pytest.mark.parametrize("whole", ["file", "folder", "folder with config"])

@@ -42,7 +42,7 @@ def test_inspect_tells_what_is_there(
     shown = {"vocab_size": SIZE, "head_dim": 8, "eos_token_id": [VOCAB["</s>"]]}
     assert shown.items() <= facts["config"].items()
     out, _ = succeed(capsys, "inspect", model)
-    assert f"{count:,}" in out and "rope        default (theta 10000, parity)" in out
+    assert f"{count:,}" in out and "rope        default, theta 10000\n" in out
     assert "pairs       4: 4 kept\n" in out and "64 bytes a token" in out
 
 
@@ -110,6 +110,7 @@ def test_inspect_describes_methods(
         np.testing.assert_allclose(rope["stretched_by"], stretch, rtol=1e-9)
     assert rope["attention_scaling"] == pytest.approx(attention, rel=1e-12)
     out, _ = succeed(capsys, "inspect", model, *words.split())
+    assert f"rope        {rope['method']}, theta 10000\n" in out
     assert f"4: {kept} kept" in out
 
 

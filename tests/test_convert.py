@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 from convert_helpers import CONVERT, bin_folder
@@ -51,6 +52,19 @@ def test_targets_that_hold_something_are_kept(tiny_hf, tmp_path, run, refuse):
     assert "diary.txt" in refuse("pytorch_bin_to_hf", src, dst, "--force")
     assert "holds SRC" in refuse("pytorch_bin_to_hf", src, src, "--force")
     assert "holds SRC" in refuse("pytorch_bin_to_hf", src, tmp_path, "--force")
+
+
+def test_a_full_disk_is_told_before_anything_is_written(
+    tiny_hf, tmp_path, refuse, monkeypatch
+):
+    """As bfloat16 it would fit, as the float32 that will be written it does not."""
+    src = bin_folder(tmp_path / "src", tiny_hf())
+    free = sum(array.nbytes for array in tiny_hf().weights.values()) * 3 // 2
+    monkeypatch.setattr(
+        "jrope.hf.replacing.shutil.disk_usage", lambda _: SimpleNamespace(free=free)
+    )
+    said = refuse("pytorch_bin_to_hf", src, tmp_path / "out")
+    assert f"{free:,} bytes are free; make room" in said
 
 
 def test_interruption_leaves_nothing(tiny_hf, tmp_path, capsys, monkeypatch):

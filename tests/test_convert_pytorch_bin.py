@@ -40,7 +40,9 @@ def test_pytorch_bin(shards, tiny_hf, tmp_path, run):
 def test_pytorch_bin_keeps_bfloat16_and_drops_frequencies(tiny_hf, tmp_path, run):
     tiny = tiny_hf()
     weights = bfloat16(tiny.weights)
-    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    tables = ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached")
+    names = [f"model.layers.0.self_attn.rotary_emb.{table}" for table in tables]
+    frequencies = dict.fromkeys(names, torch.ones(8))
     tensors = torch_tensors(weights) | frequencies
     src = bin_folder(tmp_path / "src", tiny, tensors)
     run("pytorch_bin_to_hf", src, tmp_path / "dst")

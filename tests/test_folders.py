@@ -47,6 +47,9 @@ def test_paths_that_do_not_exist(name: str) -> None:
 def test_a_file_or_a_revision_of_a_folder(folder: Path) -> None:
     with pytest.raises(JropeError, match=r"model.safetensors is a file; give the fol"):
         load(folder / SINGLE)
+    (folder / "model.gguf").touch()
+    with pytest.raises(JropeError, match=r"is a file; convert it with convert/gguf"):
+        load(folder / "model.gguf")
     with pytest.raises(JropeError, match="revision is for hub ids"):
         load(folder, revision="main")
 

@@ -11,6 +11,7 @@ import jax
 from jrope.bench.device import Ceilings, Kernel, describe_device
 from jrope.bench.model import cache_bytes, read_bytes, weight_count
 from jrope.model.config import LlamaConfig
+from jrope.rope import describe
 from jrope.weights.int8 import Quantization, weight_bytes
 
 Work = Literal["prefill", "decode"]
@@ -147,7 +148,8 @@ class Report:
             f"{on}{driver}, {device['cores']} processor cores",
             ", ".join(f"{name} {number}" for name, number in versions.items()),
             f"{self.model}, {self.config.num_hidden_layers} layers, {self.dtype}"
-            f"{', int8 weights' if self.quantize else ''}: {_si(size, 'B')} of weights",
+            f"{', int8 weights' if self.quantize else ''}: {_si(size, 'B')} of weights"
+            f", rope {describe(self.config.rope)}",
             f"at best the device {', '.join(limits)}",
         ]
         if self.load_seconds is not None:
@@ -192,6 +194,7 @@ class Report:
             "layers": config.num_hidden_layers,
             "parameters": weight_count(config),
             "quantize": self.quantize,
+            "rope": describe(self.config.rope),
             "weight_bytes": self._weight_bytes(),
             "read_bytes": read_bytes(config, itemsize, self.quantize),
             "slot_bytes": cache_bytes(config, 1, itemsize),

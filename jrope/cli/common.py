@@ -12,7 +12,7 @@ import jax
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
-from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn, Rope
+from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn
 from jrope.tree import flatten
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -217,12 +217,6 @@ def reach(config: LlamaConfig) -> int | None:
 def trained_length(config: LlamaConfig) -> int:
     """What the rotary embedding knows of it, else what the checkpoint declares."""
     return config.rope.trained_length or config.max_position_embeddings
-
-
-def rope_name(rope: Rope) -> str:
-    """The method's name in `ROPE_TYPES`, or "default"."""
-    names = {kind: name for name, kind in ROPE_TYPES.items()}
-    return names.get(type(rope.scaling), "default")
 
 
 def array_bytes(tree: Mapping[str, Any]) -> list[int]:

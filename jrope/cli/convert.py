@@ -11,7 +11,6 @@ from jrope.cli.common import (
     add_dtype_argument,
     add_rope_arguments,
     apply_rope,
-    rope_name,
     size,
 )
 from jrope.cli.terminal import Progress, bytes_text
@@ -27,14 +26,9 @@ from jrope.hf.checkpoint import (
 from jrope.hf.checks import checked_names
 from jrope.hf.folders import companions, find_folder
 from jrope.hf.tensors import DTYPES
+from jrope.rope import describe
 
-_SCRIPTS = {  # files of other formats -> what turns them into a folder
-    ".gguf": "gguf_to_hf.py",
-    ".pth": "meta_to_hf.py",
-    ".bin": "pytorch_bin_to_hf.py",
-    ".pt": "pytorch_bin_to_hf.py",
-    ".msgpack": "flax_msgpack_to_hf.py",
-}
+_SCRIPTS = ("flax_msgpack", "flax", "gguf", "meta", "pytorch_bin")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--force", action="store_true", help="replace a checkpoint in DST")
     add_dtype_argument(parser)
     add_rope_arguments(parser, precision=False)
-    scripts = "\n".join(f"  convert/{name}" for name in sorted({*_SCRIPTS.values()}))
+    scripts = "\n".join(f"  convert/{name}_to_hf.py" for name in _SCRIPTS)
     parser.description = (
         "Rewrite a Hugging Face folder: cast, reshard, set the rotary embedding.\n"
         "config.json is written in both of its schemas, tokenizer files are copied.\n"
@@ -62,7 +56,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check everything, then stream the tensors from one folder to the other."""
-    _refuse_foreign(Path(args.source).expanduser())
     source, target = find_folder(args.source, None), Path(args.target).expanduser()
     _check_target(source, target, force=args.force)
     config_json = read_config(source)
@@ -84,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
             target,
             written,
             _stream(tensors, names, cast),
+            nbytes=total,
             max_shard_size=args.max_shard_size,
             extra_files=extras,
             progress=progress,
@@ -93,18 +87,9 @@ def run(args: argparse.Namespace) -> int:
     print(
         f"wrote {target}: {len(names)} tensors, {bytes_text(total)}, "
         f"{dtype or 'mixed dtypes'}, {shards} file{'s' * (shards > 1)}, "
-        f"rope {rope_name(config.rope)}; copied {copied}"
+        f"rope {describe(config.rope)}; copied {copied}"
     )
     return 0
-
-
-def _refuse_foreign(source: Path) -> None:
-    """Raise for a file; folders of other formats are told by the loader."""
-    if not source.is_file():
-        return
-    script = _SCRIPTS.get(source.suffix)
-    hint = f"convert/{script} reads this format" if script else "give a folder"
-    raise JropeError(f"{source} is a file, want a Hugging Face folder; {hint}")
 
 
 def _check_target(source: Path, target: Path, *, force: bool) -> None:

@@ -13,7 +13,6 @@ from jrope.cli.common import (
     add_rope_arguments,
     apply_rope,
     reach,
-    rope_name,
     trained_length,
     whole,
 )
@@ -23,7 +22,7 @@ from jrope.hf.checks import checked_names
 from jrope.hf.folders import find_folder
 from jrope.hf.tensors import DTYPES
 from jrope.model.config import LlamaConfig, parameter_shapes
-from jrope.rope import Rope, base_frequencies
+from jrope.rope import Rope, base_frequencies, describe
 
 Facts = dict[str, Any]
 _SAME = 1e-9  # frequencies whose ratio to the plain one is this close to 1 are kept
@@ -113,7 +112,7 @@ def describe_rope(config: LlamaConfig, length: int | None = None) -> Facts:
     changed = stretch[np.abs(stretch - 1) > _SAME].tolist()
     waves = (2 * math.pi / frequencies[turning]).tolist()
     return {
-        "method": rope_name(rope),
+        "method": describe(rope),
         **_fields(rope),
         "theta": rope.theta,
         "condense": rope.condense,
@@ -168,12 +167,6 @@ def _as_text(facts: Facts) -> str:
 
 
 def _rope_rows(rope: Facts) -> Facts:
-    fields = {k: v for k, v in rope.get("fields", {}).items() if v is not None}
-    words = [f"{name} {_short(value)}" for name, value in fields.items()]
-    words += [f"theta {rope['theta']:g}"]
-    words += [f"condense {rope['condense']:g}"] * (rope["condense"] != 1)
-    words += [rope["precision"]]
-    words += [f"{rope['lengths']} lengths"] * (rope["lengths"] in ("growing", "hf"))
     longest, at = rope["meant_for"], rope["described_at"]
     low, high = rope["wavelengths"]
     pairs = f"{rope['pairs']}: {rope['pairs_kept']} kept"
@@ -183,16 +176,10 @@ def _rope_rows(rope: Facts) -> Facts:
     if rope["pairs_still"]:
         pairs += f", {rope['pairs_still']} still"
     return {
-        "rope": f"{rope['method']} ({', '.join(words)})",
+        "rope": f"{rope['method']}, theta {rope['theta']:g}",
         "length": f"trained {rope['trained_length']:,}, meant for "
         + (f"{longest:,}" if longest else "any"),
         "pairs": pairs + (f" (at length {at:,})" if at else ""),
         "wavelength": f"{low:.4g} to {high:,.6g} tokens a turn",
         "attention": f"cos and sin times {rope['attention_scaling']:.6g}",
     }
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return f"[{len(value)} numbers]"  # pyright: ignore
-    return f"{value:g}" if isinstance(value, float) else str(value)

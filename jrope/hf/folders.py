@@ -38,8 +38,7 @@ _CONVERTERS = {  # weights of other formats -> what to do
     "*.pt": PICKLE,
     "*.gguf": "convert it with convert/gguf_to_hf.py",
     "*.msgpack": "convert it with convert/flax_msgpack_to_hf.py",
-    "streaming_*": "a stream of msgpack, as EasyLM writes it; the scripts in convert/ "
-    "tell what they read",
+    "streaming_*": "EasyLM wrote it; convert it with convert/flax_msgpack_to_hf.py",
     "*.h5": "TensorFlow weights are not supported",
     "consolidated*.safetensors": "its tensors have Meta's names, which are not read; "
     "take the Hugging Face version of the model",
@@ -67,7 +66,10 @@ def find_folder(path_or_repo: PathLike, revision: str | None = None) -> Path:
             raise JropeError(f"revision is for hub ids, but {path} is a folder")
         return path
     if path.exists():
-        raise JropeError(f"{path} is a file; give the folder that holds config.json")
+        known = [a for p, a in _CONVERTERS.items() if fnmatch(path.name, p)]
+        advice = "" if fnmatch(path.name, WEIGHTS) or not known else f"; {known[0]}"
+        wanted = "give the folder that holds config.json"
+        raise JropeError(f"{path} is a file{advice or f'; {wanted}'}")
     name = os.fspath(path_or_repo)
     if not _HUB_ID.fullmatch(name):
         raise JropeError(
