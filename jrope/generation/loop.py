@@ -287,8 +287,8 @@ def draw_token(
     with jax.named_scope("sample"):
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
         drawn = sampling.sampler(logits, keys, state.seen)
-    # A sum: of float32 numbers with a NaN, XLA's CPU maximum may be none (jax 0.10).
-    finite = jnp.isfinite(jnp.sum(logits, axis=-1)) | state.done
+    # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
+    finite = (jnp.sum(logits - logits, axis=-1) == 0) | state.done
     token = jnp.where(state.done, sampling.pad_id, drawn)
     stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
