@@ -4,7 +4,7 @@ import io
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -66,7 +66,11 @@ def test_text_is_the_library_s(capsys: Any, model: Path):
     assert out == "w" + "x" + ANSWER + "\n"
     assert [out.removesuffix("\n")] == library_text(model, ["v"])
     assert err.startswith("[1 prompt tokens, 14 new tokens, first after ")
-    assert "tokens/s" in err and "cpu (" in err and err.count("\n") == 1
+    assert (
+        "tokens/s, " in err
+        and " s, rope default, cpu (" in err
+        and err.count("\n") == 1
+    )
 
 
 def test_sampling_is_the_library_s(capsys: Any, model: Path):
@@ -140,6 +144,7 @@ def test_json(capsys: Any, model: Path):
             "prompt_tokens": 1,
             "new_tokens": 13,
             "finish": "stop",
+            "finite": True,
         }
     ]
     assert found["first_token_seconds"] > 0 and found["tokens_per_second"] > 0
@@ -178,7 +183,7 @@ def record(
     def stream(params: Any, prompt: Any, lengths: Any, **options: Any) -> Any:
         seen.update(params=params, prompt=prompt, lengths=lengths, **options)
         if tokens is not None:
-            return iter([np.array([tokens])])
+            return Blocks([np.array([tokens])])
         return jrope.stream(params, prompt, lengths, **options)
 
     monkeypatch.setattr(generate, "stream", stream)
@@ -240,7 +245,149 @@ def test_stop_text(capsys: Any, model: Path):
     assert answer["text"] == ANSWER
 
 
+# generation_config.json
+
+
+FILE = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "repetition_penalty": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "sampler", "told"),
+    [
+        (FILE, "", {"temperature": 0.6, "top_p": 0.9, "top_k": 50}, "top_k 50, top_p "),
+        (FILE, "--temperature 0", {}, ""),
+        (
+            FILE,
+            "--temperature 2 --top-k 0",
+            {"temperature": 2, "top_p": 0.9},
+            "generation_config.json: top_p 0.9 (--no-generation-config ignores it)",
+        ),
+        (FILE, "--no-generation-config", {}, ""),
+        ({**FILE, "do_sample": False}, "", {}, ""),
+        ({"temperature": 0.6}, "", {}, ""),
+        (
+            {"top_p": 0.9, "repetition_penalty": 1.2},
+            "",
+            {"repetition_penalty": 1.2},
+            "generation_config.json: repetition_penalty 1.2 (--no-gen",
+        ),
+        ({"top_p": 0.9}, "--temperature 1", {"temperature": 1, "top_p": 0.9}, "top_p "),
+        ({"repetition_penalty": 3}, "--repetition-penalty 1", {}, ""),
+        (
+            {"num_beams": 4, "suppress_tokens": [1], "min_new_tokens": 2},
+            "",
+            {},
+            "warning: generation_config.json: num_beams, min_new_tokens, "
+            "suppress_tokens: not supported, has no effect here",
+        ),
+    ],
+)
+def test_the_folder_s_sampling_and_flags_that_win(
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    copy: Path,
+    file: dict[str, Any],
+    words: str,
+    sampler: dict[str, float],
+    told: str,
+):
+    seen = record(monkeypatch, [])
+    (copy / "generation_config.json").write_text(json.dumps(file))
+    words_ = ("x", "--max-new-tokens", "2", *words.split())
+    _, err = succeed(capsys, "generate", copy, *words_)
+    assert seen["sampler"] == jrope.Sampler(**sampler)
+    assert told in err and err.count("jrope: ") == bool(told)
+
+
+def test_a_folder_s_sampling_that_is_not_allowed(capsys: Any, copy: Path):
+    file = copy / "generation_config.json"
+    file.write_text(json.dumps({**FILE, "top_p": 1.5}))
+    error = fail(capsys, "generate", copy, "x")
+    assert f"{file}: Sampler: top_p: got 1.5, want from 0 to 1" in error
+    assert error.endswith("correct the file, or give --no-generation-config")
+    file.write_text(json.dumps({**FILE, "temperature": "hot"}))
+    error = fail(capsys, "generate", copy, "x")
+    assert f"{file}: temperature: got 'hot', want a number" in error
+
+
+# Logits that are not finite
+
+
+@pytest.fixture(scope="module")
+def overflowing(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The embedding of "b" passes float16's largest number in the MLP."""
+    params, config = jrope.load(model)
+    layer = params["model"]["layers"]["0"]["mlp"]
+    at = VOCAB["b"]
+    for name in ("gate_proj", "up_proj"):
+        weight = 0 * layer[name]["weight"]
+        layer[name]["weight"] = weight.at[:, at].set(60)  # the norm makes x 16 of 1
+    folder = tmp_path_factory.mktemp("overflow") / "m"
+    return jrope.save(folder, params, config, extra_files=sorted(model.glob("tok*")))
+
+
+def test_rows_whose_logits_are_not_finite_are_told(capsys: Any, overflowing: Path):
+    words = ("generate", overflowing, "x", "b", "q", "--max-new-tokens", "3", "--dtype")
+    out, err = succeed(capsys, *words, "float16", status=1)
+    assert "[1/3] x\n é" in out and "[3/3] q\nrst\n" in out
+    (line,) = (line for line in err.splitlines() if "warning" in line)
+    assert line == (
+        "jrope: warning: answer 2 of 3 means nothing: its logits hold NaN or infinity; "
+        "--dtype bfloat16 has the range of float32"
+    )
+    _, err = succeed(capsys, *words, "bfloat16")
+    assert "warning" not in err
+
+
+def test_json_says_whether_logits_were_finite(capsys: Any, overflowing: Path):
+    words = ("generate", overflowing, "x", "b", "--json", "--max-new-tokens", "3")
+    out, err = succeed(capsys, *words, "--dtype", "float16", status=1)
+    report = json.loads(out)
+    assert [answer["finite"] for answer in report["answers"]] == [True, False]
+    assert report["rope"] == "default" and report["sampler"]["temperature"] == 0
+    assert "answer 2 of 2 means nothing" in err
+
+
+def test_an_overflow_that_no_dtype_mends(capsys: Any):
+    answers: Any = [SimpleNamespace(finite=x) for x in (False, True, False)]
+    assert report.tell_not_finite(answers, "float32") == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [line[:35] for line in lines] == [
+        f"jrope: warning: answer {i} of 3 means" for i in (1, 3)
+    ]
+    assert "the weights overflow even float32: take another checkpoint" in lines[0]
+    assert report.tell_not_finite(answers[1:2], "float16") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_row_is_not_blamed_after_its_stop_text(
+    capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
+):
+    """Its neighbour goes on, and the device with it."""
+
+    def blocks() -> Iterator[np.ndarray]:
+        yield np.array([ids_of("b"), ids_of("c")])
+        made.finite = np.array([False, True])
+        yield np.array([ids_of("d"), ids_of("d")])
+
+    made = Blocks(blocks(), rows=2)
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: made)
+    words = ("generate", model, "x", "y", "--json", "--stop", "b")
+    out, _ = succeed(capsys, *words)
+    assert [answer["finite"] for answer in json.loads(out)["answers"]] == [True] * 2
+
+
 # Streaming
+
+
+class Blocks(Iterator[np.ndarray]):
+    """What `stream` gives, as a test wants it."""
+
+    def __init__(self, blocks: Iterable[np.ndarray], rows: int = 1) -> None:
+        self.finite, self._blocks = np.ones(rows, bool), iter(blocks)
+
+    def __next__(self) -> np.ndarray:
+        return next(self._blocks)
 
 
 class Recorder(io.StringIO):
@@ -267,11 +414,11 @@ def test_text_comes_as_it_is_made(monkeypatch: pytest.MonkeyPatch, model: Path):
 def test_stops_asking_once_every_answer_is_complete(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
 ):
-    def stream(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[np.ndarray]:
         yield np.array([ids_of("ab")])
         raise AssertionError("asked for more")
 
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: Blocks(blocks()))
     out, _ = succeed(capsys, "generate", model, "x", "--stop", "b")
     assert out == "a\n"
 
@@ -284,11 +431,11 @@ def test_rate_counts_what_came_after_the_first_block():
 def test_ctrl_c_keeps_what_was_said(
     capsys: Any, monkeypatch: pytest.MonkeyPatch, model: Path
 ):
-    def stream(*_: Any, **__: Any) -> Iterator[np.ndarray]:
+    def blocks() -> Iterator[np.ndarray]:
         yield np.array([ids_of("ab")])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(generate, "stream", stream)
+    monkeypatch.setattr(generate, "stream", lambda *_, **__: Blocks(blocks()))
     out, err = succeed(capsys, "generate", model, "x", status=130)
     assert (out, err) == ("ab\n", "jrope: error: interrupted\n")
 

@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -13,12 +13,18 @@ from jrope.cli.common import (
     add_quantize_argument,
     add_rope_arguments,
     apply_rope,
-    number,
     reach,
     whole,
 )
 from jrope.cli.loading import Loading
-from jrope.cli.report import Timing, print_figures, print_json, print_texts
+from jrope.cli.report import (
+    Timing,
+    print_figures,
+    print_json,
+    print_texts,
+    tell_not_finite,
+)
+from jrope.cli.sampling import add_sampling_arguments, make_sampler
 from jrope.cli.terminal import warn
 from jrope.cli.text import (
     Answer,
@@ -29,7 +35,7 @@ from jrope.cli.text import (
 )
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.loop import stream
+from jrope.generation.loop import Stream, stream
 from jrope.generation.request import Options, prepare
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
@@ -38,14 +44,10 @@ from jrope.model.config import LlamaConfig
 
 _LIMIT = 256
 _LIMIT_HELP = f"at most this many ({_LIMIT}, less where the model's length ends)"
-_FILTERS = ("top_k", "top_p", "min_p", "seed")
-_SAMPLING = {
-    "temperature": "0, the default, takes the best token",
-    "top-k": "draw from the k best tokens",
-    "top-p": "draw from the best tokens whose probabilities sum to p",
-    "min-p": "draw from tokens at least this times as likely as the best",
-    "repetition-penalty": "make tokens that already stand there less likely",
-}
+_EPILOG = """\
+exit status: 0 all answered, 1 where logits were not finite (the text that came of them
+is printed, and means nothing), 2 bad input
+"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,23 +59,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--raw", action="store_true", help="continue the text, without chat template")
     add("--system", metavar="TEXT", help="the system's turn of the chat")
     add("--max-new-tokens", metavar="N", type=whole(0), help=_LIMIT_HELP)
-    for name, text in _SAMPLING.items():
-        kind = whole(0) if name == "top-k" else number
-        add(f"--{name}", metavar="X", type=kind, help=text)
-    add("--seed", metavar="N", type=whole(0), help="of the random numbers (0)")
+    add_sampling_arguments(parser)
     add("--stop", metavar="TEXT", action="append", default=[], help="end before it")
     add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
     add_rope_arguments(parser)
+    parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything and compile while the weights are loaded, then generate."""
-    prompts, sampler = read_prompts(args.prompt, args.file), _sampler(args)
+    prompts = read_prompts(args.prompt, args.file)
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
+    sampler = make_sampler(args, folder)
     with Loading(folder, args.dtype, args.quantize) as loading:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
@@ -92,12 +93,12 @@ def run(args: argparse.Namespace) -> int:
     live = len(prompts) == 1 and not args.json
     _follow(blocks, answers, timing, live=live)
     if args.json:
-        print_json(args.folder, prompts, lengths, answers, timing)
-        return 0
-    if not live:
-        print_texts(prompts, answers)
-    print_figures(lengths, answers, timing)
-    return 0
+        print_json(args.folder, prompts, lengths, answers, timing, config.rope, sampler)
+    else:
+        if not live:
+            print_texts(prompts, answers)
+        print_figures(lengths, answers, timing, config.rope)
+    return tell_not_finite(answers, params["model"]["norm"]["weight"].dtype.name)
 
 
 def _pad(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
@@ -105,17 +106,6 @@ def _pad(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     width = max(map(len, ids))
     rows = [[*row, *[0] * (width - len(row))] for row in ids]
     return np.array(rows, np.int32), np.array([len(row) for row in ids], np.int32)
-
-
-def _sampler(args: argparse.Namespace) -> Sampler:
-    names = [name.replace("-", "_") for name in _SAMPLING]
-    given = {name: getattr(args, name) for name in names}
-    if not args.temperature:
-        idle = [name for name in _FILTERS if getattr(args, name) is not None]
-        if idle:
-            words = ", ".join("--" + name.replace("_", "-") for name in idle)
-            warn(f"{words} without --temperature above 0: the best token is taken")
-    return Sampler(**{name: x for name, x in given.items() if x is not None})
 
 
 def _encoded(
@@ -167,7 +157,7 @@ def _warn(tokenizer: Any, total: int, config: LlamaConfig) -> None:
 
 
 def _follow(
-    blocks: Iterator[np.ndarray],
+    blocks: Stream,
     answers: Sequence[Answer],
     timing: Timing,
     *,
@@ -184,6 +174,8 @@ def _follow(
     try:
         for block in blocks:
             timing.total = time.perf_counter() - start
+            for answer, finite in zip(answers, blocks.finite.tolist(), strict=True):
+                answer.finite = finite if answer.finish != "stop" else answer.finite
             tell([a.push(row.tolist()) for a, row in zip(answers, block, strict=True)])
             if timing.first is None:
                 timing.first = timing.total

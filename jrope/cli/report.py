@@ -4,12 +4,15 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import jax
 import numpy as np
 
+from jrope.cli.terminal import warn
 from jrope.cli.text import Answer
+from jrope.generation.sample import Sampler
+from jrope.rope import Rope, describe
 
 
 @dataclass
@@ -36,9 +39,9 @@ def print_texts(prompts: Sequence[str], answers: Sequence[Answer]) -> None:
 
 
 def print_figures(
-    lengths: np.ndarray, answers: Sequence[Answer], timing: Timing
+    lengths: np.ndarray, answers: Sequence[Answer], timing: Timing, rope: Rope
 ) -> None:
-    """One line on standard error: how much, how fast, on what."""
+    """One line on standard error: how much, how fast, with which rope, on what."""
     new = sum(answer.count for answer in answers)
     rate = timing.rate(new)
     parts = [
@@ -47,6 +50,7 @@ def print_figures(
         "" if timing.first is None else f"first after {timing.first:.2f} s",
         "" if rate is None else f"then {rate:.1f} tokens/s",
         f"weights loaded in {timing.load:.2f} s",
+        f"rope {describe(rope)}",
         _device(),
     ]
     print(f"[{', '.join(part for part in parts if part)}]", file=sys.stderr)
@@ -64,12 +68,16 @@ def print_json(
     lengths: np.ndarray,
     answers: Sequence[Answer],
     timing: Timing,
+    rope: Rope,
+    sampler: Sampler,
 ) -> None:
     """Everything as one JSON object on standard output."""
     rows = zip(prompts, lengths.tolist(), answers, strict=True)
     report = {
         "model": folder,
         "device": _device(),
+        "rope": describe(rope),
+        "sampler": asdict(sampler),
         "answers": [
             {
                 "prompt": prompt,
@@ -77,6 +85,7 @@ def print_json(
                 "prompt_tokens": length,
                 "new_tokens": answer.count,
                 "finish": answer.finish,
+                "finite": answer.finite,
             }
             for prompt, length, answer in rows
         ],
@@ -85,3 +94,24 @@ def print_json(
         "tokens_per_second": timing.rate(sum(answer.count for answer in answers)),
     }
     print(json.dumps(report, indent=2, ensure_ascii=False))
+
+
+def tell_not_finite(answers: Sequence[Answer], dtype: str) -> int:
+    """A line on standard error for each answer whose logits were not finite.
+
+    Args:
+      answers: of all prompts.
+      dtype: of the activations.
+
+    Returns:
+      The exit status: 0 where all were finite, else 1.
+    """
+    # Loading refuses weights that are not finite, hence something has overflowed.
+    remedy = "--dtype bfloat16 has the range of float32"
+    if dtype != "float16":
+        remedy = f"the weights overflow even {dtype}: take another checkpoint"
+    bad = [i for i, answer in enumerate(answers, 1) if not answer.finite]
+    for i in bad:
+        which = f"answer {i} of {len(answers)}"
+        warn(f"{which} means nothing: its logits hold NaN or infinity; {remedy}")
+    return 1 if bad else 0

@@ -129,6 +129,7 @@ class Answer:
       text: all that was given out.
       count: new tokens, the stop id included.
       finish: "stop" after a stop id or stop text, else "length".
+      finite: whether the logits that its tokens were drawn from were finite numbers.
     """
 
     def __init__(
@@ -138,7 +139,7 @@ class Answer:
         stop_ids: Sequence[int] = (),
         stop_texts: Sequence[str] = (),
     ) -> None:
-        self.text, self.count, self.finish = "", 0, "length"
+        self.text, self.count, self.finish, self.finite = "", 0, "length", True
         self._tokenizer = tokenizer
         self._stop_ids, self._stop_texts = {*stop_ids}, stop_texts
         self._ids = [*prompt[-_TAIL:]]
