@@ -19,7 +19,7 @@ from jrope.cli.terminal import Progress, bytes_text
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import write_folder
-from jrope.hf.checks import check_tensors
+from jrope.hf.checks import check_tensors, not_tied
 from jrope.hf.folders import TABLES, parse_json, some
 from jrope.hf.tensors import DTYPES, inside
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig
@@ -208,10 +208,8 @@ def write_hf(
     kept = {n: t for n, t in tensors.items() if not TABLES.fullmatch(n)}
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*kept}:
         if not same_bits(kept[EMBEDDING], kept[HEAD]):
-            raise JropeError(
-                f"{where}: tie_word_embeddings is true but {HEAD} differs from "
-                f"{EMBEDDING}; set it to false in config.json"
-            )
+            found = (kept[name] for name in (EMBEDDING, HEAD))
+            raise not_tied(where, *((lazy.dtype, lazy.shape) for lazy in found))
         del kept[HEAD]
     shapes = {name: lazy.shape for name, lazy in kept.items()}
     codes = {name: _code(lazy.dtype, dtype) for name, lazy in kept.items()}

@@ -91,7 +91,8 @@ def make_config(
         if values.get(name, head_dim) != head_dim:
             raise JropeError(
                 f"{path}: llama.{name} is {values[name]}, but heads have {head_dim} "
-                "channels; Hugging Face's LLaMA cannot express it"
+                "channels: config.json has one head_dim for all of them, hence no "
+                "Hugging Face LLaMA is this model"
             )
     if "token_embd.weight" not in tensors:
         raise JropeError(f"{path}: missing token_embd.weight")

@@ -65,8 +65,8 @@ def read_scaling(
         return method
     if method is not None:
         raise JropeError(
-            f"{path} has {FACTORS} and {method}; want one of the two: Hugging Face's "
-            "config cannot express both"
+            f"{path} has {FACTORS} and {method}; want one of the two: config.json "
+            "has a field for one scaling only"
         )
     if factors.dtype != "float32":
         raise JropeError(f"{path}: {FACTORS} is {factors.dtype}, want F32")
@@ -128,8 +128,8 @@ def llama3(factors: np.ndarray, rope: Rope, path: Path) -> Method | None:
     raise JropeError(
         f"{path}: {FACTORS} is not of Llama 3's kind: got {factors.size} numbers from "
         f"{factors.min(initial=np.inf):g} to {factors.max(initial=-np.inf):g}, want "
-        f"{plain.size} that rise from 1 to one factor as llama3 scaling's do; Hugging "
-        "Face's config cannot express other factors"
+        f"{plain.size} that rise from 1 to one factor as llama3 scaling's do; "
+        "config.json has no field for others"
     )
 
 

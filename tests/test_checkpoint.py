@@ -196,7 +196,14 @@ def test_a_head_that_repeats_a_tied_embedding_is_accepted(
     change(tmp_path, lambda t: t.update({"lm_head.weight": table}))
     assert "lm_head" not in load(tmp_path)[0]
     change(tmp_path, lambda t: t.update({"lm_head.weight": np.nextafter(table, 9)}))
-    with pytest.raises(JropeError, match=r"tie_word_embeddings is true but lm_head"):
+    said = r"tie_word_embeddings is true but lm_head.weight differs from model.embed"
+    with pytest.raises(JropeError, match=said):
+        load(tmp_path)
+    change(tmp_path, lambda t: t.update({"lm_head.weight": table.astype(np.float16)}))
+    said = (
+        r"lm_head.weight is F16 \[61, 64\] and model.embed_tokens.weight F32 \[61, 64\]"
+    )
+    with pytest.raises(JropeError, match=said):
         load(tmp_path)
 
 

@@ -63,6 +63,10 @@ def test_pytorch_bin_with_tied_and_transposed_tensors(tiny_hf, tmp_path, run, re
     src = bin_folder(tmp_path / "other", tiny, tensors)
     line = refuse("pytorch_bin_to_hf", src, tmp_path / "no")
     assert "lm_head.weight differs from" in line
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].double()
+    src = bin_folder(tmp_path / "double", tiny, tensors)
+    line = refuse("pytorch_bin_to_hf", src, tmp_path / "no")
+    assert "lm_head.weight is float64 [61, 64] and model.embed_tokens.weight fl" in line
 
 
 def test_pytorch_bin_of_the_old_kind(tiny_hf, tmp_path, run):

@@ -40,14 +40,34 @@ def checked_names(
     shapes, codes = tensors.shapes, tensors.dtypes
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
         if data and not tensors.same(EMBEDDING, HEAD):
-            raise JropeError(
-                f"{folder}: tie_word_embeddings is true but {HEAD} differs from "
-                f"{EMBEDDING}; set it to false, or delete the tensor"
+            raise not_tied(
+                folder, *((codes[name], shapes[name]) for name in (EMBEDDING, HEAD))
             )
         del shapes[HEAD]
     shapes = {n: shape for n, shape in shapes.items() if not TABLES.fullmatch(n)}
     check_tensors(str(folder), config, shapes, codes)
     return [*shapes]
+
+
+def not_tied(
+    where: Path,
+    embedding: tuple[str, tuple[int, ...]],
+    head: tuple[str, tuple[int, ...]],
+) -> JropeError:
+    """The error for a tied checkpoint whose head is not its embedding.
+
+    Args:
+      where: begins the message.
+      embedding, head: dtype and shape of each, which may be what differs.
+    """
+    how = f"differs from {EMBEDDING}"
+    if head != embedding:
+        kinds = [f"{dtype} {list(shape)}" for dtype, shape in (head, embedding)]
+        how = f"is {kinds[0]} and {EMBEDDING} {kinds[1]}"
+    return JropeError(
+        f"{where}: tie_word_embeddings is true but {HEAD} {how}; set it to false in "
+        "config.json, or delete the tensor"
+    )
 
 
 def check_tensors(

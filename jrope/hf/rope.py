@@ -92,7 +92,7 @@ def rope_to_hf(rope: Rope) -> dict[str, Any]:
     theta, scaling, extra = float(rope.theta), cast(Any, rope.scaling), {}
     if rope.condense != 1:
         wanted = (
-            f"1: Hugging Face cannot express it together with {scaling}; leave one out "
+            f"1: config.json has no field for it beside {scaling}; leave one out "
             "of the file, and set it with `with_rope` or --rope after loading"
         )
         check(scaling is None, "condense", rope.condense, wanted)
