@@ -40,7 +40,7 @@ def check_positive(owner: object, *names: str) -> None:
     """Raise a JropeError unless each named field of `owner` is a number above 0."""
     for name in names:
         value = getattr(owner, name)
-        check(is_positive(value), name, value, "a finite number > 0")
+        check(is_positive(value), name, value, "a number > 0 and < 1e30")
 
 
 def check_count(name: str, value: object, least: int) -> None:

@@ -12,6 +12,8 @@ from generate_helpers import (
     LENGTHS,
     NEW,
     PROMPT,
+    VOCABULARY,
+    WIDTH,
     blocks,
     greedy,
     model,
@@ -24,6 +26,7 @@ from generate_helpers import steps as steps
 
 from jrope.generation.loop import generate
 from jrope.generation.sample import Sampler
+from jrope.tree import flatten, nest
 
 # --- seeds and keys
 
@@ -105,6 +108,27 @@ def test_samples_follow_the_distribution() -> None:
     likely = want >= 5
     chi2 = ((counts - want)[likely] ** 2 / want[likely]).sum()
     assert likely.sum() > 12 and chi2 < 60  # p < 1e-4 for 24 degrees of freedom
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_neighbours_do_not_change_a_bit(dtype: str) -> None:
+    """In the same shapes; in others a 16-bit row may be rounded otherwise."""
+    _, params, config = model()
+    narrow = nest({name: x.astype(dtype) for name, x in flatten(params).items()})
+    options: dict[str, Any] = {"max_new_tokens": NEW, "stop_ids": [], "logprobs": True}
+
+    def rows(prompt: Any, lengths: Any, seeds: Any) -> Any:
+        options.update(sampler=HOT, key=KEY, seeds=seeds)
+        return generate(narrow, prompt, lengths, config=config, **options)
+
+    others = np.random.default_rng(9).integers(0, VOCABULARY, PROMPT.shape)
+    others[2] = PROMPT[0]
+    one = rows(PROMPT, LENGTHS, [7, 8, 9])
+    two = rows(others, [3, 11, WIDTH], [1, 2, 7])
+    for name in ("tokens", "logprobs", "prompt_logprobs"):
+        first, last = getattr(one, name)[0], getattr(two, name)[2]
+        np.testing.assert_array_equal(first, last, err_msg=name)
+    assert (np.asarray(one.tokens[1:]) != np.asarray(two.tokens[:2])).any(axis=1).all()
 
 
 # --- streaming

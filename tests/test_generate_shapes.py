@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from generate_helpers import (
     HOT,
     KEY,
@@ -22,6 +23,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jrope.errors import JropeError
+from jrope.generation.ahead import compile_ahead
 from jrope.generation.loop import decode, first_token, generate, prefill, stream
 from jrope.generation.request import bucket, prepare
 from jrope.generation.sample import Sampler
@@ -146,8 +148,47 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "float lengths": ({"lengths": [1.0, 1, 1]}, r"lengths: got float64 \[3\], want"),
     "one length": ({"lengths": 12}, r"lengths: got int64 \[\], want integers \[3\]"),
     "float prompt": ({"prompt": PROMPT * 1.0}, r"prompt: got float64 \[3, 18\], want"),
-    "flat prompt": ({"prompt": PROMPT[0]}, r"got int64 \[18\], want integers \[B, T\]"),
-    "text": ({"prompt": ["Hello"]}, r"prompt: got <U5 \[1\], want integers"),
+    "flat prompt": (
+        {"prompt": PROMPT[0]},
+        r"got int64 \[18\], want integers \[B, T\]; a single prompt is \[prompt\]",
+    ),
+    "text": (
+        {"prompt": ["Hello"]},
+        r"prompt: got <U5 \[1\], want integers \[B, T\]; a tokenizer turns text",
+    ),
+    "what a tokenizer gives": (
+        {"prompt": {"input_ids": PROMPT}},
+        r'prompt: got a dict, want integers \[B, T\]; give its "input_ids", and l',
+    ),
+    "a tensor that NumPy cannot read": (
+        {"prompt": torch.zeros(3, 18, dtype=torch.long, device="meta")},
+        r"prompt: got a Tensor \(.*\); give prompt.cpu\(\).numpy\(\)",
+    ),
+    "a mask as lengths": (
+        {"lengths": np.ones((3, 18), int)},
+        r"lengths: got int64 \[3, 18\], want integers \[3\]; .* mask.sum\(axis=1\)",
+    ),
+    "a mask": (
+        {"attention_mask": np.ones((3, 18))},
+        r"generate has no argument attention_mask \(pad rows on the right and give len",
+    ),
+    "transformers' words": (
+        {"do_sample": True, "eos_token_id": 2, "beams": 3},
+        r"do_sample \(give sampler=Sampler.*\), eos_token_id \(give stop_ids\), beams$",
+    ),
+    "numbers as sampler": (
+        {"sampler": {"temperature": 1}},
+        r"sampler: got a dict, want a Sampler; such as Sampler\(temperature=0.7\)",
+    ),
+    "text as temperature": (
+        {"sampler": Sampler(temperature="0.7")},  # pyright: ignore
+        "Sampler: temperature: got '0.7', want a number",
+    ),
+    "no top_p": (
+        {"sampler": Sampler(top_p=None)},  # pyright: ignore
+        "Sampler: top_p: got None, want a number",
+    ),
+    "no config": ({"config": None}, "config: got a NoneType, want a LlamaConfig; give"),
     "ragged lists": (
         {"prompt": [[1, 2], [3]]},
         "prompt: got rows of unequal length; pad every row on the right and pass",
@@ -162,6 +203,10 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         "key: got None",
     ),
     "number as key": ({"key": 42}, r"key: got 42, want a jax.random.key"),
+    "floats as key": (
+        {"key": np.zeros(2)},
+        r"key: got float64 \[2\], want a jax.random.key",
+    ),
     "keys": (
         {"key": jax.random.split(KEY, 3)},
         r"key: got shape \(3,\), want one key; rows have seeds",
@@ -187,12 +232,14 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
         r"stop_ids: ids \[61\] lie outside the vocabulary of 61",
     ),
     "negative stop": ({"stop_ids": [-1]}, r"stop_ids: ids \[-1\] lie outside"),
+    "half a stop in a set": ({"stop_ids": {2.5}}, r"stop_ids: got float64 \[1\], want"),
+    "stop outside, in a set": ({"stop_ids": {61}}, r"stop_ids: ids \[61\] lie outside"),
     "half a stop": ({"stop_ids": [2.5]}, r"stop_ids: got float64 \[1\], want a list"),
     "one stop": ({"stop_ids": 2}, r"stop_ids: got int64 \[\], want a list of integers"),
     "half a pad": ({"pad_id": 0.5}, "pad_id: got 0.5, want an integer"),
     "sampler of two": (
         {"sampler": Sampler(temperature=np.array([1.0, 1.0])), "key": KEY},
-        r"Sampler: temperature is \(2,\), wanted \(\) or \(3,\)",
+        r"Sampler: temperature: got \[2\], want a number, or one for each of 3 rows",
     ),
 }
 
@@ -200,8 +247,74 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
 @pytest.mark.parametrize("case", BAD)
 def test_says_what_is_wrong(case: str) -> None:
     options, message = BAD[case]
+    _, params, config = model()
+    options = {"prompt": PROMPT, "lengths": LENGTHS, "config": config, **options}
     with pytest.raises(JropeError, match=message):
-        run(**options)
+        generate(params, **options)
+
+
+@pytest.mark.parametrize("kind", [set, tuple, np.array, jnp.asarray, torch.tensor])
+def test_stop_ids_of_any_kind(kind: Any) -> None:
+    _, _, config = model()
+    got = prepare(PROMPT, LENGTHS, config, stop_ids=kind([4, 9])).sampling.stop_ids
+    assert sorted(got.tolist()) == [*[-1] * 6, 4, 9]
+
+
+def test_prompts_of_any_kind() -> None:
+    _, _, config = model()
+    want = prepare(PROMPT, LENGTHS, config)
+    for kind in (np.ndarray.tolist, torch.tensor, jnp.asarray, list):
+        got = prepare(kind(PROMPT), kind(LENGTHS), config)
+        np.testing.assert_array_equal(got.prompt, want.prompt)
+        np.testing.assert_array_equal(got.lengths, want.lengths)
+
+
+def test_parameters_that_are_none() -> None:
+    _, params, config = model()
+    wrong: dict[str, Any] = {
+        r"params: got a tree of \['params'\].*; give tree\[\"params\"\]": {
+            "params": params
+        },
+        r"params: got a tuple, want a tree; give what `load` returns": (params, config),
+    }
+    for message, given_ in wrong.items():
+        for function in (generate, stream, compile_ahead):
+            with pytest.raises(JropeError, match=message):
+                function(given_, PROMPT, LENGTHS, config=config)
+
+
+TRACED: dict[str, Any] = {
+    "prompt": lambda p, x: generate(p, x, config=model()[2]),
+    "lengths": lambda p, x: generate(p, PROMPT, x[0], config=model()[2]),
+    "seeds": lambda p, x: generate(p, [[1]], seeds=x[0, :1], config=model()[2]),
+    "stop_ids": lambda p, x: generate(p, [[1]], stop_ids=x[0], config=model()[2]),
+    "pad_id": lambda p, x: generate(p, [[1]], pad_id=x[0, 0], config=model()[2]),
+    "max_new_tokens": lambda p, x: generate(
+        p, [[1]], max_new_tokens=x[0, 0], config=model()[2]
+    ),
+    "params": lambda p, x: [*stream(p, [[1]], config=model()[2])],
+}
+
+
+@pytest.mark.parametrize("name", TRACED)
+def test_what_is_read_on_the_host_cannot_be_traced(name: str) -> None:
+    _, params, _ = model()
+    message = f"^{name}: traced by jit, vmap or grad.*call it outside, or `forward` wi"
+    with pytest.raises(JropeError, match=message):
+        jax.jit(TRACED[name])(params, jnp.ones((1, 3), jnp.int32))
+    if name == "prompt":
+        with pytest.raises(JropeError, match=message):
+            jax.vmap(TRACED[name], (None, 0))(params, jnp.ones((2, 1, 3), jnp.int32))
+
+
+def test_a_traced_temperature_needs_a_key() -> None:
+    def one(temperature: jax.Array) -> Any:
+        return prepare(
+            [[1]], None, model()[2], sampler=Sampler(temperature=temperature)
+        )
+
+    with pytest.raises(JropeError, match=r"key: got None, want a jax.random.key"):
+        jax.jit(lambda t: one(t).sampling.keys)(1.0)
 
 
 def test_stream_says_it_at_the_call() -> None:

@@ -315,24 +315,26 @@ def test_is_a_pytree_of_its_five_numbers():
     ],
 )
 def test_says_which_value_is_wrong(name, value):
-    with pytest.raises(JropeError, match=f"{name} is .*, wanted .*(from|whole)"):
+    with pytest.raises(JropeError, match=f"{name}: got .*, want .*(from|whole)"):
         Sampler(**{name: value})
 
 
 def test_names_every_wrong_value_at_once():
-    with pytest.raises(JropeError, match=r"temperature is -1.*top_p is 3, wanted"):
+    with pytest.raises(JropeError, match=r"temperature: got -1.*top_p: got 3, want"):
         Sampler(temperature=-1, top_p=3)
 
 
 def test_says_which_shape_is_wrong():
     logits = jnp.zeros((2, 5))
-    with pytest.raises(JropeError, match=r"logits and seen are \(2, 5\) and \(2, 4\)"):
+    with pytest.raises(JropeError, match=r"logits and seen: got \[2, 5\] and \[2, 4\]"):
         Sampler().warp(logits, jnp.zeros((2, 4), bool))
-    with pytest.raises(JropeError, match=r"\(5,\) and None, wanted \[B, V\]"):
+    with pytest.raises(JropeError, match=r"got \[5\] and None, want \[B, V\] each"):
         Sampler().warp(logits[0])
-    with pytest.raises(JropeError, match=r"keys are \(3,\) for logits \(2, 5\)"):
+    with pytest.raises(
+        JropeError, match=r"keys: got shape \[3\] for logits \[2, 5\].*split\(key, 2\)"
+    ):
         Sampler()(logits, keys(3))
-    with pytest.raises(JropeError, match=r"top_k is \(3,\), wanted \(\) or \(2,\)"):
+    with pytest.raises(JropeError, match=r"top_k: got \[3\], want .* each of 2 rows"):
         Sampler(top_k=np.asarray([1, 2, 3])).warp(logits)
 
 

@@ -16,6 +16,7 @@ from jrope.generation.loop import (
 )
 from jrope.generation.request import Options, prepare
 from jrope.model.config import LlamaConfig
+from jrope.model.inputs import check_params
 from jrope.tree import Params
 
 
@@ -40,6 +41,7 @@ def compile_ahead(
     Raises:
       JropeError: as `generate`.
     """
+    check_params(params)
     request = prepare(prompt, lengths, config, **options)
     static: dict[str, Any] = {"config": config, "scored": logprobs}
     first = (params, *chunk_inputs(request, 0), None, None)

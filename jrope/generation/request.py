@@ -4,21 +4,33 @@ Only the rounded shapes are compiled for; lengths, sampler, seeds, stop ids and 
 number of new tokens are traced.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Collection, Mapping, Set
+from dataclasses import dataclass, fields
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from jrope.errors import JropeError, check_count
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
+from jrope.model.inputs import PAD_RIGHT, refuse_unknown
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
 SMALLEST_BUCKET = 16
 LONGEST = 2**30  # tokens of a row: positions, and the buckets above them, are int32
+_SAMPLING = "give sampler=Sampler(...), whose temperature 0 is greedy"
+_REMEDIES = {  # arguments of transformers' generate -> what to give here
+    **dict.fromkeys(("do_sample", *(f.name for f in fields(Sampler))), _SAMPLING),
+    "attention_mask": PAD_RIGHT,
+    "input_ids": "give them as prompt",
+    "eos_token_id": "give stop_ids",
+    "pad_token_id": "give pad_id",
+    "max_length": "give max_new_tokens",
+    "streamer": "take `stream`, an iterator",
+}
 
 
 class Options(TypedDict, total=False):
@@ -28,8 +40,8 @@ class Options(TypedDict, total=False):
       sampler: how tokens are drawn; None: greedy.
       key: a `jax.random` key; may be None when every row is greedy.
       seeds: integers [B]; None: 0, 1, 2, ...  Row b draws its token t with
-        fold_in(fold_in(key, seeds[b]), t), so its tokens depend on its own prompt and
-        seed and the key alone, not on its neighbours.
+        fold_in(fold_in(key, seeds[b]), t): of its own prompt and seed and the key, not
+        of its neighbours.  What rounding adds to that: see `generate`.
       max_new_tokens: at most this many, 64; 0 is allowed.
       stop_ids: ids that end a row; None: the config's eos_token_id.
       pad_id: fills rows after their stop; None: the config's pad_token_id, else 0.
@@ -40,7 +52,7 @@ class Options(TypedDict, total=False):
     key: jax.Array | None
     seeds: Any
     max_new_tokens: int
-    stop_ids: Sequence[int] | None
+    stop_ids: Collection[int] | None
     pad_id: int | None
     prefill_chunk: int | None
 
@@ -97,25 +109,33 @@ def prepare(
     key: jax.Array | None = None,
     seeds: Any = None,
     max_new_tokens: int = 64,
-    stop_ids: Sequence[int] | None = None,
+    stop_ids: Collection[int] | None = None,
     pad_id: int | None = None,
     prefill_chunk: int | None = None,
+    **unknown: Any,
 ) -> Request:
     """Check a request and round its shapes up; arguments as `Options` and `generate`.
 
     Raises:
       JropeError: whatever is wrong, before anything is computed.
     """
-    try:
-        prompt = np.asarray(prompt)
-    except ValueError:  # NumPy's word for rows of unequal length
-        hint = "pad every row on the right and pass lengths"
-        raise JropeError(f"prompt: got rows of unequal length; {hint}") from None
-    if prompt.ndim != 2 or not np.issubdtype(prompt.dtype, np.integer):
-        got = f"{prompt.dtype} {list(prompt.shape)}"
-        raise JropeError(f"prompt: got {got}, want integers [B, T]")
+    refuse_unknown("generate", unknown, _REMEDIES)
+    refuse_traced(
+        prompt=prompt,
+        lengths=lengths,
+        seeds=seeds,
+        max_new_tokens=max_new_tokens,
+        stop_ids=stop_ids,
+        pad_id=pad_id,
+    )
+    _check_type("config", config, LlamaConfig, "give what `load` returns second")
+    prompt = _integers("prompt", prompt, "integers [B, T]")
+    if prompt.ndim != 2:
+        hint = "; a single prompt is [prompt]" if prompt.ndim == 1 else ""
+        raise JropeError(f"prompt: got {_got(prompt)}, want integers [B, T]{hint}")
     batch, width = prompt.shape
-    lengths = np.full(batch, width) if lengths is None else np.asarray(lengths)
+    lengths = np.full(batch, width) if lengths is None else lengths
+    lengths = _integers("lengths", lengths, f"integers [{batch}]")
     _check_lengths(lengths, batch, width, config)
     valid = np.arange(width)[None, :] < lengths[:, None]
     _check_ids("prompt", prompt[valid], config)
@@ -141,12 +161,57 @@ def prepare(
     )
 
 
+def refuse_traced(**values: Any) -> None:
+    """Raise a JropeError that names what jit, vmap or grad trace: the host reads it."""
+    traced = [
+        name
+        for name, value in values.items()
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
+    ]
+    if traced:
+        raise JropeError(
+            f"{', '.join(traced)}: traced by jit, vmap or grad, but generation reads "
+            "it on the host; call it outside, or `forward` with a cache inside"
+        )
+
+
+def _check_type(name: str, value: object, wanted: type, hint: str) -> None:
+    if not isinstance(value, wanted):
+        got = f"a {type(value).__name__}"
+        raise JropeError(f"{name}: got {got}, want a {wanted.__name__}; {hint}")
+
+
+def _integers(name: str, value: Any, wanted: str) -> np.ndarray:
+    """What NumPy makes of a list, an array or a tensor, if that is integers."""
+    if isinstance(value, Mapping):
+        hint = 'give its "input_ids", and lengths'
+        kind = type(cast(object, value)).__name__
+        raise JropeError(f"{name}: got a {kind}, want {wanted}; {hint}")
+    try:
+        array = np.asarray(value)
+    except ValueError:  # NumPy's word for rows of unequal length
+        hint = "pad every row on the right and pass lengths"
+        raise JropeError(f"{name}: got rows of unequal length; {hint}") from None
+    except (TypeError, RuntimeError, NotImplementedError) as error:  # torch, on a GPU
+        kind, hint = type(value).__name__, f"give {name}.cpu().numpy()"
+        raise JropeError(f"{name}: got a {kind} ({error}); {hint}") from None
+    if array.size and not np.issubdtype(array.dtype, np.integer):
+        strings = array.dtype.kind == "U"
+        hint = "; a tokenizer turns text into ids" if strings else ""
+        raise JropeError(f"{name}: got {_got(array)}, want {wanted}{hint}")
+    return array
+
+
+def _got(array: np.ndarray) -> str:
+    return f"{array.dtype} {list(array.shape)}"
+
+
 def _check_lengths(
     lengths: np.ndarray, batch: int, width: int, config: LlamaConfig
 ) -> None:
-    if lengths.shape != (batch,) or not np.issubdtype(lengths.dtype, np.integer):
-        got = f"{lengths.dtype} {list(lengths.shape)}"
-        raise JropeError(f"lengths: got {got}, want integers [{batch}]")
+    if lengths.shape != (batch,):
+        hint = "; of a mask they are mask.sum(axis=1)" if lengths.ndim == 2 else ""
+        raise JropeError(f"lengths: got {_got(lengths)}, want integers [{batch}]{hint}")
     if batch == 0:
         raise JropeError("prompt: got no rows, want at least one")
     if bad := np.flatnonzero((lengths < 1) | (lengths > width)).tolist():
@@ -155,11 +220,7 @@ def _check_lengths(
         raise JropeError(f"lengths: {got}, want 1 to {width}; {hint}")
 
 
-def _check_ids(name: str, ids: Any, config: LlamaConfig) -> None:
-    ids = np.asarray(ids)
-    if ids.ndim != 1 or not (ids.size == 0 or np.issubdtype(ids.dtype, np.integer)):
-        got = f"{ids.dtype} {list(ids.shape)}"
-        raise JropeError(f"{name}: got {got}, want a list of integers")
+def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
     bad = np.unique(ids[(ids < 0) | (ids >= config.vocab_size)])
     if bad.size:
         raise JropeError(
@@ -174,18 +235,21 @@ def _sampling_params(
     sampler: Sampler | None,
     key: jax.Array | None,
     seeds: Any,
-    stop_ids: Sequence[int] | None,
+    stop_ids: Collection[int] | None,
     pad_id: int | None,
 ) -> SamplingParams:
     sampler = Sampler() if sampler is None else sampler
+    _check_type("sampler", sampler, Sampler, "such as Sampler(temperature=0.7)")
+    for f in fields(Sampler):  # which cannot tell: tree transformations fill it, too
+        value = getattr(sampler, f.name)
+        if not isinstance(value, Tracer) and np.asarray(value).dtype.kind in "OSU":
+            raise JropeError(f"Sampler: {f.name}: got {value!r}, want a number, or [B]")
     key = _one_key(key, sampler)
-    seeds = np.arange(batch) if seeds is None else np.asarray(seeds)
-    if seeds.shape != (batch,) or not np.issubdtype(seeds.dtype, np.integer):
-        got = f"{seeds.dtype} {list(seeds.shape)}"
-        raise JropeError(f"seeds: got {got}, want integers [{batch}]")
-    stop_ids = config.eos_token_id if stop_ids is None else stop_ids
-    _check_ids("stop_ids", stop_ids, config)
-    stops = list(stop_ids)
+    seeds = np.arange(batch) if seeds is None else seeds
+    seeds = _integers("seeds", seeds, f"integers [{batch}]")
+    if seeds.shape != (batch,):
+        raise JropeError(f"seeds: got {_got(seeds)}, want integers [{batch}]")
+    stops = _stop_ids(config.eos_token_id if stop_ids is None else stop_ids, config)
     stops += [-1] * (-len(stops) % STOP_IDS or (STOP_IDS if not stops else 0))
     pad = config.pad_token_id if pad_id is None else pad_id
     if pad is not None:
@@ -199,16 +263,33 @@ def _sampling_params(
     )
 
 
+def _stop_ids(given: Collection[int], config: LlamaConfig) -> list[int]:
+    """Any collection of ids as a list."""
+    ids = list(given) if isinstance(given, Set) else given
+    array = _integers("stop_ids", ids, "a list of integers")
+    if array.ndim != 1:
+        raise JropeError(f"stop_ids: got {_got(array)}, want a list of integers")
+    _check_ids("stop_ids", array, config)
+    return array.tolist()
+
+
 def _one_key(key: jax.Array | None, sampler: Sampler) -> jax.Array:
     """A typed scalar key; greedy rows need none."""
+    wanted = "want a jax.random.key(...)"
     if key is None:
-        if np.any(np.asarray(sampler.temperature) > 0):
-            raise JropeError("key: got None, want a jax.random.key(...) to sample with")
+        t = sampler.temperature
+        if isinstance(t, Tracer) or np.any(np.asarray(t) > 0):
+            raise JropeError(f"key: got None, {wanted} to sample with")
         return jax.random.key(0)
     if not isinstance(key, jax.Array | np.ndarray):
-        raise JropeError(f"key: got {key!r}, want a jax.random.key(...)")
-    legacy = not jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    typed: Any = jax.random.wrap_key_data(key) if legacy else key
+        raise JropeError(f"key: got {key!r}, {wanted}")
+    typed: Any = key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        try:
+            typed = jax.random.wrap_key_data(key)
+        except (TypeError, ValueError):
+            got = f"{key.dtype} {list(key.shape)}"
+            raise JropeError(f"key: got {got}, {wanted}") from None
     if typed.shape != ():
         raise JropeError(f"key: got shape {typed.shape}, want one key; rows have seeds")
     return typed

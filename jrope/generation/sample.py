@@ -63,8 +63,10 @@ class Sampler:
                 continue  # tree transformations put all sorts of things into leaves
             x, kind = np.asarray(value), int if f.name == "top_k" else float
             whole = kind is float or np.issubdtype(x.dtype, np.integer)
-            if not (whole and np.all((x == off) | ((x >= low) & (x <= high)))):
-                wrong.append(f"{f.name} is {value}, wanted {words}")
+            good = whole & ((x == off) | ((x >= low) & (x <= high)))
+            if not np.all(good):
+                got = x[()] if x.ndim == 0 else [*x[~good].ravel()[:8].tolist()]
+                wrong.append(f"{f.name}: got {got}, want {words}")
             elif not isinstance(value, np.ndarray | Array):  # 1 is 1.0 is np.int8(1)
                 object.__setattr__(self, f.name, kind(value))
         if wrong:
@@ -88,8 +90,9 @@ class Sampler:
         Shapes that do not fit raise JropeError.
         """
         if keys.shape != logits.shape[:1]:
-            got = f"{keys.shape} for logits {logits.shape}"
-            raise JropeError(f"Sampler: keys are {got}, wanted [B]: jax.random.split")
+            got = f"shape {list(keys.shape)} for logits {list(logits.shape)}"
+            hint = f"jax.random.split(key, {len(logits)})"
+            raise JropeError(f"Sampler: keys: got {got}, want one a row; give {hint}")
         x = self._penalized(logits, seen)
         hot = _column(self, "temperature", len(x))[:, 0] > 0
 
@@ -109,8 +112,9 @@ class Sampler:
 
     def _penalized(self, logits: Array, seen: Array | None) -> Array:
         if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
-            got = f"{logits.shape} and {None if seen is None else seen.shape}"
-            raise JropeError(f"Sampler: logits and seen are {got}, wanted [B, V] each")
+            shapes = [None if x is None else list(x.shape) for x in (logits, seen)]
+            got = " and ".join(map(str, shapes))
+            raise JropeError(f"Sampler: logits and seen: got {got}, want [B, V] each")
         x = logits.astype(jnp.float32)
         if seen is None:
             return x
@@ -154,7 +158,8 @@ def log_probs(logits: Array, tokens: Array) -> Array:
 def _column(sampler: Sampler, name: str, batch: int) -> Array:
     value = jnp.asarray(getattr(sampler, name), jnp.float32)
     if value.shape not in ((), (batch,)):
-        raise JropeError(f"Sampler: {name} is {value.shape}, wanted () or ({batch},)")
+        wanted = f"a number, or one for each of {batch} rows"
+        raise JropeError(f"Sampler: {name}: got {list(value.shape)}, want {wanted}")
     return jnp.broadcast_to(value, (batch,))[:, None]
 
 

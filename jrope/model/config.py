@@ -80,7 +80,7 @@ class LlamaConfig:
         for name in ("rms_norm_eps", "initializer_range"):
             value = getattr(self, name)
             if not is_number(value) or value < 0:
-                yield f"{name} is {value!r}, want a finite number >= 0"
+                yield f"{name} is {value!r}, want a number >= 0 and < 1e30"
         if not isinstance(self.hidden_act, str) or self.hidden_act not in ACTIVATIONS:
             known = ", ".join(ACTIVATIONS)
             yield f"hidden_act is {self.hidden_act!r}, want one of {known}"

@@ -1,5 +1,6 @@
 """What a pass over tokens is given: checked, and the rotary table for it."""
 
+from collections.abc import Mapping
 from typing import Any, cast
 
 import jax
@@ -15,23 +16,31 @@ from jrope.rope import LongRope, table
 from jrope.rope.frequencies import Length
 from jrope.tree import Params
 
+PAD_RIGHT = "pad rows on the right and give lengths, mask.sum(axis=1)"
 _REMEDIES = {  # arguments of other libraries' models -> what to give here
-    "attention_mask": "pad rows on the right and give lengths, mask.sum(axis=1)",
+    "attention_mask": PAD_RIGHT,
     "input_ids": "give them as tokens",
     "position_ids": "give them as positions",
     "past_key_values": "give what an earlier call returned as cache",
 }
 
 
-def refuse_unknown(function: str, unknown: dict[str, Any]) -> None:
+def refuse_unknown(
+    function: str, unknown: Mapping[str, Any], remedies: Mapping[str, str] = _REMEDIES
+) -> None:
     """Raise a JropeError that names arguments which `function` does not take."""
     if unknown:
-        hints = [f"{n} ({_REMEDIES[n]})" if n in _REMEDIES else n for n in unknown]
+        hints = [f"{n} ({remedies[n]})" if n in remedies else n for n in unknown]
         raise JropeError(f"{function} has no argument {', '.join(hints)}")
 
 
 def check_params(params: Params) -> None:
     """Raise a JropeError unless this looks like a parameter tree."""
+    if not isinstance(params, Mapping):  # pyright: ignore[reportUnnecessaryIsInstance]
+        got = f"a {type(params).__name__}"
+        raise JropeError(
+            f"params: got {got}, want a tree; give what `load` returns first"
+        )
     if "model" not in params:
         inside = "params" in params
         hint = 'give tree["params"]' if inside else "give what `load` returns first"

@@ -52,7 +52,7 @@ class Rope:
 
     def __post_init__(self) -> None:
         good = is_positive(self.theta) and self.theta > 1
-        check(good, "theta", self.theta, "a finite number > 1")
+        check(good, "theta", self.theta, "a number > 1 and < 1e30")
         good = isinstance(self.rotary_dim, int) and self.rotary_dim > 0
         good = good and self.rotary_dim % 2 == 0
         check(good, "rotary_dim", self.rotary_dim, "a positive even integer")
