@@ -155,7 +155,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "flax": (foreign("flax_model.msgpack"), "flax_msgpack_to_hf.py"),
     "stream": (
         foreign("streaming_params_7b"),
-        "only streaming_params_7b; a stream",
+        "only streaming_params_7b; EasyLM wrote it",
     ),
     "adapter alone": (
         foreign("adapter_model.safetensors"),

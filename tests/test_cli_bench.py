@@ -84,7 +84,7 @@ def test_rope_may_be_another(capsys):
         (["--shape", "llama3-8b", "--batch", "0"], "--batch: '0' is not a whole"),
         (["--shape", "llama3-8b", "--batch", "1,"], "--batch: '' is not a whole"),
         (["--shape", "llama3-8b", "--context", "2m"], "--context: '2m' is not"),
-        (["--shape", "llama3-8b", "--top-p", "1.5"], "top_p is 1.5"),
+        (["--shape", "llama3-8b", "--top-p", "1.5"], "top_p: got 1.5"),
         (["--shape", "llama3-8b", "--capacity-factor", "0.5"], "want at least 1"),
         (["--shape", "llama3-8b", "--capacity-factor", "nan"], "want at least 1"),
         (["--shape", "smollm2-135m", "--layers", "31"], "want 1 to 30"),

@@ -432,7 +432,9 @@ def test_with_rope_sets_the_rule_with_the_method() -> None:
     config = with_rope(plain, "dynamic", factor=2.0, lengths="growing")
     assert config.rope.lengths == "growing" and config.rope.needs_length
     assert with_rope(config, lengths="planned").rope.lengths == "planned"
-    kept = with_rope(config, LongRope(**FACTORS, original_length=TRAINED))
-    assert kept.rope.lengths == "growing"
+    method = LongRope(**FACTORS, original_length=TRAINED)
+    assert with_rope(config, method).rope.lengths == "planned"
+    assert with_rope(config, method, lengths="growing").rope.lengths == "growing"
+    assert with_rope(config, "linear", factor=2.0).rope.lengths == "planned"
     with pytest.raises(JropeError, match="lengths: got 'growing', want 'planned'"):
-        with_rope(config, "linear", factor=2.0)
+        with_rope(config, "linear", factor=2.0, lengths="growing")

@@ -239,8 +239,11 @@ def _sampling_params(
     pad_id: int | None,
 ) -> SamplingParams:
     sampler = Sampler() if sampler is None else sampler
-    _check_type("sampler", sampler, Sampler, "such as Sampler(temperature=0.7)")
-    for f in fields(Sampler):  # which cannot tell: tree transformations fill it, too
+    if not (callable(sampler) and hasattr(sampler, "temperature")):  # one's own will do
+        _check_type("sampler", sampler, Sampler, "such as Sampler(temperature=0.7)")
+    own = not isinstance(sampler, Sampler)
+    # Sampler itself cannot tell: tree transformations fill it, too.
+    for f in () if own else fields(Sampler):
         value = getattr(sampler, f.name)
         if not isinstance(value, Tracer) and np.asarray(value).dtype.kind in "OSU":
             raise JropeError(f"Sampler: {f.name}: got {value!r}, want a number, or [B]")
