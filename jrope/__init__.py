@@ -26,9 +26,12 @@ from jrope.model.llama import Llama as Llama
 from jrope.model.llama import forward as forward
 from jrope.model.llama import hidden_states as hidden_states
 from jrope.model.llama import init_params as init_params
+from jrope.model.placed import shard as shard
 from jrope.model.scores import score as score
 from jrope.model.with_rope import with_rope as with_rope
 from jrope.rope import Rope as Rope
+from jrope.sharding.axes import Axes as Axes
+from jrope.sharding.meshes import mesh as mesh
 from jrope.weights.int8 import dequantize as dequantize
 from jrope.weights.int8 import quantize as quantize
 

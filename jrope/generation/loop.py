@@ -5,13 +5,14 @@ the seeds, the stop ids and the number of new tokens; the loop runs on the devic
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, Unpack, final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jrope.errors import check_count
@@ -21,13 +22,17 @@ from jrope.generation.request import (
     SamplingParams,
     prepare,
     refuse_traced,
+    sampling_specs,
 )
 from jrope.generation.sample import log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
 from jrope.model.llama import hidden_states, last_token, unembed
+from jrope.model.placed import cache_specs, logit_specs, row_specs, share_of
 from jrope.model.scores import token_logprobs
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout, layout_of
 from jrope.tree import Params
 
 
@@ -69,6 +74,14 @@ class DecodeState:
     step: jax.Array  # int32 [], columns of `tokens` that are filled
 
 
+def state_specs(layout: Layout) -> Any:
+    """How a `DecodeState` is split."""
+    rows: Any = layout.rows()
+    every: Any = dict.fromkeys([f.name for f in fields(DecodeState)], rows)
+    seen = logit_specs(layout, 2)
+    return DecodeState(**every | {"seen": seen, "step": PartitionSpec()})
+
+
 def generate(
     params: Params,
     prompt: ArrayLike,
@@ -88,7 +101,8 @@ def generate(
     each ran alone instead of in one batch; in float32 none.)
 
     Args:
-      params, config: the model.
+      params, config: the model.  On a mesh, where the parameters stand decides what
+        is split over what: see `jrope.shard`.
       prompt: integers [B, T], rows padded on the right with anything.
       lengths: tokens of each prompt, [B], at least 1; None: T.
       logprobs: also return log-probabilities of prompt and new tokens.
@@ -102,11 +116,13 @@ def generate(
       JropeError: an empty prompt, ids outside the vocabulary, a missing key, ...
     """
     check_params(params)
-    request = prepare(prompt, lengths, config, **options)
+    layout = layout_of(params)
+    request = prepare(prompt, lengths, config, layout, **options)
     start = prefill_and_first_token(params, request, config, logprobs)
     cache, state, prompt_scores = start
-    limit = jnp.asarray(request.max_new_tokens, jnp.int32)
-    _, state = decode(params, cache, state, request.sampling, limit, config=config)
+    limit = request.place(jnp.asarray(request.max_new_tokens, jnp.int32))
+    how: dict[str, Any] = {"config": config, "layout": layout}
+    _, state = decode(params, cache, state, request.sampling, limit, **how)
     new = request.max_new_tokens
     return Generation(
         tokens=state.tokens[:, :new],
@@ -145,7 +161,8 @@ def stream(
     check_count("chunk", chunk, 1)
     check_params(params)
     refuse_traced(params=params)
-    return Stream(params, prepare(prompt, lengths, config, **options), config, chunk)
+    request = prepare(prompt, lengths, config, layout_of(params), **options)
+    return Stream(params, request, config, chunk)
 
 
 @final
@@ -171,15 +188,14 @@ class Stream(Iterator[np.ndarray]):
         if request.max_new_tokens == 0:
             return
         cache, state, _ = prefill_and_first_token(params, request, config, False)
-        emitted = 0
+        emitted, how = 0, {"config": config, "layout": request.layout}
         for planned in [*range(1, request.max_new_tokens, chunk), None]:
             following = state
             if planned is not None:
                 limit = min(planned + chunk, request.max_new_tokens)
-                limit = jnp.asarray(limit, jnp.int32)
-                cache, following = decode(
-                    params, cache, state, request.sampling, limit, config=config
-                )
+                limit = request.place(jnp.asarray(limit, jnp.int32))
+                given = params, cache, state, request.sampling, limit
+                cache, following = decode(*given, **how)
             reached = int(state.step)  # waits for the block before, not for this one
             self.finite = np.asarray(state.finite)
             if reached > emitted:
@@ -192,7 +208,7 @@ class Stream(Iterator[np.ndarray]):
 
 @partial(
     jax.jit,
-    static_argnames=("config", "capacity", "scored"),
+    static_argnames=("config", "capacity", "scored", "axes", "layout"),
     donate_argnames=("cache",),
 )
 def prefill(
@@ -206,6 +222,8 @@ def prefill(
     config: LlamaConfig,
     capacity: int | None,
     scored: bool,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
     """A chunk of the prompts into a fresh cache, or onto the one given.
 
@@ -218,10 +236,20 @@ def prefill(
       last: [B, D], hidden states that rows without a token in this chunk keep.
       capacity: slots of a fresh cache.
       scored: whether to return log p(token t + 1 | tokens up to t).
+      axes: as in `forward`.
+      layout: where params stand, which makes this the same for each device's share.
 
     Returns:
       hidden state [B, D] of each row's last token so far, the cache, scores [B, T].
     """
+    given = tokens, lengths, rope_lengths, cache, last
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        share = partial(prefill, capacity=capacity, scored=scored, **how)
+        specs = layout.params(params), *row_specs(layout, given)
+        rows = layout.rows()
+        returned = rows, cache_specs(layout), rows if scored else None
+        return layout.map(share, specs, returned)(params, *given)
     x, cache = hidden_states(
         params,
         tokens[:, :-1],
@@ -230,15 +258,20 @@ def prefill(
         lengths=lengths,
         rope_lengths=rope_lengths,
         capacity=capacity,
+        axes=axes,
     )
-    scores = token_logprobs(params, x, tokens[:, 1:], config=config) if scored else None
+    scores, how = None, {"config": config, "axes": axes}
+    if scored:
+        scores = token_logprobs(params, x, tokens[:, 1:], **how)
     newest = last_token(x, lengths)
     if last is not None:
         newest = jnp.where((lengths > 0)[:, None], newest, last)
     return newest, cache, scores
 
 
-@partial(jax.jit, static_argnames=("config", "output_slots", "scored"))
+@partial(
+    jax.jit, static_argnames=("config", "output_slots", "scored", "axes", "layout")
+)
 def first_token(
     params: Params,
     last: jax.Array,
@@ -249,11 +282,22 @@ def first_token(
     config: LlamaConfig,
     output_slots: int,
     scored: bool,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> DecodeState:
     """Draw each row's first new token from the hidden state [B, D] of its prompt."""
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        share = partial(first_token, output_slots=output_slots, scored=scored, **how)
+        specs = layout.params(params), *row_specs(layout, (last, prompt, lengths))
+        run = layout.map(
+            share, (*specs, sampling_specs(layout, sampling)), state_specs(layout)
+        )
+        return run(params, last, prompt, lengths, sampling)
     batch, width = prompt.shape
     valid = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
-    ids = jnp.where(valid, prompt, config.vocab_size)
+    own = axes.local_ids(prompt, config.vocab_size)
+    ids = jnp.where(valid, own, config.vocab_size)
     seen = jnp.zeros((batch, config.vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
     state = DecodeState(
@@ -266,10 +310,13 @@ def first_token(
         lengths=jnp.zeros(batch, jnp.int32),
         step=jnp.zeros((), jnp.int32),
     )
-    return draw_token(unembed(params, last, config=config), state, sampling)
+    logits = unembed(params, last, config=config, axes=axes)
+    return draw_token(logits, state, sampling, axes)
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("cache",))
+@partial(
+    jax.jit, static_argnames=("config", "axes", "layout"), donate_argnames=("cache",)
+)
 def decode(
     params: Params,
     cache: KVCache,
@@ -278,24 +325,37 @@ def decode(
     limit: jax.Array,
     *,
     config: LlamaConfig,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> tuple[KVCache, DecodeState]:
     """Draw tokens on the device until column `limit` or until every row has stopped."""
+    if layout is not None:
+        share = partial(decode, config=share_of(config, layout), axes=layout.axes)
+        carried = cache_specs(layout), state_specs(layout)
+        how = sampling_specs(layout, sampling), PartitionSpec()
+        run = layout.map(share, (layout.params(params), *carried, *how), carried)
+        return run(params, cache, state, sampling, limit)
 
     def unfinished(carry: tuple[KVCache, DecodeState]) -> jax.Array:
-        return (carry[1].step < limit) & ~jnp.all(carry[1].done)
+        going = axes.any_row(~jnp.all(carry[1].done))
+        return (carry[1].step < limit) & going
 
     def step(carry: tuple[KVCache, DecodeState]) -> tuple[KVCache, DecodeState]:
         cache, state = carry
         last = state.last[:, None]
-        x, cache = hidden_states(params, last, cache=cache, config=config)
-        logits = unembed(params, x[:, 0], config=config)
-        return cache, draw_token(logits, state, sampling)
+        how = {"config": config, "axes": axes}
+        x, cache = hidden_states(params, last, cache=cache, **how)
+        logits = unembed(params, x[:, 0], **how)
+        return cache, draw_token(logits, state, sampling, axes)
 
     return jax.lax.while_loop(unfinished, step, (cache, state))
 
 
 def draw_token(
-    logits: jax.Array, state: DecodeState, sampling: SamplingParams
+    logits: jax.Array,
+    state: DecodeState,
+    sampling: SamplingParams,
+    axes: Axes = ONE,
 ) -> DecodeState:
     """One new token for every row that goes on, from float32 logits [B, V]."""
     # Without it XLA's GPU backend (jax 0.11) computes the head's product once for the
@@ -303,23 +363,26 @@ def draw_token(
     logits = jax.lax.optimization_barrier(logits)
     with jax.named_scope("sample"):
         keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
-        drawn = sampling.sampler(logits, keys, state.seen)
+        own = {"axes": axes} if axes.tensor or axes.batch else {}
+        drawn = sampling.sampler(logits, keys, state.seen, **own)
     # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
-    finite = (jnp.sum(logits - logits, axis=-1) == 0) | state.done
+    wrong = axes.total(jnp.sum(logits - logits, axis=-1))
+    finite = (wrong == 0) | state.done
     token = jnp.where(state.done, sampling.pad_id, drawn)
     stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
     scores = state.logprobs
     if scores.shape[1]:
-        score = jnp.where(state.done, 0, log_probs(logits, drawn))
+        score = jnp.where(state.done, 0, log_probs(logits, drawn, axes))
         scores = put(scores, score[:, None])
     batch = jnp.arange(token.shape[0], dtype=jnp.int32)
+    own = axes.local_ids(drawn, logits.shape[1])
     return replace(
         state,
         last=token,
         tokens=put(state.tokens, token[:, None]),
         logprobs=scores,
-        seen=state.seen.at[batch, drawn].set(True),
+        seen=state.seen.at[batch, own].set(True),
         done=state.done | stopped,
         finite=state.finite & finite,
         lengths=state.lengths + (~state.done).astype(jnp.int32),
@@ -331,7 +394,8 @@ def prefill_and_first_token(
     params: Params, request: Request, config: LlamaConfig, scored: bool
 ) -> tuple[KVCache, DecodeState, jax.Array | None]:
     """Prefill, in chunks where asked, and the first token."""
-    size, static = request.prefill_chunk, {"config": config, "scored": scored}
+    size = request.prefill_chunk
+    static = {"config": config, "scored": scored, "layout": request.layout}
 
     def chunk(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
         capacity = None if at else request.capacity
@@ -359,18 +423,16 @@ def chunk_inputs(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.A
     tokens = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
     valid = np.clip(request.lengths - at, 0, size)
     planned = request.lengths + request.max_new_tokens
-    return (
-        jnp.asarray(tokens[:, : size + 1]),
-        jnp.asarray(valid, jnp.int32),
-        jnp.asarray(planned, jnp.int32),
-    )
+    chunk = tokens[:, : size + 1], valid.astype(np.int32), planned.astype(np.int32)
+    return request.place(tuple(map(jnp.asarray, chunk)))
 
 
 def first_token_inputs(
     request: Request,
 ) -> tuple[jax.Array, jax.Array, SamplingParams]:
     """Prompts, lengths and sampling parameters, as `first_token` takes them."""
-    return jnp.asarray(request.prompt), jnp.asarray(request.lengths), request.sampling
+    prompt = request.place((jnp.asarray(request.prompt), jnp.asarray(request.lengths)))
+    return *prompt, request.sampling
 
 
 def _prompt_scores(scores: list[Any], request: Request) -> jax.Array:

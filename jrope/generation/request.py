@@ -12,11 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError, check_count
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import PAD_RIGHT, refuse_unknown
+from jrope.model.placed import check_divides, check_rows, row_specs
+from jrope.sharding.meshes import Layout
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
 SMALLEST_BUCKET = 16
@@ -79,11 +82,29 @@ class Request:
     max_new_tokens: int
     prefill_chunk: int
     width: int  # T as given
+    layout: Layout | None = None  # the mesh, and what it splits
 
     @property
     def capacity(self) -> int:
         """Cache slots: of the padded prompt and everything that may follow."""
         return self.prompt.shape[1] + self.output_slots
+
+    def place(self, tree: Any) -> Any:
+        """Arrays whose first axis, if any, is the batch, as the layout splits rows."""
+        if self.layout is None:
+            return tree
+        return self.layout.place(tree, row_specs(self.layout, tree))
+
+
+def sampling_specs(layout: Layout, sampling: SamplingParams) -> Any:
+    """How a request's sampling parameters are split."""
+    whole: Any = PartitionSpec()
+    return SamplingParams(
+        sampler=row_specs(layout, sampling.sampler),
+        keys=row_specs(layout, sampling.keys),
+        stop_ids=whole,
+        pad_id=whole,
+    )
 
 
 def bucket(length: int) -> int:
@@ -104,6 +125,7 @@ def prepare(
     prompt: Any,
     lengths: Any,
     config: LlamaConfig,
+    layout: Layout | None = None,
     *,
     sampler: Sampler | None = None,
     key: jax.Array | None = None,
@@ -150,14 +172,20 @@ def prepare(
     padded = -(-padded // chunk) * chunk
     tokens = np.zeros((batch, padded), np.int32)
     tokens[:, :width] = np.where(valid, prompt, 0)
+    sampling = _sampling_params(batch, config, sampler, key, seeds, stop_ids, pad_id)
+    if layout is not None:
+        check_divides(config, layout)
+        check_rows(batch, layout)
+        sampling = layout.place(sampling, sampling_specs(layout, sampling))
     return Request(
         prompt=tokens,
         lengths=lengths.astype(np.int32),
-        sampling=_sampling_params(batch, config, sampler, key, seeds, stop_ids, pad_id),
+        sampling=sampling,
         output_slots=bucket(max(max_new_tokens, 1)),
         max_new_tokens=int(max_new_tokens),
         prefill_chunk=chunk,
         width=width,
+        layout=layout,
     )
 
 

@@ -16,6 +16,8 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jrope.errors import JropeError
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.vocabulary import argmax, categorical, logsumexp, pick, softmax
 
 # field: (value that switches it off, smallest, largest, the same in words)
 _RANGES: dict[str, tuple[float, float, float, str]] = {
@@ -82,12 +84,19 @@ class Sampler:
         x = self._penalized(logits, seen)
         return lax.switch(self._mode(len(x)), [lambda x: x, *self._stages(len(x))], x)
 
-    @jax.jit
-    def __call__(self, logits: Array, keys: Array, seen: Array | None = None) -> Array:
+    @partial(jax.jit, static_argnames=("axes",))
+    def __call__(
+        self,
+        logits: Array,
+        keys: Array,
+        seen: Array | None = None,
+        *,
+        axes: Axes = ONE,
+    ) -> Array:
         """Tokens int32 [B], each from its own row of `logits` and its own key alone.
 
-        `keys` [B] are typed (`jax.random.key`); `logits` and `seen` are as for `warp`.
-        Shapes that do not fit raise JropeError.
+        `keys` [B] are typed (`jax.random.key`); `logits` and `seen` are as for `warp`,
+        or with `axes` of a mesh their share of the vocabulary.  Shapes that do not fit raise JropeError.
         """
         if keys.shape != logits.shape[:1]:
             got = f"shape {list(keys.shape)} for logits {list(logits.shape)}"
@@ -97,18 +106,19 @@ class Sampler:
         hot = _column(self, "temperature", len(x))[:, 0] > 0
 
         def greedy(x: Array) -> Array:
-            return jnp.argmax(x, axis=-1).astype(jnp.int32)
+            return argmax(x, axes)
 
         def drawing(stage: Stage) -> Stage:
             def draw(x: Array) -> Array:
-                drawn = jax.vmap(jax.random.categorical)(keys, stage(x))
-                return jnp.where(hot, drawn.astype(jnp.int32), greedy(x))
+                drawn = categorical(keys, stage(x), axes)
+                return jnp.where(hot, drawn, greedy(x))
 
             return draw
 
         # One switch, not a condition for each stage: a GPU asks the host about each.
-        stages = [drawing(stage) for stage in self._stages(len(x))]
-        return lax.switch(self._mode(len(x)), [greedy, *stages], x)
+        stages = [drawing(stage) for stage in self._stages(len(x), axes)]
+        mode = axes.largest_of_rows(self._mode(len(x)))
+        return lax.switch(mode, [greedy, *stages], x)
 
     def _penalized(self, logits: Array, seen: Array | None) -> Array:
         if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
@@ -129,7 +139,7 @@ class Sampler:
         mode = 1 + search_k.astype(jnp.int32) + 2 * search_p.astype(jnp.int32)
         return jnp.where(jnp.any(hot), mode, 0)
 
-    def _stages(self, batch: int) -> list[Stage]:
+    def _stages(self, batch: int, axes: Axes = ONE) -> list[Stage]:
         """Temperature and min-p, with no search, top-k's, top-p's, or both."""
         t, k, p, m, _ = (_column(self, f.name, batch) for f in fields(self))
         hot = t > 0  # greedy rows skip the filters: the best token passes them all
@@ -137,11 +147,13 @@ class Sampler:
         def stage(with_k: bool, with_p: bool) -> Stage:
             def warp(x: Array) -> Array:
                 x = x / jnp.where(hot, t, 1)
+                best = partial(_best, axes=axes)
                 if with_k:
-                    x = _drop(hot & (k > 0) & ~_best(x, jnp.ones_like(x), k), x)
+                    x = _drop(hot & (k > 0) & ~best(x, jnp.ones_like(x), k), x)
                 if with_p:
-                    x = _drop(hot & (p < 1) & ~_best(x, jax.nn.softmax(x), p), x)
-                likely = jnp.exp(x - jnp.max(x, axis=-1, keepdims=True)) >= m
+                    x = _drop(hot & (p < 1) & ~best(x, softmax(x, axes), p), x)
+                most = axes.largest(jnp.max(x, axis=-1, keepdims=True))
+                likely = jnp.exp(x - most) >= m
                 return _drop(hot & (m > 0) & ~likely, x)
 
             return warp
@@ -149,8 +161,10 @@ class Sampler:
         return [stage(k, p) for p in (False, True) for k in (False, True)]
 
 
-def log_probs(logits: Array, tokens: Array) -> Array:
+def log_probs(logits: Array, tokens: Array, axes: Axes = ONE) -> Array:
     """log p(token) = x[token] - log sum exp x: [..., V], int [...] -> float32 [...]."""
+    if axes.tensor:
+        return pick(logits, tokens, axes) - logsumexp(logits, axes)
     every = jax.nn.log_softmax(logits.astype(jnp.float32))
     return jnp.take_along_axis(every, tokens[..., None], axis=-1)[..., 0]
 
@@ -167,19 +181,23 @@ def _drop(out: Array, x: Array) -> Array:
     return jnp.where(out, -jnp.inf, x)
 
 
-def _best(x: Array, weight: Array, wanted: Array) -> Array:
+def _best(x: Array, weight: Array, wanted: Array, *, axes: Axes) -> Array:
     """x >= t, with the largest float t that keeps weights of sum `wanted`, or all."""
-    target = jnp.minimum(wanted, jnp.sum(weight, axis=-1, keepdims=True))
+    every = axes.total(jnp.sum(weight, axis=-1, keepdims=True))
+    target = jnp.minimum(wanted, every)
     bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # no -0.0
     image = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # keeps order
     # More bits at a time are fewer passes with more sums in each: not for a CPU.
+    cutoff = partial(_cutoff, axes=axes)
     t = lax.platform_dependent(
-        image, weight, target, cpu=partial(_cutoff, bits=1), default=_cutoff
+        image, weight, target, cpu=partial(cutoff, bits=1), default=cutoff
     )
-    return image >= jnp.minimum(t, jnp.max(image, axis=-1, keepdims=True))
+    return image >= jnp.minimum(t, axes.largest(jnp.max(image, axis=-1, keepdims=True)))
 
 
-def _cutoff(image: Array, weight: Array, target: Array, bits: int = 4) -> Array:
+def _cutoff(
+    image: Array, weight: Array, target: Array, *, axes: Axes, bits: int = 4
+) -> Array:
     """The largest t for which the weights of image >= t reach the target, [B, 1].
 
     Found from its highest digit, of so many bits, to its lowest.
@@ -190,6 +208,7 @@ def _cutoff(image: Array, weight: Array, target: Array, bits: int = 4) -> Array:
         trials = t | (digits << (jnp.uint32(32 - bits) - i * jnp.uint32(bits)))
         above = image[:, None, :] >= trials[:, :, None]
         totals = jnp.sum(jnp.where(above, weight[:, None, :], 0), axis=-1)
+        totals = axes.total(totals)
         enough = jnp.sum(totals >= target, axis=-1, keepdims=True, dtype=jnp.int32)
         return jnp.take_along_axis(trials, jnp.maximum(enough - 1, 0), axis=1)
 

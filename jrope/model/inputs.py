@@ -14,6 +14,7 @@ from jrope.model.config import LlamaConfig
 from jrope.model.growing import slot_table
 from jrope.rope import LongRope, table
 from jrope.rope.frequencies import Length
+from jrope.sharding.axes import ONE, Axes
 from jrope.tree import Params
 
 PAD_RIGHT = "pad rows on the right and give lengths, mask.sum(axis=1)"
@@ -132,6 +133,7 @@ def rotary_table(
     lengths: ArrayLike | None,
     rope_lengths: ArrayLike | None,
     capacity: int | None,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, jax.Array, ArrayLike]:
     """cos, sin [B, T, R], once for all layers, and the lengths they were made for.
 
@@ -147,7 +149,7 @@ def rotary_table(
         first = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
         positions = first[:, None] + steps
     if rule == "hf":
-        rope_lengths = _remembered(config, positions, cache, lengths)
+        rope_lengths = _remembered(config, positions, cache, lengths, axes)
     elif rope_lengths is None:
         if cache is not None:
             rope_lengths = cache.rope_lengths
@@ -172,6 +174,7 @@ def _remembered(
     positions: jax.Array,
     cache: KVCache | None,
     lengths: ArrayLike | None,
+    axes: Axes,
 ) -> jax.Array:
     """The length that transformers' module computes this pass with, and remembers.
 
@@ -183,9 +186,10 @@ def _remembered(
     if lengths is not None:
         valid = jnp.arange(count)[None, :] < per_row(lengths, batch)[:, None]
         positions = jnp.where(valid, positions, 0)
-    newest, trained = jnp.max(positions) + 1, config.rope.trained_length or 0
+    newest = axes.largest_of_rows(jnp.max(positions)) + 1
+    trained = config.rope.trained_length or 0
     if cache is None or isinstance(config.rope.scaling, LongRope):
         return per_row(jnp.maximum(newest, trained), batch)
-    known = jnp.max(cache.rope_lengths)
+    known = axes.largest_of_rows(jnp.max(cache.rope_lengths))
     reset = (newest < trained) & (known > trained)
     return per_row(jnp.where(reset, trained, jnp.maximum(newest, known)), batch)

@@ -21,7 +21,8 @@ from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
 from jrope.numerics import with_rank
 from jrope.rope import rotate
-from jrope.tree import LayerParams, Params
+from jrope.sharding.axes import ONE, Axes
+from jrope.tree import LayerParams, Params, flatten, nest
 
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -61,6 +62,7 @@ def attention(
     capacity: int,
     window: int | None,
     rotary: bool,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, Slots]:
     """Norm, project, rotate, remember, attend, project back; see `decoder_layer`."""
     batch, count, _ = x.shape
@@ -88,21 +90,31 @@ def attention(
         slots = write(keys, k, step.starts), write(values, v, step.starts)
         y = see(q, *slots, step.starts)
     y = y.reshape(batch, count, -1)
-    return linear(weights["self_attn"]["o_proj"], y), slots
+    return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
 
 
-def mlp(weights: LayerParams, x: jax.Array, *, config: LlamaConfig) -> jax.Array:
+def mlp(
+    weights: LayerParams, x: jax.Array, *, config: LlamaConfig, axes: Axes = ONE
+) -> jax.Array:
     """down(act(gate(h)) * up(h)), h = norm(x)."""
     norm = weights["post_attention_layernorm"]["weight"], config.rms_norm_eps
     sizes = (config.intermediate_size, config.intermediate_size)
     gate, up = linears(weights["mlp"], "mlp", x, norm, sizes)
     inner = ACTIVATIONS[config.hidden_act](gate) * up
-    return linear(weights["mlp"]["down_proj"], inner)
+    return linear(weights["mlp"]["down_proj"], inner, axes=axes)
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "capacity", "window", "rotary", "attention", "mlp"),
+    static_argnames=(
+        "config",
+        "capacity",
+        "window",
+        "rotary",
+        "attention",
+        "mlp",
+        "axes",
+    ),
 )
 def decoder_layer(
     weights: LayerParams,
@@ -115,6 +127,7 @@ def decoder_layer(
     rotary: bool = True,
     attention: Callable[..., tuple[jax.Array, Slots]] = attention,
     mlp: Callable[..., jax.Array] = mlp,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, Slots]:
     """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
 
@@ -127,21 +140,30 @@ def decoder_layer(
       window: a query sees this many keys up to its own; None: all of them.
       rotary: whether queries and keys are rotated.
       attention, mlp: what computes the two halves, called as those of this module.
+      axes: of the mesh, where this is a device's share of the layer.
 
     Returns:
       x [B, T, D], and keys and values [B, S, K, H] with the new tokens in them.
     """
+    weights = gathered(weights, axes)
     with jax.named_scope("attention"):
         how = {"capacity": capacity, "window": window, "rotary": rotary}
-        y, slots = attention(weights, x, step, config=config, **how)
+        y, slots = attention(weights, x, step, config=config, axes=axes, **how)
         x = x + y
     with jax.named_scope("mlp"):
-        x = x + mlp(weights, x, config=config)
+        x = x + mlp(weights, x, config=config, axes=axes)
     if x.shape[1] > 1:
         # Without it XLA (GPU, jax 0.11) puts the cache writes of all layers off to the
         # end of a prompt, and keeps their inputs until then.
         x, slots = jax.lax.optimization_barrier((x, slots))
     return x, slots
+
+
+def gathered(weights: Params, axes: Axes) -> Params:
+    """A subtree's share of parameters as its functions take them."""
+    if axes == ONE:
+        return weights
+    return nest({n: axes.gathered(n, x) for n, x in flatten(weights).items()})
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

@@ -28,9 +28,12 @@ from jrope.model.inputs import (
     rotary_table,
     segment_positions,
 )
-from jrope.model.layers import Step, decoder_layer, rms_norm
+from jrope.model.layers import Step, decoder_layer, gathered, rms_norm
+from jrope.model.placed import cache_specs, logit_specs, on_mesh
 from jrope.model.products import linear
 from jrope.numerics import cpu_barrier
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import layout_of
 from jrope.tree import Params, Tree, flatten, nest
 
 
@@ -46,6 +49,7 @@ def forward(
     capacity: int | None = None,
     segment_ids: ArrayLike | None = None,
     logits: Literal["all", "last"] = "all",
+    axes: Axes = ONE,
     **unknown: Never,
 ) -> tuple[jax.Array, KVCache]:
     """Next-token logits of every token, and the cache that holds them.
@@ -70,6 +74,8 @@ def forward(
         those before it whose id is its own.  Not with a cache, and what is returned as
         one cannot be continued.
       logits: "all" tokens, or each row's "last" valid one.
+      axes: those of the mesh, for a call inside `jax.shard_map`; parameters that stand
+        on a mesh need none.
 
     Returns:
       logits: float32 [B, T, V], or [B, V] for "last".  A row that overflows its cache
@@ -79,21 +85,25 @@ def forward(
     Raises:
       JropeError: arguments of another type or shape, or that exclude each other.
     """
+    given = {
+        "positions": positions,
+        "cache": cache,
+        "lengths": lengths,
+        "rope_lengths": rope_lengths,
+        "segment_ids": segment_ids,
+    }
+    refuse_unknown("forward", unknown)
+    if axes == ONE and (layout := layout_of(params)) is not None:
+        specs = logit_specs(layout, 3 if logits == "all" else 2), cache_specs(layout)
+        how = {"capacity": capacity, "logits": logits}
+        what = {"config": config, "returned": specs, "how": how}
+        return on_mesh(forward, layout, params, tokens, given, **what)
     x, cache = hidden_states(
-        params,
-        tokens,
-        positions,
-        cache,
-        config=config,
-        lengths=lengths,
-        rope_lengths=rope_lengths,
-        capacity=capacity,
-        segment_ids=segment_ids,
-        **unknown,
+        params, tokens, **given, config=config, capacity=capacity, axes=axes
     )
     if logits == "last":
         x = last_token(x, lengths)
-    return unembed(params, x, config=config), cache
+    return unembed(params, x, config=config, axes=axes), cache
 
 
 def hidden_states(
@@ -108,6 +118,7 @@ def hidden_states(
     capacity: int | None = None,
     segment_ids: ArrayLike | None = None,
     remat: bool = False,
+    axes: Axes = ONE,
     **unknown: Never,
 ) -> tuple[jax.Array, KVCache]:
     """`forward` up to and including the final norm: [B, T, D] in the dtype of `embed`.
@@ -116,6 +127,18 @@ def hidden_states(
     the rest of the layer anew: less memory for a third more time.
     """
     refuse_unknown("forward", unknown)
+    if axes == ONE and (layout := layout_of(params)) is not None:
+        given = {
+            "positions": positions,
+            "cache": cache,
+            "lengths": lengths,
+            "rope_lengths": rope_lengths,
+            "segment_ids": segment_ids,
+        }
+        specs = layout.rows(), cache_specs(layout)
+        how = {"capacity": capacity, "remat": remat}
+        what = {"config": config, "returned": specs, "how": how}
+        return on_mesh(hidden_states, layout, params, tokens, given, **what)
     tokens, positions, segments = check_inputs(
         params, tokens, positions, cache, capacity, segment_ids
     )
@@ -125,18 +148,18 @@ def hidden_states(
         check_segment_rope(config, rope_lengths)
         positions = segment_positions(segments) if positions is None else positions
     cos, sin, rope_lengths = rotary_table(
-        config, tokens, positions, cache, lengths, rope_lengths, capacity
+        config, tokens, positions, cache, lengths, rope_lengths, capacity, axes
     )
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
-    x = embed(model, tokens)
+    x = embed(model, tokens, axes)
     starts = None if cache is None else cache.lengths
     if cache is not None:
         capacity = cache.capacity
     capacity = count if capacity is None else capacity
     keys, values = [], []
-    layer = partial(decoder_layer, config=config, capacity=capacity)
+    layer = partial(decoder_layer, config=config, capacity=capacity, axes=axes)
     layer = jax.checkpoint(layer) if remat else layer
     step = Step(cos=cos, sin=sin, starts=starts, segments=segments)
     for i in range(config.num_hidden_layers):
@@ -153,11 +176,13 @@ def hidden_states(
     return x, cache
 
 
-def embed(model: Params, tokens: jax.Array) -> jax.Array:
+def embed(model: Params, tokens: jax.Array, axes: Axes = ONE) -> jax.Array:
     """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it.
 
     They are in the embedding's dtype; of a quantised one, in that of the norms.
     """
+    if axes != ONE:
+        return _embed_share(model, tokens, axes)
     # As unsigned, a negative id is out of range too, not counted from the end.
     ids, leaves = tokens.astype(jnp.uint32), model["embed_tokens"]
     weight = jnp.asarray(leaves["weight"])
@@ -170,6 +195,25 @@ def embed(model: Params, tokens: jax.Array) -> jax.Array:
     return (rows * scale[..., None]).astype(model["norm"]["weight"].dtype)
 
 
+def _embed_share(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
+    """`embed` where each device holds the rows of a part of the vocabulary."""
+    leaves = gathered({"embed_tokens": model["embed_tokens"]}, axes)["embed_tokens"]
+    weight = leaves["weight"]
+    size, total = weight.shape[0], weight.shape[0] * axes.count()
+    ids = jnp.where((tokens >= 0) & (tokens < total), tokens, total).astype(jnp.int32)
+    local = axes.local_ids(ids, size)
+    if weight.dtype.itemsize == 2:
+        weight, local = cpu_barrier(weight, local)
+    rows = weight.at[local].get(mode="fill", fill_value=0)
+    if "scale" in leaves:
+        scale = leaves["scale"].at[local].get(mode="fill", fill_value=0)
+        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(
+            model["norm"]["weight"].dtype
+        )
+    rows = axes.total(rows)  # exact: all but one are zero
+    return jnp.where((ids < total)[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
+
+
 def last_token(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
     """The last valid token of each row: [B, T, D] -> [B, D]."""
     if lengths is None:
@@ -178,10 +222,16 @@ def last_token(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
     return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1)[:, 0]
 
 
-def unembed(params: Params, x: jax.Array, *, config: LlamaConfig) -> jax.Array:
-    """Logits of hidden states [..., D]: float32 [..., V], not rounded in between."""
+def unembed(
+    params: Params, x: jax.Array, *, config: LlamaConfig, axes: Axes = ONE
+) -> jax.Array:
+    """Logits of hidden states [..., D]: float32 [..., V], not rounded in between.
+
+    With `axes` of this device's share of the vocabulary.
+    """
     tied = config.tie_word_embeddings
     head = params["model"]["embed_tokens"] if tied else params["lm_head"]
+    head = gathered({"lm_head": head}, axes)["lm_head"]
     with jax.named_scope("lm_head"):
         return linear(head, x, dtype=jnp.float32)
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from jrope.numerics import cpu_barrier, matmul_precision, with_rank
+from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LinearParams
 
 BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
@@ -20,17 +21,19 @@ def linear(
     *,
     factor: jax.Array | None = None,
     dtype: DTypeLike | None = None,
+    axes: Axes = ONE,
 ) -> jax.Array:
     """factor * x W^T + b for W [out, in], summed in float32, rounded once to `dtype`.
 
     A single token that meets 8- or 16-bit weights is a multiply and a reduction: on GPU
     and CPU it streams them faster than a matrix product of one row.  `fuse` may hold W
     as a `kernel` [in, out] instead, which suits larger batches; `quantize` holds it as
-    integers, whose `scale` [out] comes after the sum.
+    integers, whose `scale` [out] comes after the sum.  With `axes` the sum goes on over
+    the shares of `in` that other devices hold.
     """
     bias, scale = weights.get("bias"), weights.get("scale")
     dtype = x.dtype if dtype is None else dtype
-    plain = bias is None and factor is None and scale is None
+    plain = bias is None and factor is None and scale is None and not axes.tensor
     exact = dtype if plain else jnp.float32
     if is_row(weights, x):
         y = _row_product(x, weights["weight"])
@@ -38,6 +41,7 @@ def linear(
         y = _product(x, weights["kernel"], 0, exact)
     else:
         y = _product(x, weights["weight"], 1, exact)
+    y = axes.total(y)
     if scale is not None:
         y = y * with_rank(scale, y.ndim)
     if factor is not None:

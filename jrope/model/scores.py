@@ -8,12 +8,15 @@ from jax.typing import ArrayLike
 
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, unembed
+from jrope.model.placed import on_mesh
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import layout_of
+from jrope.sharding.vocabulary import logsumexp, pick
 from jrope.tree import Params
 
 LOGITS_AT_ONCE = 256
 
 
-@partial(jax.jit, static_argnames=("config", "remat"))
 def score(
     params: Params,
     tokens: ArrayLike,
@@ -39,6 +42,30 @@ def score(
       float32 [B, T - 1]; entries from lengths - 1 on are 0, and those of a segment's
       first token.
     """
+    given = {
+        "lengths": lengths,
+        "rope_lengths": rope_lengths,
+        "segment_ids": segment_ids,
+    }
+    if (layout := layout_of(params)) is not None:
+        how, rows = {"remat": remat}, layout.rows()
+        what = {"config": config, "returned": rows, "how": how}
+        return on_mesh(_score, layout, params, tokens, given, **what)
+    return _score(params, tokens, **given, config=config, remat=remat)
+
+
+@partial(jax.jit, static_argnames=("config", "remat", "axes"))
+def _score(
+    params: Params,
+    tokens: ArrayLike,
+    lengths: ArrayLike | None = None,
+    *,
+    config: LlamaConfig,
+    rope_lengths: ArrayLike | None = None,
+    segment_ids: ArrayLike | None = None,
+    remat: bool = False,
+    axes: Axes = ONE,
+) -> jax.Array:
     x, cache = hidden_states(
         params,
         tokens,
@@ -47,9 +74,10 @@ def score(
         rope_lengths=rope_lengths,
         segment_ids=segment_ids,
         remat=remat,
+        axes=axes,
     )
     targets = jnp.asarray(tokens)[:, 1:]
-    scores = token_logprobs(params, x[:, :-1], targets, config=config)
+    scores = token_logprobs(params, x[:, :-1], targets, config=config, axes=axes)
     steps = jnp.arange(1, x.shape[1], dtype=jnp.int32)[None, :]
     known = steps < cache.lengths[:, None]
     if segment_ids is not None:
@@ -59,7 +87,12 @@ def score(
 
 
 def token_logprobs(
-    params: Params, x: jax.Array, targets: jax.Array, *, config: LlamaConfig
+    params: Params,
+    x: jax.Array,
+    targets: jax.Array,
+    *,
+    config: LlamaConfig,
+    axes: Axes = ONE,
 ) -> jax.Array:
     """log softmax(unembed(x))[target], never holding more than 256 x V logits a row.
 
@@ -67,6 +100,7 @@ def token_logprobs(
       params, config: the model.
       x: hidden states [B, T, D], after the final norm.
       targets: integers [B, T].
+      axes: as in `forward`.
 
     Returns:
       float32 [B, T].
@@ -80,9 +114,8 @@ def token_logprobs(
     @jax.checkpoint
     def chunk(inputs: tuple[jax.Array, jax.Array]) -> jax.Array:
         states, wanted = inputs
-        logits = unembed(params, states, config=config)
-        chosen = jnp.take_along_axis(logits, wanted[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        logits = unembed(params, states, config=config, axes=axes)
+        return pick(logits, wanted, axes) - logsumexp(logits, axes)
 
     def split(a: jax.Array) -> jax.Array:
         a = a.reshape(batch, (count + pad) // size, size, *a.shape[2:])

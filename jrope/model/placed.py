@@ -1,0 +1,215 @@
+"""The model on a mesh: what a device's share of it is, and running that on them all."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from jrope.errors import JropeError
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.inputs import integer_array
+from jrope.sharding.axes import Axes, Names, entry, is_joined
+from jrope.sharding.meshes import Layout, layout, mesh_text
+from jrope.tree import Params, Tree, flatten
+
+
+def shard(
+    params: Params, mesh: Mesh, config: LlamaConfig, axes: Axes | None = None
+) -> Tree:
+    """Place parameters on a mesh; `load(mesh=)` does so as it reads.
+
+    `forward`, `score`, `generate` and `stream` see from the parameters where they stand
+    and run on that mesh: each device its share of the model, for its share of the rows.
+
+    Args:
+      params: a parameter tree, plain or quantised; `fuse` comes after.
+      mesh: of `jrope.mesh`, or any other; 1 x 1 is a mesh, too.
+      config: the model's.
+      axes: what the mesh's axes split, where they have names of their own.
+
+    Raises:
+      JropeError: an axis that splits nothing, or does not divide what it splits.
+    """
+    there = layout_on(mesh, config, axes)
+    if any(is_joined(name) for name in flatten(params)):
+        hint = "`unfuse` them first, and `fuse` what this returns"
+        raise JropeError(f"shard: got joined matrices, split in another way; {hint}")
+    return there.place(params, there.params(params))
+
+
+def layout_on(mesh: Mesh, config: LlamaConfig, axes: Axes | None = None) -> Layout:
+    """A mesh and what its axes split of this model; raises as `shard` does."""
+    there = layout(mesh, axes)
+    check_divides(config, there)
+    return there
+
+
+def share_of(config: LlamaConfig, layout: Layout) -> LlamaConfig:
+    """The narrower model that one device computes.
+
+    Raises:
+      JropeError: heads, MLP or vocabulary that the mesh does not divide.
+    """
+    check_divides(config, layout)
+    shares, kv_shares = (
+        layout.size(names) for names in (layout.axes.tensor, layout.axes.kv_heads)
+    )
+    return dataclasses.replace(
+        config,
+        vocab_size=config.vocab_size // shares,
+        intermediate_size=config.intermediate_size // shares,
+        num_attention_heads=config.num_attention_heads // shares,
+        num_key_value_heads=config.num_key_value_heads // kv_shares,
+    )
+
+
+def check_divides(config: LlamaConfig, layout: Layout) -> None:
+    """Raise a JropeError unless the mesh divides what it splits, each by its size."""
+    axes, size = layout.axes, layout.size
+    split: dict[str, Names] = {
+        "num_key_value_heads": axes.kv_heads,
+        "num_attention_heads": axes.tensor,
+        "intermediate_size": axes.tensor,
+        "vocab_size": axes.tensor,
+        "hidden_size": axes.fsdp,
+    }
+    wrong = [n for n, names in split.items() if getattr(config, n) % size(names)]
+    if wrong:
+        told = [
+            f"{n} {getattr(config, n)} over {_sizes(layout, split[n])}" for n in wrong
+        ]
+        nearest = _nearest(config, layout, wrong)
+        raise JropeError(f"mesh: does not divide {', '.join(told)}; {nearest}")
+    if axes.tensor != axes.kv_heads and config.num_key_value_heads > size(
+        axes.kv_heads
+    ):
+        got = f"num_key_value_heads {config.num_key_value_heads}"
+        raise JropeError(
+            f"mesh: got {_sizes(layout, axes.tensor)} for {got}; replicas hold the same "
+            f"key/value heads, which is for one head a device: take "
+            f"{entry(axes.kv_heads)}={config.num_key_value_heads}, or no replica"
+        )
+
+
+def _sizes(layout: Layout, names: Names) -> str:
+    return mesh_text({name: layout.mesh.shape[name] for name in names})
+
+
+def _nearest(config: LlamaConfig, layout: Layout, wrong: list[str]) -> str:
+    """The largest mesh below this one that divides everything."""
+    if wrong == ["hidden_size"]:
+        size = math.gcd(config.hidden_size, layout.size(layout.axes.fsdp))
+        return f"the nearest that fits is {entry(layout.axes.fsdp)}={size}"
+    asked, kv_heads = layout.size(layout.axes.tensor), config.num_key_value_heads
+    whole = (
+        config.num_attention_heads,
+        config.intermediate_size,
+        config.vocab_size,
+    )
+    if wrong == ["num_key_value_heads"] and asked % kv_heads == 0:
+        return (
+            f"the nearest that fits is model={kv_heads},replica={asked // kv_heads}, "
+            "whose replicas hold the same key/value heads"
+        )
+    size = next(
+        n for n in range(asked, 0, -1) if all(x % n == 0 for x in (*whole, kv_heads))
+    )
+    return f"the nearest that fits is model={size}"
+
+
+def check_rows(rows: int, layout: Layout) -> None:
+    """Raise a JropeError unless the mesh divides a batch of so many rows."""
+    size = layout.size(layout.axes.batch)
+    if rows % size:
+        up, over = -(-rows // size) * size, _sizes(layout, layout.axes.batch)
+        raise JropeError(
+            f"mesh: does not divide {rows} rows over {over}; give {up}, or a mesh that "
+            f"splits them {math.gcd(rows, size)} ways"
+        )
+
+
+def cache_specs(layout: Layout) -> Any:
+    """How a `KVCache` is split: a cache of specs, rows and key/value heads."""
+    rows, heads = entry(layout.axes.batch), entry(layout.axes.kv_heads)
+    slots: Any = PartitionSpec(rows, None, heads, None)
+    lengths: Any = PartitionSpec(rows)
+    return KVCache(keys=slots, values=slots, lengths=lengths, rope_lengths=lengths)
+
+
+def logit_specs(layout: Layout, ndim: int) -> PartitionSpec:
+    """How logits [B, ..., V] are split."""
+    middle = [None] * (ndim - 2)
+    axes = layout.axes
+    return PartitionSpec(entry(axes.batch), *middle, entry(axes.tensor))
+
+
+def row_specs(layout: Layout, tree: Any) -> Any:
+    """The specs of arrays whose first axis, where they have one, is the batch."""
+
+    def spec(x: Any) -> Any:
+        if isinstance(x, KVCache):
+            return cache_specs(layout)
+        return layout.rows() if jnp.ndim(x) else PartitionSpec()
+
+    return jax.tree.map(spec, tree, is_leaf=lambda x: isinstance(x, KVCache))
+
+
+def on_mesh(
+    function: Callable[..., Any],
+    layout: Layout,
+    params: Params,
+    tokens: Any,
+    given: dict[str, Any],
+    *,
+    config: LlamaConfig,
+    returned: Any,
+    how: dict[str, Any],
+) -> Any:
+    """A function of the model for every device's share of parameters and rows.
+
+    Args:
+      function: takes params, tokens, config, axes, `given` and `how` by name.
+      layout: where the parameters stand.
+      params, tokens, config: the model's, whole.
+      given: arrays, rows first, or None.
+      returned: the specs of what the function returns.
+      how: hashable arguments.
+    """
+    tokens = integer_array("tokens", tokens, "integers [B, T]")
+    check_rows(tokens.shape[0], layout)
+    arrays = {n: x for n, x in given.items() if x is not None}
+    arrays = jax.tree.map(jnp.asarray, {"tokens": tokens, **arrays})
+    arrays = layout.place(arrays, row_specs(layout, arrays))
+    return _run(
+        params,
+        arrays,
+        function=function,
+        layout=layout,
+        config=share_of(config, layout),
+        returned=returned,
+        how=tuple(how.items()),
+    )
+
+
+@partial(jax.jit, static_argnames=("function", "layout", "config", "returned", "how"))
+def _run(
+    params: Params,
+    arrays: dict[str, Any],
+    *,
+    function: Callable[..., Any],
+    layout: Layout,
+    config: LlamaConfig,
+    returned: Any,
+    how: tuple[tuple[str, Any], ...],
+) -> Any:
+    def share(params: Params, arrays: dict[str, Any]) -> Any:
+        return function(params, **arrays, config=config, axes=layout.axes, **dict(how))
+
+    given = layout.params(params), row_specs(layout, arrays)
+    return layout.map(share, given, returned)(params, arrays)

@@ -1,0 +1,195 @@
+"""Meshes by name, and where parameters stand on one."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, final
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jrope.errors import JropeError, did_you_mean
+from jrope.sharding.axes import Axes, Names, entry, spec_of, specs_of
+from jrope.tree import Params, Tree, flatten, nest
+
+NAMES = ("data", "fsdp", "model", "replica")
+
+
+def mesh(text: str) -> Mesh:
+    """A mesh of this machine's devices, such as "data=2,model=4".
+
+    Args:
+      text: axes and their sizes, the one whose devices are nearest to each other last.
+        "data" splits rows; "model" heads, MLP and vocabulary; "fsdp" rows, and the
+        weights as they are stored; "replica" what "model" does, save for key/value
+        heads, which each of its devices holds.
+
+    Raises:
+      JropeError: an axis that is unknown or given twice, a size that is no whole
+        number, more devices than there are.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, size = (word.strip() for word in part.partition("="))
+        if name not in NAMES:
+            hint = did_you_mean(name, NAMES)
+            known = ", ".join(NAMES)
+            raise JropeError(f"mesh: got axis {name!r}, want one of {known}{hint}")
+        if name in sizes:
+            raise JropeError(f"mesh: got {name} twice in {text!r}")
+        if not size.isdecimal() or int(size) < 1:
+            raise JropeError(f"mesh: got {part.strip()!r}, want {name}=2 or the like")
+        sizes[name] = int(size)
+    needed, there = math.prod(sizes.values()), jax.device_count()
+    if needed > there:
+        nearest = _fitting(sizes, there)
+        raise JropeError(
+            f"mesh: {text} has {needed} devices, there are {there}; the nearest that "
+            f"fits is {nearest}"
+        )
+    devices = jax.devices()[:needed]
+    auto = (AxisType.Auto,) * len(sizes)
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=devices)
+
+
+def _fitting(sizes: Mapping[str, int], there: int) -> str:
+    """The mesh with its largest axes halved until it has no more devices than these."""
+    smaller = dict(sizes)
+    while math.prod(smaller.values()) > there:
+        name = max(smaller, key=lambda n: smaller[n])
+        smaller[name] = max(1, smaller[name] // 2)
+    return mesh_text(smaller)
+
+
+def mesh_text(sizes: Mapping[Any, int]) -> str:
+    """{"data": 2, "model": 4} as "data=2,model=4"."""
+    return ",".join(f"{name}={size}" for name, size in sizes.items())
+
+
+@final
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and what its axes split: hashable, hence a static argument of jit."""
+
+    mesh: Mesh
+    axes: Axes
+
+    def size(self, names: Names) -> int:
+        """The product of these axes' sizes."""
+        return math.prod(self.mesh.shape[name] for name in names)
+
+    def rows(self) -> PartitionSpec:
+        """Of an array whose first axis is the batch."""
+        return PartitionSpec(entry(self.axes.batch))
+
+    def params(self, params: Params) -> Tree:
+        """The specs of a tree of parameters."""
+        return nest(specs_of(flatten(params), self.axes))
+
+    def sharding(self, spec: PartitionSpec) -> NamedSharding:
+        """The spec on this mesh."""
+        return NamedSharding(self.mesh, spec)
+
+    def map(self, function: Callable[..., Any], given: Any, returned: Any) -> Any:
+        """The function on every device, for its share of arguments and results.
+
+        `given` and `returned` hold the PartitionSpecs.  What a spec does not split
+        evenly is refused by JAX, and what is returned stands as its spec says.
+        """
+        # The program sums where it has to, which JAX's own analysis of what differs
+        # between devices would have every loop's first values annotated for.
+        return jax.shard_map(
+            function,
+            mesh=self.mesh,
+            in_specs=given,
+            out_specs=returned,
+            check_vma=False,
+        )
+
+    def place(self, tree: Any, specs: Any) -> Any:
+        """Arrays as their specs say; in a traced function with explicit axes, too."""
+
+        def put(spec: PartitionSpec, part: Any) -> Any:
+            return jax.tree.map(lambda x: _put(x, self.sharding(spec)), part)
+
+        return jax.tree.map(
+            put, specs, tree, is_leaf=lambda s: isinstance(s, PartitionSpec)
+        )
+
+
+def _put(x: Any, sharding: NamedSharding) -> Any:
+    if isinstance(x, jax.core.Tracer):
+        return jax.sharding.reshard(x, sharding)
+    return jax.device_put(x, sharding)
+
+
+def layout(mesh: Mesh, axes: Axes | None = None) -> Layout:
+    """The mesh with the axes that it has; every one must split something.
+
+    Raises:
+      JropeError: an axis of the mesh that `axes` does not name.
+    """
+    axes = Axes() if axes is None else axes
+    used = axes.on(mesh.axis_names)
+    known = {*used.batch, *used.tensor, *used.kv_heads, *used.fsdp}
+    if lost := [name for name in mesh.axis_names if name not in known]:
+        wanted = f"axes of {', '.join(NAMES)}; or name them in jrope.Axes(batch=...)"
+        raise JropeError(f"mesh: got axes {lost} that split nothing, want {wanted}")
+    return Layout(mesh, used)
+
+
+def layout_of(params: Params) -> Layout | None:
+    """The mesh on which parameters stand, and its axes as they split these; or None.
+
+    The parameters are asked, so that nobody can say otherwise than they stand: the
+    axes that do not split a weight split the batch.
+
+    Raises:
+      JropeError: some are placed in another way than `shard` and `load` do.
+    """
+    embedding = params["model"]["embed_tokens"]["weight"]
+    found = _sharding(embedding)
+    if found is None:
+        return None
+    flat = flatten(params)
+    vocabulary, width = (_names(found.spec, axis) for axis in (0, 1))
+    keys = [n for n in flat if n.endswith("0.self_attn.k_proj.weight")]
+    kv = _names(_spec(flat[keys[0]]), 0) if keys else vocabulary
+    rest = tuple(n for n in found.mesh.axis_names if n not in vocabulary)
+    axes = Axes(batch=rest, tensor=vocabulary, kv_heads=kv, fsdp=width)
+    wrong = [
+        f"{name} is {_spec(x)}, want {want}"
+        for name, x in flat.items()
+        if _padded(_spec(x), x.ndim)
+        != _padded(want := spec_of(name, x.ndim, axes), x.ndim)
+    ]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
+        raise JropeError(
+            f"params: {wrong[0]}{more}; place them with jrope.shard or load(mesh=)"
+        )
+    return Layout(found.mesh, axes)
+
+
+def _sharding(x: Any) -> NamedSharding | None:
+    """Where an array, or its ShapeDtypeStruct, stands; None: on no mesh, or unknown."""
+    traced = isinstance(x, jax.core.Tracer)
+    found = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
+    if not isinstance(found, NamedSharding) or found.mesh.empty:
+        return None
+    explicit = all(kind == AxisType.Explicit for kind in found.mesh.axis_types)
+    return found if explicit or not traced else None
+
+
+def _spec(x: Any) -> PartitionSpec | None:
+    found = _sharding(x)
+    return None if found is None else found.spec
+
+
+def _names(spec: PartitionSpec | None, axis: int) -> Names:
+    names = None if spec is None or axis >= len(spec) else spec[axis]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _padded(spec: PartitionSpec | None, ndim: int) -> Any:
+    return None if spec is None else [_names(spec, axis) for axis in range(ndim)]

@@ -1,0 +1,67 @@
+"""Logits whose vocabulary is split over devices: what is asked of them, not gathered.
+
+With `ONE` each is the ordinary function.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jrope.sharding.axes import ONE, Axes
+
+
+def argmax(x: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """The first index of each row's largest number: [B, V] -> int32 [B]."""
+    best = jnp.argmax(x, axis=-1).astype(jnp.int32)
+    if not axes.tensor:
+        return best
+    value = jnp.take_along_axis(x, best[:, None], axis=-1)[:, 0]
+    first = jax.lax.axis_index(axes.tensor) * x.shape[-1]
+    bits = jax.lax.bitcast_convert_type(value, jnp.int32)
+    every = jax.lax.all_gather(jnp.stack((bits, best + first)), axes.tensor)
+    values = jax.lax.bitcast_convert_type(every[:, 0], jnp.float32)  # [shares, B]
+    share = jnp.argmax(values, axis=0)[None, :]
+    return jnp.take_along_axis(every[:, 1], share, axis=0)[0]
+
+
+def categorical(key: jax.Array, logits: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """`jax.random.categorical` of every row: keys [B], [B, V] -> int32 [B].
+
+    Each share adds its part of the noise that a single device would draw.
+    """
+    if not axes.tensor:
+        return jax.vmap(jax.random.categorical)(key, logits).astype(jnp.int32)
+    own, count = logits.shape[-1], axes.count()
+    first = jax.lax.axis_index(axes.tensor) * own
+
+    def noise(key: jax.Array) -> jax.Array:
+        whole = jax.random.gumbel(key, (own * count,), logits.dtype)
+        return jax.lax.dynamic_slice_in_dim(whole, first, own)
+
+    return argmax(jax.vmap(noise)(key) + logits, axes)
+
+
+def pick(x: jax.Array, ids: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """x[..., id]: [..., V], integers [...] -> [...]."""
+    size = x.shape[-1]
+    local = axes.local_ids(ids, size)
+    own = jnp.take_along_axis(
+        x, (jnp.minimum(local, size - 1) if axes.tensor else local)[..., None], axis=-1
+    )[..., 0]
+    return axes.total(jnp.where(local < size, own, 0)) if axes.tensor else own
+
+
+def logsumexp(x: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """log sum exp over the vocabulary: [..., V] -> [...]."""
+    own = jax.nn.logsumexp(x, axis=-1)
+    if not axes.tensor:
+        return own
+    top = axes.largest(jax.lax.stop_gradient(own))
+    top = jnp.where(jnp.isfinite(top), top, 0)
+    return top + jnp.log(axes.total(jnp.exp(own - top)))
+
+
+def softmax(x: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """Softmax over the vocabulary: [..., V]."""
+    if not axes.tensor:
+        return jax.nn.softmax(x)
+    return jnp.exp(x - logsumexp(x, axes)[..., None])
