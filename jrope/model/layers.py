@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.errors import JropeError
 from jrope.model.activations import ACTIVATIONS
 from jrope.model.attention import attend
 from jrope.model.cache import grow, write
@@ -187,6 +188,9 @@ def linears(
     """
     joined, names = FUSED[block]
     parts = [weights[name] for name in ([joined] if joined in weights else names)]
+    if any(leaf.ndim > 2 for leaf in parts[0].values()):
+        hint = "`unfuse` them on that mesh before you take them off it"
+        raise JropeError(f"{joined}: joined in shares, for a mesh; {hint}")
     if x.dtype == jnp.bfloat16 and all(is_row(part, x) for part in parts):
         x, factor = x * with_rank(norm[0], x.ndim), _inverse_rms(x, norm[1])
     else:

@@ -181,10 +181,11 @@ def embed(model: Params, tokens: jax.Array, axes: Axes = ONE) -> jax.Array:
 
     They are in the embedding's dtype; of a quantised one, in that of the norms.
     """
-    if axes != ONE:
-        return _embed_share(model, tokens, axes)
+    leaves = gathered({"embed_tokens": model["embed_tokens"]}, axes)["embed_tokens"]
+    if axes.tensor:
+        return _embed_share(leaves, tokens, model["norm"]["weight"].dtype, axes)
     # As unsigned, a negative id is out of range too, not counted from the end.
-    ids, leaves = tokens.astype(jnp.uint32), model["embed_tokens"]
+    ids = tokens.astype(jnp.uint32)
     weight = jnp.asarray(leaves["weight"])
     if weight.dtype.itemsize == 2:
         weight, ids = cpu_barrier(weight, ids)
@@ -195,9 +196,10 @@ def embed(model: Params, tokens: jax.Array, axes: Axes = ONE) -> jax.Array:
     return (rows * scale[..., None]).astype(model["norm"]["weight"].dtype)
 
 
-def _embed_share(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
+def _embed_share(
+    leaves: Params, tokens: jax.Array, dtype: Any, axes: Axes
+) -> jax.Array:
     """`embed` where each device holds the rows of a part of the vocabulary."""
-    leaves = gathered({"embed_tokens": model["embed_tokens"]}, axes)["embed_tokens"]
     weight = leaves["weight"]
     size, total = weight.shape[0], weight.shape[0] * axes.count()
     ids = jnp.where((tokens >= 0) & (tokens < total), tokens, total).astype(jnp.int32)
@@ -207,9 +209,7 @@ def _embed_share(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
     rows = weight.at[local].get(mode="fill", fill_value=0)
     if "scale" in leaves:
         scale = leaves["scale"].at[local].get(mode="fill", fill_value=0)
-        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(
-            model["norm"]["weight"].dtype
-        )
+        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(dtype)
     rows = axes.total(rows)  # exact: all but one are zero
     return jnp.where((ids < total)[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 

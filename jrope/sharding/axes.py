@@ -31,10 +31,13 @@ class Axes:
     kv_heads: Names = ("model",)
     fsdp: Names = ("fsdp",)
 
-    def on(self, names: Names) -> "Axes":
-        """Without the axes that a mesh of these names does not have."""
+    def on(self, sizes: Mapping[Any, int]) -> "Axes":
+        """Without the axes that a mesh of these sizes lacks, or that split nothing."""
         parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {k: tuple(n for n in v if n in names) for k, v in parts.items()}
+        kept = {
+            part: tuple(name for name in names if sizes.get(name, 1) > 1)
+            for part, names in parts.items()
+        }
         return Axes(**kept)
 
     def total(self, x: jax.Array) -> jax.Array:

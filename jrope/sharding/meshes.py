@@ -130,12 +130,11 @@ def layout(mesh: Mesh, axes: Axes | None = None) -> Layout:
       JropeError: an axis of the mesh that `axes` does not name.
     """
     axes = Axes() if axes is None else axes
-    used = axes.on(mesh.axis_names)
-    known = {*used.batch, *used.tensor, *used.kv_heads, *used.fsdp}
+    known = {*axes.batch, *axes.tensor, *axes.kv_heads, *axes.fsdp}
     if lost := [name for name in mesh.axis_names if name not in known]:
         wanted = f"axes of {', '.join(NAMES)}; or name them in jrope.Axes(batch=...)"
         raise JropeError(f"mesh: got axes {lost} that split nothing, want {wanted}")
-    return Layout(mesh, used)
+    return Layout(mesh, axes.on(mesh.shape))
 
 
 def layout_of(params: Params) -> Layout | None:
@@ -152,16 +151,18 @@ def layout_of(params: Params) -> Layout | None:
     if found is None:
         return None
     flat = flatten(params)
-    vocabulary, width = (_names(found.spec, axis) for axis in (0, 1))
+    vocabulary, width = (_split(embedding, axis) for axis in (0, 1))
     keys = [n for n in flat if n.endswith("0.self_attn.k_proj.weight")]
-    kv = _names(_spec(flat[keys[0]]), 0) if keys else vocabulary
+    kv = _split(flat[keys[0]], 0) if keys else vocabulary
     rest = tuple(n for n in found.mesh.axis_names if n not in vocabulary)
     axes = Axes(batch=rest, tensor=vocabulary, kv_heads=kv, fsdp=width)
+    axes = axes.on(found.mesh.shape)
     wrong = [
-        f"{name} is {_spec(x)}, want {want}"
+        f"{name} is {getattr(_sharding(x), 'spec', 'elsewhere')}, want {want}"
         for name, x in flat.items()
-        if _padded(_spec(x), x.ndim)
-        != _padded(want := spec_of(name, x.ndim, axes), x.ndim)
+        if not _stands(
+            x, NamedSharding(found.mesh, want := spec_of(name, x.ndim, axes))
+        )
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
@@ -169,6 +170,11 @@ def layout_of(params: Params) -> Layout | None:
             f"params: {wrong[0]}{more}; place them with jrope.shard or load(mesh=)"
         )
     return Layout(found.mesh, axes)
+
+
+def stand(params: Tree, layout: Layout | None) -> Tree:
+    """Parameters that were computed from some on a mesh, placed as these were."""
+    return params if layout is None else layout.place(params, layout.params(params))
 
 
 def _sharding(x: Any) -> NamedSharding | None:
@@ -181,15 +187,19 @@ def _sharding(x: Any) -> NamedSharding | None:
     return found if explicit or not traced else None
 
 
-def _spec(x: Any) -> PartitionSpec | None:
+def _split(x: Any, axis: int) -> Names:
+    """The axes of the mesh, those of size 1 aside, that split an axis of an array."""
     found = _sharding(x)
-    return None if found is None else found.spec
+    if found is None or axis >= len(found.spec):
+        return ()
+    names = found.spec[axis] or ()
+    names = (names,) if isinstance(names, str) else names
+    return tuple(name for name in names if found.mesh.shape[name] > 1)
 
 
-def _names(spec: PartitionSpec | None, axis: int) -> Names:
-    names = None if spec is None or axis >= len(spec) else spec[axis]
-    return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-def _padded(spec: PartitionSpec | None, ndim: int) -> Any:
-    return None if spec is None else [_names(spec, axis) for axis in range(ndim)]
+def _stands(x: Any, wanted: NamedSharding) -> bool:
+    found = _sharding(x)
+    same = found is not None and found.mesh == wanted.mesh
+    axes = range(x.ndim)
+    want = jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=wanted)
+    return same and all(_split(x, axis) == _split(want, axis) for axis in axes)

@@ -6,14 +6,19 @@ checkpoints hold and what suits the batch-1 matrix-vector product, into a `kerne
 [in, out], which suits larger batches.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import FUSED
+from jrope.sharding.axes import entry
+from jrope.sharding.meshes import Layout, layout_of, stand
 from jrope.tree import Params, Tree
 from jrope.weights.int8 import is_quantized
 
@@ -24,13 +29,14 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
     """Join the projections that read the same input; the given tree stays as it is.
 
     `forward`, `generate` and `score` take either tree; `unfuse` gives the first back.
+    On a mesh each device joins the shares that it holds: [shares, out / shares, in].
 
     Args:
       params: a parameter tree.
       order: of the layers' matrices: "out_in" for one row, "in_out" for batches.
 
     Raises:
-      JropeError: another order; in_out of quantised parameters.
+      JropeError: another order; in_out of quantised parameters; replicas.
     """
     names = {"out_in": ("kernel", "weight"), "in_out": ("weight", "kernel")}
     if order not in names:
@@ -39,10 +45,18 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
     if order == "in_out" and is_quantized(params):
         raise JropeError("order: int8 weights have a scale for each row; want out_in")
 
-    def change(block: Mapping[str, Any]) -> Tree:
-        return {n: _turn(leaves, *names[order]) for n, leaves in _join(block).items()}
+    layout = layout_of(params)
+    join = partial(jnp.concatenate, axis=0)
+    if layout is not None and layout.axes.tensor:
+        if layout.axes.kv_heads != layout.axes.tensor:
+            raise JropeError("fuse: key/value heads stand on replicas; leave it out")
+        join = partial(_join_shares, layout=layout)
 
-    return _each_block(params, change)
+    def change(block: Mapping[str, Any]) -> Tree:
+        joined = _join(block, join)
+        return {n: _turn(leaves, *names[order]) for n, leaves in joined.items()}
+
+    return stand(_each_block(params, change), layout)
 
 
 def unfuse(params: Params, config: LlamaConfig) -> Tree:
@@ -61,13 +75,15 @@ def unfuse(params: Params, config: LlamaConfig) -> Tree:
         turned = {n: _turn(leaves, "kernel", "weight") for n, leaves in block.items()}
         return _split(turned, sizes)
 
-    return _each_block(params, change)
+    return stand(_each_block(params, change), layout_of(params))
 
 
 def _turn(leaves: Mapping[str, Any], old: str, new: str) -> Tree:
     """Transpose the matrix called `old` and call it `new`; biases stay."""
     turned = {name: leaf for name, leaf in leaves.items() if name != old}
-    return turned | {new: leaves[old].T} if old in leaves else turned
+    if old not in leaves:
+        return turned
+    return turned | {new: jnp.swapaxes(leaves[old], -1, -2)}
 
 
 def _each_block(params: Params, change: Any) -> Tree:
@@ -83,7 +99,18 @@ def _each_block(params: Params, change: Any) -> Tree:
     return {**params, "model": {**model, "layers": layers}}
 
 
-def _join(block: Mapping[str, Any]) -> Tree:
+def _join_shares(parts: list[jax.Array], *, layout: Layout) -> jax.Array:
+    """[out, in] matrices that stand on a mesh: [shares, sum of out / shares, in]."""
+    tensor, fsdp = entry(layout.axes.tensor), entry(layout.axes.fsdp)
+    rest = [fsdp] * (parts[0].ndim - 1)
+    split, joined = PartitionSpec(tensor, *rest), PartitionSpec(tensor, None, *rest)
+    join = layout.map(lambda *own: jnp.concatenate(own)[None], split, joined)
+    return jax.jit(join)(*parts)
+
+
+def _join(
+    block: Mapping[str, Any], join: Callable[[list[jax.Array]], jax.Array]
+) -> Tree:
     for joined, names in FUSED.values():
         if joined in block or names[0] not in block:
             continue
@@ -91,9 +118,7 @@ def _join(block: Mapping[str, Any]) -> Tree:
         rest = {name: leaf for name, leaf in block.items() if name not in names}
         keys = parts[0].keys()
         return rest | {
-            joined: {
-                key: jnp.concatenate([part[key] for part in parts]) for key in keys
-            }
+            joined: {key: join([part[key] for part in parts]) for key in keys}
         }
     return dict(block)
 
@@ -106,7 +131,18 @@ def _split(block: Mapping[str, Any], sizes: Mapping[str, int]) -> Tree:
         start = 0
         for name in names:
             end = start + sizes[name]
-            rest[name] = {key: leaf[start:end] for key, leaf in block[joined].items()}
+            rest[name] = {
+                key: _rows(leaf, start, end, block[joined]["weight"].ndim == 3)
+                for key, leaf in block[joined].items()
+            }
             start = end
         return rest
     return dict(block)
+
+
+def _rows(leaf: jax.Array, start: int, end: int, shares: bool) -> jax.Array:
+    """Rows start to end of what was joined; of each share its part of them."""
+    if not shares:
+        return leaf[start:end]
+    count = leaf.shape[0]
+    return leaf[:, start // count : end // count].reshape(-1, *leaf.shape[2:])

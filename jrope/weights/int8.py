@@ -23,6 +23,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.numerics import round_to
+from jrope.sharding.meshes import layout_of, stand
 from jrope.tree import Params, Tree, flatten, nest
 
 Quantization = Literal["int8"]
@@ -59,7 +60,7 @@ def quantize(params: Params) -> Tree:
     found: dict[str, Any] = {}
     for name, array in flat.items():
         found |= quantize_tensor(name, array) if name in chosen else {name: array}
-    return nest(found)
+    return stand(nest(found), layout_of(params))
 
 
 def dequantize(params: Params, dtype: Any = None) -> Tree:
@@ -78,13 +79,12 @@ def dequantize(params: Params, dtype: Any = None) -> Tree:
         raise JropeError("dequantize: the parameters are not quantised")
     dtype = params["model"]["norm"]["weight"].dtype if dtype is None else dtype
     flat, wide = flatten(params), _float(dtype)
-    return nest(
-        {
-            name: _widen(array, flat.get(scale_name(name)), wide)
-            for name, array in flat.items()
-            if not name.endswith(".scale")
-        }
-    )
+    plain = {
+        name: _widen(array, flat.get(scale_name(name)), wide)
+        for name, array in flat.items()
+        if not name.endswith(".scale")
+    }
+    return stand(nest(plain), layout_of(params))
 
 
 def is_quantized(params: Params) -> bool:
