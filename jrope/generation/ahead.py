@@ -3,20 +3,20 @@
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Unpack
 
-import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jrope.generation.loop import (
+from jrope.generation.loop import decode, first_token, prefill, state_specs
+from jrope.generation.request import (
+    Options,
     chunk_inputs,
-    decode,
-    first_token,
     first_token_inputs,
-    prefill,
+    prepare,
 )
-from jrope.generation.request import Options, prepare
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
+from jrope.model.placed import cache_specs
+from jrope.sharding.meshes import layout_of
 from jrope.tree import Params
 
 
@@ -42,11 +42,15 @@ def compile_ahead(
       JropeError: as `generate`.
     """
     check_params(params)
-    request = prepare(prompt, lengths, config, **options)
-    static: dict[str, Any] = {"config": config, "scored": logprobs}
+    layout = layout_of(params)
+    request = prepare(prompt, lengths, config, layout, **options)
+    static: dict[str, Any] = {"config": config, "scored": logprobs, "layout": layout}
     first = (params, *chunk_inputs(request, 0), None, None)
     static_first = {**static, "capacity": request.capacity}
     last, cache, _ = prefill.eval_shape(*first, **static_first)
+    if layout is not None:  # which eval_shape forgets
+        specs = layout.rows(), cache_specs(layout)
+        last, cache = layout.place((last, cache), specs)
     lowered = [prefill.lower(*first, **static_first)]
     if request.prefill_chunk < request.width:
         later = (params, *chunk_inputs(request, 0), cache, last)
@@ -55,10 +59,11 @@ def compile_ahead(
     static["output_slots"] = request.output_slots
     state = first_token.eval_shape(*drawn, **static)
     lowered.append(first_token.lower(*drawn, **static))
-    limit = jax.ShapeDtypeStruct((), jnp.int32)
-    lowered.append(
-        decode.lower(params, cache, state, request.sampling, limit, config=config)
-    )
+    limit = request.place(jnp.zeros((), jnp.int32))
+    if layout is not None:
+        state = layout.place(state, state_specs(layout))
+    carried = params, cache, state, request.sampling, limit
+    lowered.append(decode.lower(*carried, config=config, layout=layout))
     pool = ThreadPoolExecutor(len(lowered))
     try:
         for job in [pool.submit(program.compile) for program in lowered]:

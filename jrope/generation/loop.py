@@ -20,6 +20,9 @@ from jrope.generation.request import (
     Options,
     Request,
     SamplingParams,
+    chunk_inputs,
+    first_token_inputs,
+    joined_scores,
     prepare,
     refuse_traced,
     sampling_specs,
@@ -118,18 +121,17 @@ def generate(
     check_params(params)
     layout = layout_of(params)
     request = prepare(prompt, lengths, config, layout, **options)
-    start = prefill_and_first_token(params, request, config, logprobs)
-    cache, state, prompt_scores = start
+    cache, state, scores = prefill_and_first_token(params, request, config, logprobs)
     limit = request.place(jnp.asarray(request.max_new_tokens, jnp.int32))
-    how: dict[str, Any] = {"config": config, "layout": layout}
-    _, state = decode(params, cache, state, request.sampling, limit, **how)
+    given = params, cache, state, request.sampling, limit
+    _, state = decode(*given, config=config, layout=layout)
     new = request.max_new_tokens
     return Generation(
         tokens=state.tokens[:, :new],
         lengths=jnp.minimum(state.lengths, new),
         finite=state.finite,
         logprobs=state.logprobs[:, :new] if logprobs else None,
-        prompt_logprobs=prompt_scores,
+        prompt_logprobs=scores,
     )
 
 
@@ -188,14 +190,14 @@ class Stream(Iterator[np.ndarray]):
         if request.max_new_tokens == 0:
             return
         cache, state, _ = prefill_and_first_token(params, request, config, False)
-        emitted, how = 0, {"config": config, "layout": request.layout}
+        emitted = 0
         for planned in [*range(1, request.max_new_tokens, chunk), None]:
             following = state
             if planned is not None:
                 limit = min(planned + chunk, request.max_new_tokens)
                 limit = request.place(jnp.asarray(limit, jnp.int32))
                 given = params, cache, state, request.sampling, limit
-                cache, following = decode(*given, **how)
+                cache, following = decode(*given, config=config, layout=request.layout)
             reached = int(state.step)  # waits for the block before, not for this one
             self.finite = np.asarray(state.finite)
             if reached > emitted:
@@ -260,9 +262,8 @@ def prefill(
         capacity=capacity,
         axes=axes,
     )
-    scores, how = None, {"config": config, "axes": axes}
-    if scored:
-        scores = token_logprobs(params, x, tokens[:, 1:], **how)
+    score = partial(token_logprobs, params, config=config, axes=axes)
+    scores = score(x, tokens[:, 1:]) if scored else None
     newest = last_token(x, lengths)
     if last is not None:
         newest = jnp.where((lengths > 0)[:, None], newest, last)
@@ -296,8 +297,8 @@ def first_token(
         return run(params, last, prompt, lengths, sampling)
     batch, width = prompt.shape
     valid = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
-    own = axes.local_ids(prompt, config.vocab_size)
-    ids = jnp.where(valid, own, config.vocab_size)
+    size = config.vocab_size
+    ids = jnp.where(valid, axes.local_ids(prompt, size), size)
     seen = jnp.zeros((batch, config.vocab_size), bool)
     seen = seen.at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
     state = DecodeState(
@@ -343,9 +344,8 @@ def decode(
     def step(carry: tuple[KVCache, DecodeState]) -> tuple[KVCache, DecodeState]:
         cache, state = carry
         last = state.last[:, None]
-        how = {"config": config, "axes": axes}
-        x, cache = hidden_states(params, last, cache=cache, **how)
-        logits = unembed(params, x[:, 0], **how)
+        x, cache = hidden_states(params, last, cache=cache, config=config, axes=axes)
+        logits = unembed(params, x[:, 0], config=config, axes=axes)
         return cache, draw_token(logits, state, sampling, axes)
 
     return jax.lax.while_loop(unfinished, step, (cache, state))
@@ -414,28 +414,4 @@ def prefill_and_first_token(
         output_slots=request.output_slots,
         **static,
     )
-    return cache, state, _prompt_scores(scores, request) if scored else None
-
-
-def chunk_inputs(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens, lengths and planned totals of the chunk of the prompts from `at` on."""
-    size = request.prefill_chunk
-    tokens = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
-    valid = np.clip(request.lengths - at, 0, size)
-    planned = request.lengths + request.max_new_tokens
-    chunk = tokens[:, : size + 1], valid.astype(np.int32), planned.astype(np.int32)
-    return request.place(tuple(map(jnp.asarray, chunk)))
-
-
-def first_token_inputs(
-    request: Request,
-) -> tuple[jax.Array, jax.Array, SamplingParams]:
-    """Prompts, lengths and sampling parameters, as `first_token` takes them."""
-    prompt = request.place((jnp.asarray(request.prompt), jnp.asarray(request.lengths)))
-    return *prompt, request.sampling
-
-
-def _prompt_scores(scores: list[Any], request: Request) -> jax.Array:
-    whole = jnp.concatenate(scores, axis=1)[:, : request.width - 1]
-    known = np.arange(1, request.width)[None, :] < request.lengths[:, None]
-    return jnp.where(known, whole, 0)
+    return cache, state, joined_scores(scores, request) if scored else None

@@ -324,3 +324,28 @@ def _one_key(key: jax.Array | None, sampler: Sampler) -> jax.Array:
     if typed.shape != ():
         raise JropeError(f"key: got shape {typed.shape}, want one key; rows have seeds")
     return typed
+
+
+def chunk_inputs(request: Request, at: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Tokens, lengths and planned totals of the chunk of the prompts from `at` on."""
+    size = request.prefill_chunk
+    tokens = np.pad(request.prompt[:, at : at + size + 1], ((0, 0), (0, 1)))
+    valid = np.clip(request.lengths - at, 0, size)
+    planned = request.lengths + request.max_new_tokens
+    chunk = tokens[:, : size + 1], valid.astype(np.int32), planned.astype(np.int32)
+    return request.place(tuple(map(jnp.asarray, chunk)))
+
+
+def first_token_inputs(
+    request: Request,
+) -> tuple[jax.Array, jax.Array, SamplingParams]:
+    """Prompts, lengths and sampling parameters, as `first_token` takes them."""
+    prompt = request.place((jnp.asarray(request.prompt), jnp.asarray(request.lengths)))
+    return *prompt, request.sampling
+
+
+def joined_scores(scores: list[Any], request: Request) -> jax.Array:
+    """The scores of all chunks [B, T - 1], 0 past a prompt's end."""
+    whole = jnp.concatenate(scores, axis=1)[:, : request.width - 1]
+    known = np.arange(1, request.width)[None, :] < request.lengths[:, None]
+    return jnp.where(known, whole, 0)

@@ -96,7 +96,7 @@ class Sampler:
         """Tokens int32 [B], each from its own row of `logits` and its own key alone.
 
         `keys` [B] are typed (`jax.random.key`); `logits` and `seen` are as for `warp`,
-        or with `axes` of a mesh their share of the vocabulary.  Shapes that do not fit raise JropeError.
+        or, with `axes`, a device's share of these. Misfits raise JropeError.
         """
         if keys.shape != logits.shape[:1]:
             got = f"shape {list(keys.shape)} for logits {list(logits.shape)}"

@@ -10,12 +10,14 @@ import math
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from jrope.errors import JropeError
@@ -31,10 +33,13 @@ from jrope.hf.folders import (
     read_json,
     some,
 )
+from jrope.hf.placing import to_mesh
 from jrope.hf.replacing import replacing
 from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
 from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.placed import layout_on, shard
+from jrope.sharding.axes import Axes, specs_of
 from jrope.tree import Params, Tree, flatten, nest
 from jrope.weights.int8 import Quantization, is_quantized, keeper
 
@@ -60,6 +65,8 @@ def load(
     *,
     revision: str | None = None,
     quantize: Quantization | None = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
     check_finite: bool = False,
     progress: Progress | None = None,
 ) -> tuple[Tree, LlamaConfig]:
@@ -75,6 +82,10 @@ def load(
       revision: branch, tag or commit of a hub repository.
       quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
         (after `dtype`); memory is that of the int8 tree and one tensor (or eight).
+      mesh: of `jrope.mesh`, or any other: every part is read once and goes straight to
+        the devices that hold it, see `jrope.shard`; what is said above of tensors holds
+        of parts.
+      axes: as in `jrope.shard`.
       check_finite: look on the device at every tensor as it arrives, and refuse NaN and
         infinity; each is read once more, from the device's own memory.
       progress: called with the name and bytes of each tensor that has arrived.
@@ -92,17 +103,20 @@ def load(
     wanted = _dtype(dtype)
     folder = find_folder(path_or_repo, revision)
     config, tensors = read_llama_config(folder), open_tensors(folder)
+    there = None if mesh is None else layout_on(mesh, config, axes)
     names, keep = checked_names(folder, tensors, config), keeper(config, quantize)
     finite: dict[str, jax.Array] = {}
 
     def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:
         if check_finite:
             finite[name] = _is_finite(array)
-        return keep(name, array)
+        kept = keep(name, array)
+        return kept if there is None else there.place(kept, specs_of(kept, there.axes))
 
+    put = partial(_to_device if there is None else partial(to_mesh, there), tensors)
     params: dict[str, jax.Array] = {}
     for name, (kept, size) in zip(
-        names, _arrivals(tensors, names, wanted, arrived), strict=True
+        names, _arrivals(put, names, wanted, arrived), strict=True
     ):
         params |= kept
         if progress is not None:
@@ -122,6 +136,8 @@ def load_shapes(
     dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
+    mesh: Mesh | None = None,
+    axes: Axes | None = None,
 ) -> tuple[Tree, LlamaConfig]:
     """What `load` gives for the same arguments, with a ShapeDtypeStruct for each array.
 
@@ -133,7 +149,8 @@ def load_shapes(
     for name in checked_names(folder, tensors, config, data=False):
         slot = tensors.slots[name]
         shapes[name] = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
-    return nest(shapes), config
+    tree = nest(shapes)
+    return (tree if mesh is None else shard(tree, mesh, config, axes)), config
 
 
 @jax.jit
@@ -145,8 +162,12 @@ def _is_finite(array: jax.Array) -> jax.Array:
     return jnp.sum(array - array) == 0
 
 
+def _to_device(tensors: Tensors, name: str, dtype: np.dtype[Any] | None) -> jax.Array:
+    return jax.device_put(tensors.read(name, dtype))
+
+
 def _arrivals(
-    tensors: Tensors,
+    put: Callable[[str, np.dtype[Any] | None], jax.Array],
     names: Sequence[str],
     dtype: np.dtype[Any] | None,
     keep: Callable[[str, jax.Array], dict[str, jax.Array]],
@@ -157,7 +178,7 @@ def _arrivals(
     """
 
     def fetch(name: str) -> tuple[dict[str, jax.Array], int]:
-        array = jax.device_put(tensors.read(name, dtype)).block_until_ready()
+        array = put(name, dtype).block_until_ready()
         jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
         return keep(name, array), array.nbytes
 

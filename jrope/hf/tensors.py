@@ -13,7 +13,7 @@ Source: https://huggingface.co/docs/safetensors, "Format".
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -105,12 +105,19 @@ class Tensors:
         """Name -> dtype code, such as "BF16"; those in DTYPES can be read."""
         return {name: slot.dtype for name, slot in self.slots.items()}
 
-    def read(self, name: str, dtype: np.dtype[Any] | None = None) -> np.ndarray:
+    def read(
+        self,
+        name: str,
+        dtype: np.dtype[Any] | None = None,
+        part: tuple[slice, ...] | None = None,
+    ) -> np.ndarray:
         """Read one tensor into memory of its own, cast piece by piece.
 
         Args:
           name: one of `names`.
           dtype: float32, float16 or bfloat16; None keeps the file's.
+          part: a range for each of its one or two axes: no other bytes are read;
+            None: all of it.
 
         Raises:
           JropeError: a dtype that is not read, a value too large for `dtype`, or a
@@ -121,13 +128,17 @@ class Tensors:
             wanted = ", ".join(DTYPES)
             raise JropeError(f"{name}: dtype {slot.dtype}, want one of {wanted}")
         stored = DTYPES[slot.dtype]
-        out = _aligned(slot.shape, dtype or stored)
+        shape, runs = _runs(slot, stored.itemsize, part)
+        out = _aligned(shape, dtype or stored)
         flat, done = out.reshape(-1), 0
         if out.dtype == stored:
+            raw = flat.view(np.uint8)
             with slot.path.open("rb", buffering=0) as file:
-                _fill(file, slot.start, flat.view(np.uint8))
+                for start, stop in runs:
+                    _fill(file, start, raw[done : done + stop - start])
+                    done += stop - start
             return out
-        for piece in _pieces(slot):
+        for piece in _pieces(slot.path, runs):
             values = piece.view(stored)
             with np.errstate(all="ignore"):  # too large is found below
                 flat[done : done + values.size] = values
@@ -140,7 +151,8 @@ class Tensors:
         a, b = self.slots[first], self.slots[second]
         if (a.dtype, a.shape) != (b.dtype, b.shape):
             return False
-        pairs = zip(_pieces(a), _pieces(b), strict=True)
+        pieces = (_pieces(x.path, [(x.start, x.stop)]) for x in (a, b))
+        pairs = zip(*pieces, strict=True)
         return all(np.array_equal(x, y) for x, y in pairs)
 
 
@@ -288,14 +300,35 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
     return memory[start : start + size].view(dtype).reshape(shape)
 
 
-def _pieces(slot: Slot) -> Iterator[np.ndarray]:
-    """The bytes of a tensor, uint8, in pieces of a whole number of elements."""
-    buffer = np.empty(min(_CHUNK, slot.stop - slot.start), np.uint8)
-    with slot.path.open("rb", buffering=0) as file:
-        for at in range(slot.start, slot.stop, _CHUNK):
-            piece = buffer[: min(_CHUNK, slot.stop - at)]
-            _fill(file, at, piece)
-            yield piece
+def _runs(
+    slot: Slot, itemsize: int, part: tuple[slice, ...] | None
+) -> tuple[tuple[int, ...], Sequence[tuple[int, int]]]:
+    """The shape of a part of a tensor, and the ranges of bytes that hold it."""
+    whole = tuple(map(slice, slot.shape))
+    ends = [x.indices(n) for x, n in zip(part or whole, slot.shape, strict=True)]
+    shape = tuple(stop - start for start, stop, _ in ends)
+    if shape == slot.shape:
+        return shape, [(slot.start, slot.stop)]
+    width = math.prod(slot.shape[1:])  # of a row, which stands in one piece
+    rows = range(*ends[0])
+    if shape[1:] == slot.shape[1:]:
+        first, last = (slot.start + n * width * itemsize for n in (ends[0][:2]))
+        return shape, [(first, last)]
+    left, right, _ = ends[1]
+    starts = (slot.start + row * width * itemsize for row in rows)
+    return shape, [(n + left * itemsize, n + right * itemsize) for n in starts]
+
+
+def _pieces(path: Path, runs: Sequence[tuple[int, int]]) -> Iterator[np.ndarray]:
+    """Ranges of bytes, uint8, in pieces of a whole number of elements."""
+    longest = max((stop - start for start, stop in runs), default=0)
+    buffer = np.empty(min(_CHUNK, longest), np.uint8)
+    with path.open("rb", buffering=0) as file:
+        for start, stop in runs:
+            for at in range(start, stop, _CHUNK):
+                piece = buffer[: min(_CHUNK, stop - at)]
+                _fill(file, at, piece)
+                yield piece
 
 
 def _fill(file: FileIO, start: int, out: np.ndarray) -> None:

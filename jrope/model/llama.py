@@ -85,7 +85,7 @@ def forward(
     Raises:
       JropeError: arguments of another type or shape, or that exclude each other.
     """
-    given = {
+    given: dict[str, Any] = {
         "positions": positions,
         "cache": cache,
         "lengths": lengths,
@@ -94,10 +94,10 @@ def forward(
     }
     refuse_unknown("forward", unknown)
     if axes == ONE and (layout := layout_of(params)) is not None:
-        specs = logit_specs(layout, 3 if logits == "all" else 2), cache_specs(layout)
-        how = {"capacity": capacity, "logits": logits}
-        what = {"config": config, "returned": specs, "how": how}
-        return on_mesh(forward, layout, params, tokens, given, **what)
+        rank = 3 if logits == "all" else 2
+        specs = logit_specs(layout, rank), cache_specs(layout)
+        how = {"config": config, "capacity": capacity, "logits": logits}
+        return on_mesh(forward, layout, params, tokens, given, how, specs)
     x, cache = hidden_states(
         params, tokens, **given, config=config, capacity=capacity, axes=axes
     )
@@ -136,9 +136,8 @@ def hidden_states(
             "segment_ids": segment_ids,
         }
         specs = layout.rows(), cache_specs(layout)
-        how = {"capacity": capacity, "remat": remat}
-        what = {"config": config, "returned": specs, "how": how}
-        return on_mesh(hidden_states, layout, params, tokens, given, **what)
+        how = {"config": config, "capacity": capacity, "remat": remat}
+        return on_mesh(hidden_states, layout, params, tokens, given, how, specs)
     tokens, positions, segments = check_inputs(
         params, tokens, positions, cache, capacity, segment_ids
     )

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -86,14 +86,12 @@ def check_divides(config: LlamaConfig, layout: Layout) -> None:
         ]
         nearest = _nearest(config, layout, wrong)
         raise JropeError(f"mesh: does not divide {', '.join(told)}; {nearest}")
-    if axes.tensor != axes.kv_heads and config.num_key_value_heads > size(
-        axes.kv_heads
-    ):
-        got = f"num_key_value_heads {config.num_key_value_heads}"
+    heads = config.num_key_value_heads
+    if axes.tensor != axes.kv_heads and heads > size(axes.kv_heads):
         raise JropeError(
-            f"mesh: got {_sizes(layout, axes.tensor)} for {got}; replicas hold the same "
-            f"key/value heads, which is for one head a device: take "
-            f"{entry(axes.kv_heads)}={config.num_key_value_heads}, or no replica"
+            f"mesh: got {_sizes(layout, axes.tensor)} for num_key_value_heads {heads}; "
+            "replicas hold the same heads, which is for one a device: take "
+            f"{_wanted(axes.kv_heads, heads)}, or no replica"
         )
 
 
@@ -101,26 +99,25 @@ def _sizes(layout: Layout, names: Names) -> str:
     return mesh_text({name: layout.mesh.shape[name] for name in names})
 
 
+def _wanted(names: Names, size: int) -> str:
+    return f"{names[-1] if names else 'model'}={size}"
+
+
 def _nearest(config: LlamaConfig, layout: Layout, wrong: list[str]) -> str:
     """The largest mesh below this one that divides everything."""
+    asked, heads = layout.size(layout.axes.tensor), config.num_key_value_heads
     if wrong == ["hidden_size"]:
         size = math.gcd(config.hidden_size, layout.size(layout.axes.fsdp))
-        return f"the nearest that fits is {entry(layout.axes.fsdp)}={size}"
-    asked, kv_heads = layout.size(layout.axes.tensor), config.num_key_value_heads
-    whole = (
-        config.num_attention_heads,
-        config.intermediate_size,
-        config.vocab_size,
-    )
-    if wrong == ["num_key_value_heads"] and asked % kv_heads == 0:
+        return f"the nearest that fits is {_wanted(layout.axes.fsdp, size)}"
+    if wrong == ["num_key_value_heads"] and asked % heads == 0:
         return (
-            f"the nearest that fits is model={kv_heads},replica={asked // kv_heads}, "
+            f"the nearest that fits is model={heads},replica={asked // heads}, "
             "whose replicas hold the same key/value heads"
         )
-    size = next(
-        n for n in range(asked, 0, -1) if all(x % n == 0 for x in (*whole, kv_heads))
-    )
-    return f"the nearest that fits is model={size}"
+    split = (config.num_attention_heads, config.intermediate_size, config.vocab_size)
+    size = math.gcd(heads, *split)
+    size = max(n for n in range(1, min(size, asked) + 1) if size % n == 0)
+    return f"the nearest that fits is {_wanted(layout.axes.kv_heads, size)}"
 
 
 def check_rows(rows: int, layout: Layout) -> None:
@@ -165,51 +162,40 @@ def on_mesh(
     layout: Layout,
     params: Params,
     tokens: Any,
-    given: dict[str, Any],
-    *,
-    config: LlamaConfig,
+    given: Mapping[str, Any],
+    how: Mapping[str, Any],
     returned: Any,
-    how: dict[str, Any],
 ) -> Any:
-    """A function of the model for every device's share of parameters and rows.
+    """A function of the model, run for every device's share of parameters and rows.
 
     Args:
-      function: takes params, tokens, config, axes, `given` and `how` by name.
+      function: takes params and, by name, tokens, axes, what is `given`, and `how`.
       layout: where the parameters stand.
-      params, tokens, config: the model's, whole.
+      params, tokens: the model's and [B, T], whole.
       given: arrays, rows first, or None.
+      how: hashable arguments: config, for the whole model, and others.
       returned: the specs of what the function returns.
-      how: hashable arguments.
     """
     tokens = integer_array("tokens", tokens, "integers [B, T]")
     check_rows(tokens.shape[0], layout)
-    arrays = {n: x for n, x in given.items() if x is not None}
+    arrays = {name: x for name, x in given.items() if x is not None}
     arrays = jax.tree.map(jnp.asarray, {"tokens": tokens, **arrays})
     arrays = layout.place(arrays, row_specs(layout, arrays))
-    return _run(
-        params,
-        arrays,
-        function=function,
-        layout=layout,
-        config=share_of(config, layout),
-        returned=returned,
-        how=tuple(how.items()),
-    )
+    share = {**how, "config": share_of(how["config"], layout), "axes": layout.axes}
+    return _run(params, arrays, function, layout, tuple(share.items()), returned)
 
 
-@partial(jax.jit, static_argnames=("function", "layout", "config", "returned", "how"))
+@partial(jax.jit, static_argnames=("function", "layout", "how", "returned"))
 def _run(
     params: Params,
     arrays: dict[str, Any],
-    *,
     function: Callable[..., Any],
     layout: Layout,
-    config: LlamaConfig,
-    returned: Any,
     how: tuple[tuple[str, Any], ...],
+    returned: Any,
 ) -> Any:
     def share(params: Params, arrays: dict[str, Any]) -> Any:
-        return function(params, **arrays, config=config, axes=layout.axes, **dict(how))
+        return function(params, **arrays, **dict(how))
 
     given = layout.params(params), row_specs(layout, arrays)
     return layout.map(share, given, returned)(params, arrays)

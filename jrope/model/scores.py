@@ -48,9 +48,8 @@ def score(
         "segment_ids": segment_ids,
     }
     if (layout := layout_of(params)) is not None:
-        how, rows = {"remat": remat}, layout.rows()
-        what = {"config": config, "returned": rows, "how": how}
-        return on_mesh(_score, layout, params, tokens, given, **what)
+        how, rows = {"config": config, "remat": remat}, layout.rows()
+        return on_mesh(_score, layout, params, tokens, given, how, rows)
     return _score(params, tokens, **given, config=config, remat=remat)
 
 

@@ -3,9 +3,10 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, final
+from typing import Any, cast, final
 
 import jax
+from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrope.errors import JropeError, did_you_mean
@@ -107,7 +108,7 @@ class Layout:
         )
 
     def place(self, tree: Any, specs: Any) -> Any:
-        """Arrays as their specs say; in a traced function with explicit axes, too."""
+        """Arrays or shapes as specs say; traced ones, too, where axes are explicit."""
 
         def put(spec: PartitionSpec, part: Any) -> Any:
             return jax.tree.map(lambda x: _put(x, self.sharding(spec)), part)
@@ -118,8 +119,10 @@ class Layout:
 
 
 def _put(x: Any, sharding: NamedSharding) -> Any:
-    if isinstance(x, jax.core.Tracer):
+    if isinstance(x, Tracer):
         return jax.sharding.reshard(x, sharding)
+    if isinstance(x, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.device_put(x, sharding)
 
 
@@ -157,19 +160,20 @@ def layout_of(params: Params) -> Layout | None:
     rest = tuple(n for n in found.mesh.axis_names if n not in vocabulary)
     axes = Axes(batch=rest, tensor=vocabulary, kv_heads=kv, fsdp=width)
     axes = axes.on(found.mesh.shape)
+    mesh = cast(Mesh, found.mesh)  # or an abstract one, of a traced function
+    there = Layout(mesh, axes)
+    wanted = {name: spec_of(name, x.ndim, axes) for name, x in flat.items()}
     wrong = [
-        f"{name} is {getattr(_sharding(x), 'spec', 'elsewhere')}, want {want}"
+        f"{name} is {getattr(_sharding(x), 'spec', 'elsewhere')}, want {wanted[name]}"
         for name, x in flat.items()
-        if not _stands(
-            x, NamedSharding(found.mesh, want := spec_of(name, x.ndim, axes))
-        )
+        if not _stands(x, there.sharding(wanted[name]))
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
         raise JropeError(
             f"params: {wrong[0]}{more}; place them with jrope.shard or load(mesh=)"
         )
-    return Layout(found.mesh, axes)
+    return there
 
 
 def stand(params: Tree, layout: Layout | None) -> Tree:
@@ -179,7 +183,7 @@ def stand(params: Tree, layout: Layout | None) -> Tree:
 
 def _sharding(x: Any) -> NamedSharding | None:
     """Where an array, or its ShapeDtypeStruct, stands; None: on no mesh, or unknown."""
-    traced = isinstance(x, jax.core.Tracer)
+    traced = isinstance(x, Tracer)
     found = jax.typeof(x).sharding if traced else getattr(x, "sharding", None)
     if not isinstance(found, NamedSharding) or found.mesh.empty:
         return None

@@ -1,0 +1,113 @@
+"""forward and score on a mesh: one device's numbers, split as asked."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+from sharding_helpers import (
+    CONFIG,
+    LENGTHS,
+    TOKENS,
+    assert_close,
+    explicit,
+    make_params,
+    pytestmark,  # noqa: F401
+    with_rope,
+)
+
+import jrope
+from jrope.weights.fuse import fuse, unfuse
+
+MESHES = {  # a mesh, and a rope for it: each method once, each mesh once or twice
+    "data=8,model=1": "longrope-hf",
+    "data=1,model=8": "dynamic",
+    "data=2,model=4": "longrope",
+    "data=4,model=2": "dynamic-growing",
+    "fsdp=2,model=4": "dynamic-hf",
+    "fsdp=2,data=2,model=2": "longrope-growing",
+}
+
+
+def forward_twice(params, config):
+    """A prompt, then more tokens onto its cache."""
+    first, more = jnp.asarray(TOKENS[:, :8]), jnp.asarray(TOKENS[:, 8:])
+    lengths = np.minimum(LENGTHS, 8)
+    a, cache = jrope.forward(params, first, config=config, lengths=lengths, capacity=16)
+    b, cache = jrope.forward(params, more, cache=cache, config=config)
+    return (a, b), cache
+
+
+@pytest.mark.parametrize(("text", "rope"), MESHES.items())
+def test_forward_gives_one_devices_logits_and_cache(text, rope):
+    config, params = with_rope(rope), make_params()
+    mesh = jrope.mesh(text)
+    placed = jrope.shard(params, mesh, config)
+    got, cache = forward_twice(placed, config)
+    want, wanted = forward_twice(params, config)
+    jax.tree.map(assert_close, (got, cache.keys), (want, wanted.keys))
+    rows = tuple(n for n in ("data", "fsdp") if mesh.shape.get(n, 1) > 1)
+    model = "model" if mesh.shape["model"] > 1 else None
+    size = np.array([8 // np.prod([mesh.shape[n] for n in rows]), 16, 8, 8], int)
+    size[2] //= mesh.shape["model"]
+    for slots in (*cache.keys, *cache.values):
+        assert {s.data.shape for s in slots.addressable_shards} == {tuple(size)}
+    assert model is None or got[0].sharding.spec[2] == model
+
+
+def test_key_value_heads_may_stand_on_replicas():
+    config = dataclasses.replace(with_rope("yarn"), num_key_value_heads=4)
+    params = make_params(config)
+    placed = jrope.shard(params, jrope.mesh("model=4,replica=2"), config)
+    got, cache = jrope.forward(placed, jnp.asarray(TOKENS), config=config)
+    assert_close(got, jrope.forward(params, jnp.asarray(TOKENS), config=config)[0])
+    assert cache.keys[0].sharding.spec == PartitionSpec(None, None, "model")
+    with pytest.raises(jrope.JropeError, match="stand on replicas"):
+        fuse(placed)
+
+
+@pytest.mark.parametrize("form", ["fuse", "kernel", "int8", "int8-fuse", "tied-int8"])
+def test_score_takes_every_form_of_parameters(form):
+    config = dataclasses.replace(CONFIG, tie_word_embeddings="tied" in form)
+    params = make_params(config)
+    placed = jrope.shard(params, jrope.mesh("data=2,model=4"), config)
+
+    def change(tree):
+        tree = jrope.quantize(tree) if "int8" in form else tree
+        order = "in_out" if form == "kernel" else "out_in"
+        return fuse(tree, order) if form in ("fuse", "kernel", "int8-fuse") else tree
+
+    got, want = (
+        jrope.score(change(tree), jnp.asarray(TOKENS), LENGTHS, config=config)
+        for tree in (placed, params)
+    )
+    assert_close(got, want)
+
+
+def test_forms_of_parameters_are_the_same_bits_on_a_mesh():
+    params = make_params()
+    placed = jrope.shard(params, jrope.mesh("fsdp=2,model=4"), CONFIG)
+    same = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
+    jax.tree.map(same, unfuse(fuse(placed, "in_out"), CONFIG), params)
+    narrow, wide = jrope.quantize(placed), jrope.quantize(params)
+    jax.tree.map(same, narrow, wide)
+    jax.tree.map(same, jrope.dequantize(narrow), jrope.dequantize(wide))
+
+
+def test_explicit_axes_are_a_mesh_too():
+    params, tokens = make_params(), jnp.asarray(TOKENS)
+    placed = jrope.shard(params, explicit("data=2,model=4"), CONFIG)
+    want = jrope.forward(params, tokens, config=CONFIG)[0]
+    assert_close(jrope.forward(placed, tokens, config=CONFIG)[0], want)
+    traced = jax.jit(lambda p, t: jrope.forward(p, t, config=CONFIG)[0])
+    assert_close(traced(placed, tokens), want)
+
+
+def test_an_id_outside_the_vocabulary_makes_its_row_nan():
+    placed = jrope.shard(make_params(), jrope.mesh("data=2,model=4"), CONFIG)
+    tokens = TOKENS.copy()
+    tokens[0, 0], tokens[1, 0] = CONFIG.vocab_size, -1
+    got = np.isnan(jrope.forward(placed, jnp.asarray(tokens), config=CONFIG)[0])
+    assert got[:2].all() and not got[2:].any()
