@@ -6,13 +6,15 @@ from collections import Counter
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType
 
 import jrope
-from jrope.model.config import LlamaConfig
+from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.rope import DynamicNTK, LongRope, Rope, Yarn
+from jrope.tree import nest
 
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="wants 8 devices")
 
@@ -65,13 +67,13 @@ def with_rope(name: str, **fields: Any) -> LlamaConfig:
 
 def make_params(config: LlamaConfig = CONFIG, dtype: str = "float32") -> Any:
     """Random parameters, biases too, so that none can be added twice unseen."""
-    params = jrope.init_params(jax.random.key(0), config, dtype)
-    leaves, form = jax.tree.flatten(params)
     random = np.random.default_rng(1)
-    noisy = [
-        x + (0.1 * random.standard_normal(x.shape)).astype(x.dtype) for x in leaves
-    ]
-    return jax.tree.unflatten(form, noisy)
+    return nest(
+        {
+            name: jnp.asarray(0.3 * random.standard_normal(shape, np.float32), dtype)
+            for name, shape in parameter_shapes(config).items()
+        }
+    )
 
 
 def explicit(text: str) -> Any:

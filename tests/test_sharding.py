@@ -136,5 +136,5 @@ def test_joined_matrices_are_refused_where_they_would_be_misread():
 def test_rows_that_a_mesh_does_not_divide_are_refused(call):
     params = jrope.shard(make_params(), jrope.mesh("data=4,model=2"), CONFIG)
     tokens = jnp.asarray(TOKENS[:6])
-    with pytest.raises(JropeError, match="6 rows over data=4; give 8, or .* 2 ways"):
+    with pytest.raises(JropeError, match=r"6 rows over data=4; give 8, or .* 2 ways"):
         getattr(jrope, call)(params, tokens, config=CONFIG)
