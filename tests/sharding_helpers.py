@@ -1,6 +1,7 @@
 """A tiny model whose every part eight devices can share, and ways to place it."""
 
 import dataclasses
+import os
 import re
 from collections import Counter
 from typing import Any
@@ -16,13 +17,17 @@ from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.rope import DynamicNTK, LongRope, Rope, Yarn
 from jrope.tree import nest
 
-pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="wants 8 devices")
+EIGHT = "--xla_force_host_platform_device_count=8"
+if EIGHT not in os.environ.get("XLA_FLAGS", ""):
+    pytest.skip(
+        f"with XLA_FLAGS={EIGHT}, as test_devices.py runs it", allow_module_level=True
+    )
 
 CONFIG = LlamaConfig(
     vocab_size=64,
     hidden_size=32,
     intermediate_size=48,
-    num_hidden_layers=2,
+    num_hidden_layers=1,
     num_attention_heads=16,
     num_key_value_heads=8,
     head_dim=8,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from sharding_helpers import CONFIG, LENGTHS, TOKENS, make_params, pytestmark  # noqa: F401
+from sharding_helpers import CONFIG, LENGTHS, TOKENS, make_params
 
 import jrope
 from jrope.errors import JropeError
@@ -112,11 +112,11 @@ def test_parameters_say_where_they_stand():
 def test_parameters_placed_in_another_way_are_refused():
     mesh = jrope.mesh("data=2,model=4")
     params = jrope.shard(make_params(), mesh, CONFIG)
-    down = params["model"]["layers"]["1"]["mlp"]["down_proj"]
+    down = params["model"]["layers"]["0"]["mlp"]["down_proj"]
     down["weight"] = jax.device_put(
         down["weight"], NamedSharding(mesh, PartitionSpec())
     )
-    with pytest.raises(JropeError, match=r"1.mlp.down_proj.weight is P.*jrope.shard"):
+    with pytest.raises(JropeError, match=r"0.mlp.down_proj.weight is P.*jrope.shard"):
         jrope.generate(params, TOKENS, LENGTHS, config=CONFIG)
     down["weight"] = jnp.asarray(np.asarray(down["weight"]))
     with pytest.raises(JropeError, match=r"down_proj.weight is elsewhere, want P"):

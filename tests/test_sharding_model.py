@@ -1,6 +1,7 @@
 """forward and score on a mesh: one device's numbers, split as asked."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,11 +15,11 @@ from sharding_helpers import (
     assert_close,
     explicit,
     make_params,
-    pytestmark,  # noqa: F401
     with_rope,
 )
 
 import jrope
+from jrope.sharding.meshes import layout_of
 from jrope.weights.fuse import fuse, unfuse
 
 MESHES = {  # a mesh, and a rope for it: each method once, each mesh once or twice
@@ -35,8 +36,10 @@ def forward_twice(params, config):
     """A prompt, then more tokens onto its cache."""
     first, more = jnp.asarray(TOKENS[:, :8]), jnp.asarray(TOKENS[:, 8:])
     lengths = np.minimum(LENGTHS, 8)
-    a, cache = jrope.forward(params, first, config=config, lengths=lengths, capacity=16)
-    b, cache = jrope.forward(params, more, cache=cache, config=config)
+    run = partial(jrope.forward, config=config)
+    run = run if layout_of(params) else jax.jit(run, static_argnames="capacity")
+    a, cache = run(params, first, lengths=lengths, capacity=16)
+    b, cache = run(params, more, cache=cache)
     return (a, b), cache
 
 
@@ -61,8 +64,9 @@ def test_key_value_heads_may_stand_on_replicas():
     config = dataclasses.replace(with_rope("yarn"), num_key_value_heads=4)
     params = make_params(config)
     placed = jrope.shard(params, jrope.mesh("model=4,replica=2"), config)
-    got, cache = jrope.forward(placed, jnp.asarray(TOKENS), config=config)
-    assert_close(got, jrope.forward(params, jnp.asarray(TOKENS), config=config)[0])
+    run, tokens = partial(jrope.forward, config=config), jnp.asarray(TOKENS)
+    got, cache = run(placed, tokens)
+    assert_close(got, jax.jit(run)(params, tokens)[0])
     assert cache.keys[0].sharding.spec == PartitionSpec(None, None, "model")
     with pytest.raises(jrope.JropeError, match="stand on replicas"):
         fuse(placed)
@@ -99,10 +103,10 @@ def test_forms_of_parameters_are_the_same_bits_on_a_mesh():
 def test_explicit_axes_are_a_mesh_too():
     params, tokens = make_params(), jnp.asarray(TOKENS)
     placed = jrope.shard(params, explicit("data=2,model=4"), CONFIG)
-    want = jrope.forward(params, tokens, config=CONFIG)[0]
-    assert_close(jrope.forward(placed, tokens, config=CONFIG)[0], want)
-    traced = jax.jit(lambda p, t: jrope.forward(p, t, config=CONFIG)[0])
-    assert_close(traced(placed, tokens), want)
+    run = partial(jrope.score, config=CONFIG)
+    want = run(params, tokens)
+    assert_close(run(placed, tokens), want)
+    assert_close(jax.jit(run)(placed, tokens), want)
 
 
 def test_an_id_outside_the_vocabulary_makes_its_row_nan():

@@ -88,8 +88,11 @@ class Layout:
         return nest(specs_of(flatten(params), self.axes))
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
-        """The spec on this mesh."""
-        return NamedSharding(self.mesh, spec)
+        """The spec on this mesh, written as jit writes it, which compares them so."""
+        axes = [*spec]
+        while axes and axes[-1] is None:
+            axes.pop()
+        return NamedSharding(self.mesh, PartitionSpec(*axes))
 
     def map(self, function: Callable[..., Any], given: Any, returned: Any) -> Any:
         """The function on every device, for its share of arguments and results.
