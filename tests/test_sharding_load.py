@@ -1,6 +1,5 @@
 """Loading onto a mesh: every part once, no more of them on the host than one."""
 
-import gc
 import weakref
 
 import jax
@@ -65,7 +64,6 @@ def test_every_byte_is_read_once_and_no_more_than_a_part_waits(folder, monkeypat
         fill(file, start, out)
 
     def watched(shape, dtype):
-        gc.collect()
         out = aligned(shape, dtype)
         alive[id(out.base)] = out.base
         most[0] = max(most[0], sum(x.nbytes for x in alive.values()))

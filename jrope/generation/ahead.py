@@ -1,9 +1,11 @@
 """Compiling ahead: what `generate` will run, before the weights are there."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Unpack
 
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jax.typing import ArrayLike
 
 from jrope.generation.loop import decode, first_token, prefill, state_specs
@@ -61,7 +63,10 @@ def compile_ahead(
     lowered.append(first_token.lower(*drawn, **static))
     limit = request.place(jnp.zeros((), jnp.int32))
     if layout is not None:
-        state = layout.place(state, state_specs(layout))
+        specs = state_specs(layout)
+        if not logprobs:  # XLA does not split what is empty
+            specs = replace(specs, logprobs=PartitionSpec())
+        state = layout.place(state, specs)
     carried = params, cache, state, request.sampling, limit
     lowered.append(decode.lower(*carried, config=config, layout=layout))
     pool = ThreadPoolExecutor(len(lowered))
