@@ -13,9 +13,9 @@ from jrope import parity as parity
 from jrope import rope as rope
 from jrope.errors import JropeError as JropeError
 from jrope.generation.ahead import compile_ahead as compile_ahead
-from jrope.generation.loop import Generation as Generation
-from jrope.generation.loop import generate as generate
-from jrope.generation.loop import stream as stream
+from jrope.generation.run import Generation as Generation
+from jrope.generation.run import generate as generate
+from jrope.generation.run import stream as stream
 from jrope.generation.sample import Sampler as Sampler
 from jrope.hf.checkpoint import load as load
 from jrope.hf.checkpoint import load_shapes as load_shapes

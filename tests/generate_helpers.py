@@ -11,8 +11,9 @@ import torch
 from conftest import TinyHF, make_tiny_hf
 from transformers import GenerationConfig
 
-from jrope.generation import loop
-from jrope.generation.loop import Generation, decode, generate, stream
+from jrope.generation import run as doors
+from jrope.generation.loop import decode
+from jrope.generation.run import Generation, generate, stream
 from jrope.generation.sample import Sampler
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
@@ -121,5 +122,5 @@ def steps(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         seen.append(int(rows.step))
         return cache, rows
 
-    monkeypatch.setattr(loop, "decode", watched)
+    monkeypatch.setattr(doors, "decode", watched)
     return seen

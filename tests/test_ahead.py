@@ -10,7 +10,7 @@ import pytest
 
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.loop import generate, stream
+from jrope.generation.run import generate, stream
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import init_params

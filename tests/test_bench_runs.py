@@ -22,7 +22,8 @@ from jrope.bench.model import (
 )
 from jrope.bench.runs import Decode, Prefill, in_turns
 from jrope.errors import JropeError
-from jrope.generation.loop import decode, generate, prefill
+from jrope.generation.loop import decode, prefill
+from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 
 

@@ -11,7 +11,7 @@ from conftest import make_tiny_hf
 from model_helpers import assert_equal, params_of
 
 from jrope.errors import JropeError
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward
 from jrope.model.scores import score

@@ -24,8 +24,8 @@ from generate_helpers import (
 )
 from generate_helpers import steps as steps
 
-from jrope.generation.loop import generate
 from jrope.generation.request import prepare
+from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.scores import score
 

@@ -19,8 +19,9 @@ from generate_helpers import (
     run,
 )
 
-from jrope.generation.loop import DecodeState, draw_token, generate, stream
+from jrope.generation.loop import DecodeState, draw_token
 from jrope.generation.request import prepare
+from jrope.generation.run import generate, stream
 from jrope.generation.sample import Sampler
 from jrope.model.config import EMBEDDING
 from jrope.tree import flatten, nest

@@ -24,7 +24,7 @@ from generate_helpers import (
 )
 from generate_helpers import steps as steps
 
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.tree import flatten, nest
 

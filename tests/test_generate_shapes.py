@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.loop import decode, first_token, generate, prefill, stream
+from jrope.generation.loop import decode, first_token, prefill
 from jrope.generation.request import bucket, prepare
+from jrope.generation.run import generate, stream
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import jrope
 from jrope.errors import JropeError
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.hf.generation import read_generation_config, sampler_fields, unsupported
 

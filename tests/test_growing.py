@@ -15,7 +15,7 @@ from conftest import TinyHF, make_tiny_hf
 from transformers import DynamicCache, LlamaForCausalLM
 
 from jrope.errors import JropeError
-from jrope.generation.loop import generate, stream
+from jrope.generation.run import generate, stream
 from jrope.hf import config_from_hf
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig

@@ -24,7 +24,7 @@ from model_helpers import assert_equal
 
 import jrope
 from jrope.errors import JropeError
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.hf.checkpoint import load, save
 from jrope.model import products
 from jrope.model.cache import KVCache

@@ -25,7 +25,7 @@ from jrope.bench.model import (
 from jrope.bench.runs import Prefill
 from jrope.cli import bench, main
 from jrope.cli import generate as cli_generate
-from jrope.generation.loop import stream
+from jrope.generation.run import stream
 from jrope.hf.checkpoint import load
 from jrope.lab.journal import read_journal
 from jrope.tree import flatten

@@ -12,7 +12,7 @@ from model_helpers import PLAIN, Model, changed, logits_of, tokens_of
 from model_helpers import make as make
 
 from jrope.errors import JropeError
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.llama import forward, init_params
 from jrope.model.with_rope import with_rope

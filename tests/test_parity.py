@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from parity_helpers import METHODS, TRAINED
 
-from jrope.generation.loop import generate
+from jrope.generation.run import generate
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import forward

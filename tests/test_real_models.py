@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
-from jrope.generation.loop import generate, stream
+from jrope.generation.run import generate, stream
 from jrope.hf.checkpoint import load
 from jrope.parity import compare
 from jrope.tree import flatten

@@ -35,8 +35,8 @@ from jrope.cli.text import (
 )
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.loop import Stream, stream
 from jrope.generation.request import Options, prepare
+from jrope.generation.run import Stream, stream
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
 from jrope.hf.folders import find_folder

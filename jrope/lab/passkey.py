@@ -16,8 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
-from jrope.generation.loop import generate, prefill
+from jrope.generation.loop import prefill
 from jrope.generation.request import bucket
+from jrope.generation.run import generate
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
