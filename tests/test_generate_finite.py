@@ -152,7 +152,7 @@ def test_every_logit_counts(logits: list[float], good: bool) -> None:
     state = DecodeState(
         last=jnp.zeros(1, jnp.int32),
         tokens=jnp.zeros((1, 1), jnp.int32),
-        logprobs=jnp.zeros((1, 0)),
+        logprobs=None,
         seen=jnp.zeros((1, 4), bool),
         done=jnp.zeros(1, bool),
         finite=jnp.ones(1, bool),

@@ -38,7 +38,7 @@ class DecodeState:
 
     last: jax.Array  # int32 [B], the newest token, not yet in the cache
     tokens: jax.Array  # int32 [B, output_slots]
-    logprobs: jax.Array  # float32 [B, output_slots], or [B, 0] when not asked for
+    logprobs: jax.Array | None  # float32 [B, output_slots], where asked for
     seen: jax.Array  # bool [B, V], for the repetition penalty
     done: jax.Array  # bool [B]
     finite: jax.Array  # bool [B], no logit so far was NaN or infinite
@@ -150,7 +150,9 @@ def first_token(
     state = DecodeState(
         last=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, output_slots), sampling.pad_id, jnp.int32),
-        logprobs=jnp.zeros((batch, output_slots if scored else 0), jnp.float32),
+        # None, not an array of no columns: of one that a mesh splits, XLA's GPU
+        # compiler dies (jax 0.11.2, two H100s).
+        logprobs=jnp.zeros((batch, output_slots), jnp.float32) if scored else None,
         seen=seen,
         done=jnp.zeros(batch, bool),
         finite=jnp.ones(batch, bool),
@@ -218,7 +220,7 @@ def draw_token(
     stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
     scores = state.logprobs
-    if scores.shape[1]:
+    if scores is not None:
         score = jnp.where(state.done, 0, log_probs(logits, drawn, axes))
         scores = put(scores, score[:, None])
     batch = jnp.arange(token.shape[0], dtype=jnp.int32)

@@ -86,7 +86,7 @@ def generate(
         tokens=state.tokens[:, :new],
         lengths=jnp.minimum(state.lengths, new),
         finite=state.finite,
-        logprobs=state.logprobs[:, :new] if logprobs else None,
+        logprobs=None if state.logprobs is None else state.logprobs[:, :new],
         prompt_logprobs=scores,
     )
 
