@@ -152,11 +152,13 @@ def layout_of(params: Params) -> Layout | None:
     Raises:
       JropeError: some are placed in another way than `shard` and `load` do.
     """
-    embedding = params["model"]["embed_tokens"]["weight"]
-    found = _sharding(embedding)
-    if found is None:
-        return None
     flat = flatten(params)
+    embedding = flat.get("model.embed_tokens.weight")
+    found = _sharding(embedding)
+    if embedding is None and any(_sharding(x) is not None for x in flat.values()):
+        raise JropeError("params: got a part of a tree on a mesh, want the whole tree")
+    if embedding is None or found is None:
+        return None
     vocabulary, width = (_split(embedding, axis) for axis in (0, 1))
     keys = [n for n in flat if n.endswith("0.self_attn.k_proj.weight")]
     kv = _split(flat[keys[0]], 0) if keys else vocabulary
