@@ -36,7 +36,8 @@ ARROWS = {
     "bench": "errors numerics tree rope model weights hf generation",
     "plan": "errors model weights generation bench",
     "lab": "errors tree rope model generation",
-    "cli": "errors tree rope model weights hf generation parity bench plan lab",
+    "batch": "errors numerics tree sharding model hf generation",
+    "cli": "errors tree rope model weights hf generation parity bench plan lab batch",
 }
 
 

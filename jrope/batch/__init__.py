@@ -1,0 +1,1 @@
+"""Batch inference: files of prompts in, files of answers out, no row lost."""
