@@ -20,7 +20,7 @@ from jrope.generation.request import (
     joined_scores,
     sampling_specs,
 )
-from jrope.generation.sample import log_probs
+from jrope.generation.sample import Sampler, log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token, unembed
@@ -206,16 +206,9 @@ def draw_token(
     axes: Axes = ONE,
 ) -> DecodeState:
     """One new token for every row that goes on, from float32 logits [B, V]."""
-    # Without it XLA's GPU backend (jax 0.11) computes the head's product once for the
-    # sampler and again for the sum below: 0.33 ms more of 5.66 a step (8B, H100).
-    logits = jax.lax.optimization_barrier(logits)
-    with jax.named_scope("sample"):
-        keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
-        own = {"axes": axes} if axes.tensor or axes.batch else {}
-        drawn = sampling.sampler(logits, keys, state.seen, **own)
-    # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
-    wrong = axes.total(jnp.sum(logits - logits, axis=-1))
-    finite = (wrong == 0) | state.done
+    keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
+    drawn, logits, finite = draw(logits, sampling.sampler, keys, state.seen, axes)
+    finite |= state.done
     token = jnp.where(state.done, sampling.pad_id, drawn)
     stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
     put = partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
@@ -236,6 +229,29 @@ def draw_token(
         lengths=state.lengths + (~state.done).astype(jnp.int32),
         step=state.step + 1,
     )
+
+
+def draw(
+    logits: jax.Array,
+    sampler: Sampler,
+    keys: jax.Array,
+    seen: jax.Array,
+    axes: Axes = ONE,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """A token for every row of float32 logits [B, V], each with its own key.
+
+    Returns:
+      tokens int32 [B], the logits to go on with, and whether a row's are all finite.
+    """
+    # Without it XLA's GPU backend (jax 0.11) computes the head's product once for the
+    # sampler and again for the sum below: 0.33 ms more of 5.66 a step (8B, H100).
+    logits = jax.lax.optimization_barrier(logits)
+    with jax.named_scope("sample"):
+        own = {"axes": axes} if axes.tensor or axes.batch else {}
+        drawn = sampler(logits, keys, seen, **own)
+    # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
+    wrong = axes.total(jnp.sum(logits - logits, axis=-1))
+    return drawn, logits, wrong == 0
 
 
 def prefill_and_first_token(
