@@ -1,0 +1,60 @@
+"""What an engine cannot run, found before anything is computed."""
+
+from dataclasses import fields
+
+import numpy as np
+
+from jrope.batch.slots import ALTERNATIVES, STOP_IDS
+from jrope.batch.work import Work
+from jrope.errors import JropeError, check, is_integer
+from jrope.model.config import LlamaConfig
+from jrope.model.inputs import check_params
+from jrope.sharding.meshes import layout_of
+from jrope.tree import Params
+
+
+def check_model(params: Params, config: LlamaConfig) -> None:
+    """Raise a JropeError for a model whose rows could not stand beside others."""
+    check_params(params)
+    if layout_of(params) is not None:
+        hint = "load them on one device, or take jrope.generate"
+        raise JropeError(f"params: got a tree on a mesh, want one device; {hint}")
+    if config.rope.lengths == "hf":
+        raise JropeError(
+            'rope: got lengths "hf", by which a row depends on the longest one beside '
+            'it; a batch whose rows come and go takes "planned" or "growing"'
+        )
+
+
+def check_work(work: Work, config: LlamaConfig, capacity: int) -> None:
+    """Raise a JropeError that says why a row cannot be run, naming its key."""
+    try:
+        _check_row(work, config, capacity)
+    except JropeError as error:
+        raise JropeError(f"row {work.key!r}: {error}") from None
+
+
+def _check_row(work: Work, config: LlamaConfig, capacity: int) -> None:
+    prompt, new = work.prompt, work.max_new_tokens
+    whole = prompt.ndim == 1 and np.issubdtype(prompt.dtype, np.integer)
+    got = f"{prompt.dtype} {list(prompt.shape)}"
+    check(bool(whole and prompt.size), "prompt", got, "integers [T], at least one")
+    _check_ids("prompt", prompt, config)
+    _check_ids("stop_ids", np.asarray(work.stop_ids, np.int64), config)
+    got = len(work.stop_ids)
+    check(got <= STOP_IDS, "stop_ids", got, f"at most {STOP_IDS} of them")
+    check(is_integer(new, at_least=1), "max_new_tokens", new, "an integer, at least 1")
+    if len(prompt) + new > capacity:
+        got = f"{new} after a prompt of {len(prompt)}"
+        raise JropeError(f"max_new_tokens: got {got}, want {capacity} in all at most")
+    asked, most = work.logprobs, min(ALTERNATIVES, config.vocab_size)
+    good = asked is None or (is_integer(asked, at_least=0) and asked <= most)
+    check(good, "logprobs", asked, f"None, or an integer from 0 to {most}")
+    for f in fields(work.sampler):
+        value = getattr(work.sampler, f.name)
+        check(np.ndim(value) == 0, f"sampler: {f.name}", value, "a number")
+
+
+def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
+    wrong = np.unique(ids[(ids < 0) | (ids >= config.vocab_size)])[:8].tolist()
+    check(not wrong, name, wrong, f"ids of a vocabulary of {config.vocab_size}")

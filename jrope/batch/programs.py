@@ -1,0 +1,123 @@
+"""The programs of an engine, compiled before its first row."""
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, final
+
+import jax
+import numpy as np
+
+from jrope.batch.packing import Shapes
+from jrope.batch.slots import (
+    STOP_IDS,
+    Asked,
+    Piece,
+    begin,
+    clean,
+    decode,
+    empty,
+    extend,
+    greedy,
+)
+from jrope.model.config import LlamaConfig
+from jrope.tree import Params
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class Programs:
+    """Compiled functions of `slots`, called with the arguments that are traced there.
+
+    Args:
+      empty, extend, clean: those of that name.
+      begin: width -> the program for first pieces of that width.
+      decode: without log-probabilities and with them.
+      seconds: until they were compiled.
+    """
+
+    empty: Any
+    extend: Any
+    clean: Any
+    begin: Mapping[int, Any]
+    decode: Mapping[bool, Any]
+    seconds: float
+
+
+def names(shapes: Shapes) -> tuple[str, ...]:
+    """What `compile_programs` compiles, one name a program."""
+    first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
+    decoding = "decode", "decode with log-probabilities"
+    return *decoding, *first, f"further pieces 1 x {shapes.piece}", "empty", "clean"
+
+
+def compile_programs(
+    params: Params,
+    config: LlamaConfig,
+    shapes: Shapes,
+    *,
+    slots: int,
+    capacity: int,
+    size: int,
+    key: jax.Array,
+) -> Programs:
+    """Compile everything, side by side.
+
+    Args:
+      params, config: the model.
+      shapes: of prompts.
+      slots, capacity: of the cache.
+      size: steps of a chunk of decoding.
+      key: such as tokens will be drawn with.
+    """
+    started = time.perf_counter()
+    dtype = params["model"]["norm"]["weight"].dtype
+    how: dict[str, Any] = {"config": config, "count": slots, "capacity": capacity}
+    state = empty.eval_shape(**how, dtype=dtype)
+    going = np.zeros(slots, bool)
+    given = params, state, key, going, np.int32(0)
+    own = partial(decode.lower, *given, config=config, size=size)
+    lowered: dict[Any, Any] = {scored: own(scored=scored) for scored in (False, True)}
+    for width, rows in shapes.first.items():
+        given = params, state, *no_prompts(rows, width, slots)
+        lowered[width] = begin.lower(*given, config=config)
+    piece = no_prompts(1, shapes.piece, slots)[0]
+    lowered["extend"] = extend.lower(params, state, piece, config=config)
+    lowered["empty"] = empty.lower(**how, dtype=dtype)
+    lowered["clean"] = clean.lower(state, going)
+    done = _compiled(lowered)
+    return Programs(
+        begin={width: done[width] for width in shapes.first},
+        decode={scored: done[scored] for scored in (False, True)},
+        **{name: done[name] for name in ("empty", "extend", "clean")},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _compiled(lowered: Mapping[Any, Any]) -> dict[Any, Any]:
+    pool = ThreadPoolExecutor(len(lowered))
+    try:
+        jobs = {name: pool.submit(program.compile) for name, program in lowered.items()}
+        return {name: job.result() for name, job in jobs.items()}
+    finally:  # after Ctrl-C, too, which nothing can tell the compiler
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def no_prompts(rows: int, width: int, slots: int) -> tuple[Piece, Asked, np.ndarray]:
+    """The arguments of `begin` for so many rows, without any; NumPy arrays to fill."""
+    zeros = partial(np.zeros, rows)
+    piece: Any = Piece(
+        rows=np.full(rows, slots, np.int32),
+        tokens=np.zeros((rows, width), np.int32),
+        lengths=zeros(np.int32),
+        last=zeros(bool),
+    )
+    asked: Any = Asked(
+        sampler=greedy(rows),
+        seeds=zeros(np.uint32),
+        stop_ids=np.full((rows, STOP_IDS), -1, np.int32),
+        limits=zeros(np.int32),
+    )
+    return piece, asked, zeros(np.int32)

@@ -1,0 +1,83 @@
+"""Who sits in a slot, as the host knows it: what was drawn so far, what is left."""
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, final
+
+import numpy as np
+
+from jrope.batch.slots import Block
+from jrope.batch.work import Finished, Stopped, Work
+
+
+@final
+@dataclass(kw_only=True, eq=False)
+class Seat:
+    """A row in its slot.
+
+    Args:
+      work: the row.
+      slot: where it is.
+      pieces: of its prompt that are still to be computed.
+      blocks: what was drawn.
+      count: tokens drawn.
+      asked: tokens that the caller has seen.
+      over: whether it has ended.
+      finite: whether all its logits were finite.
+      kept: tokens that the caller keeps, where it stopped the row.
+    """
+
+    work: Work
+    slot: int
+    pieces: deque[np.ndarray]
+    tokens: np.ndarray = field(init=False)
+    blocks: list[Any] = field(default_factory=list)
+    count: int = 0
+    asked: int = 0
+    over: bool = False
+    finite: bool = True
+    kept: int | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = np.zeros(self.work.max_new_tokens, np.int32)
+
+    def take(self, block: Block) -> None:
+        """Take what a block, on the host, holds of this row."""
+        new = int(block.counts[self.slot])
+        own = slice(self.count, self.count + new)
+        self.tokens[own] = block.tokens[self.slot, :new]
+        self.count += new
+        self.over = not block.live[self.slot]
+        self.finite = bool(block.finite[self.slot])
+        if self.work.logprobs is not None:
+            every = block.logprobs, block.top_ids, block.top_logprobs
+            self.blocks.append([np.array(x[self.slot, :new]) for x in every if x is not None])
+
+    def ask(self, stopped: Stopped | None) -> None:
+        """Let the caller stop it."""
+        if stopped is None or self.count == self.asked:
+            return
+        self.asked = self.count
+        kept = stopped(self.work, self.tokens[: self.count])
+        if kept is not None:
+            self.kept, self.over = min(max(kept, 0), self.count), True
+
+    def finished(self) -> Finished:
+        """What came of it."""
+        count = self.count if self.kept is None else self.kept
+        tokens, work = self.tokens[:count].copy(), self.work
+        stopped = self.kept is not None or (count and tokens[-1] in work.stop_ids)
+        scores: dict[str, np.ndarray] = {}
+        if work.logprobs is not None:
+            parts = [np.concatenate(x)[:count] for x in zip(*self.blocks, strict=True)]
+            scores["logprobs"] = parts[0]
+            if work.logprobs:
+                scores["top_ids"] = parts[1][:, : work.logprobs]
+                scores["top_logprobs"] = parts[2][:, : work.logprobs]
+        return Finished(
+            key=work.key,
+            tokens=tokens,
+            finish_reason="stop" if stopped else "length",
+            finite=self.finite,
+            **scores,
+        )

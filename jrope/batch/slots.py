@@ -1,0 +1,330 @@
+"""The slots of an engine and the programs that run over them, all on the device.
+
+Rows enter a slot by `begin`, with the first piece of their prompt, and `extend`, with
+the others; `decode` goes on with every live row until enough of them have finished.
+Shapes never change: rows carry their own step, limit, stop ids, seed and sampler.
+"""
+
+from dataclasses import dataclass, fields, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from jrope.generation.loop import draw
+from jrope.generation.sample import Sampler, log_probs
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import hidden_states, last_token, unembed
+from jrope.tree import Params
+
+STOP_IDS = 16  # of a row, at most
+ALTERNATIVES = 20  # of a token, at most
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What every row asks for."""
+
+    sampler: Sampler  # of arrays [B]
+    seeds: jax.Array  # uint32 [B]
+    stop_ids: jax.Array  # int32 [B, STOP_IDS], -1 where unused
+    limits: jax.Array  # int32 [B], new tokens at most
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Slots:
+    """Rows in their slots; a slot without a live row is empty, or still being filled.
+
+    Its next token is written into the cache at `cache.lengths`, where whoever fills the
+    slot goes on, so that what a row that is not live writes there is never seen.
+    """
+
+    cache: KVCache
+    hidden: jax.Array  # [B, D] of the newest token, which the next is drawn from
+    seen: jax.Array  # bool [B, V], for the repetition penalty
+    live: jax.Array  # bool [B]
+    finite: jax.Array  # bool [B], no logit so far was NaN or infinite
+    steps: jax.Array  # int32 [B], tokens drawn so far
+    asked: Asked
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """A piece of the prompts of R rows."""
+
+    rows: jax.Array  # int32 [R], their slots; one past the last slot: no row
+    tokens: jax.Array  # int32 [R, T]
+    lengths: jax.Array  # int32 [R], valid tokens
+    last: jax.Array  # bool [R], whether the prompt ends here
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What a run of `decode` drew; a live row's tokens come first in its row."""
+
+    tokens: jax.Array  # int32 [B, n]
+    counts: jax.Array  # int32 [B], tokens of each row
+    steps: jax.Array  # int32 []
+    live: jax.Array  # bool [B], afterwards
+    finite: jax.Array  # bool [B]
+    logprobs: jax.Array | None  # float32 [B, n]
+    top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
+    top_logprobs: jax.Array | None
+
+
+def greedy(count: int) -> Sampler:
+    """A sampler of NumPy arrays, one number a row."""
+    kinds = {"top_k": np.int32}
+    columns = {
+        f.name: np.full(count, f.default, kinds.get(f.name, np.float32))
+        for f in fields(Sampler)
+    }
+    return Sampler(**columns)
+
+
+@partial(jax.jit, static_argnames=("config", "count", "capacity", "dtype"))
+def empty(
+    *, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike
+) -> Slots:
+    """So many slots with nobody in them."""
+    zeros = partial(jnp.zeros, (count,))
+    asked = Asked(
+        sampler=greedy(count),
+        seeds=zeros(jnp.uint32),
+        stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
+        limits=zeros(jnp.int32),
+    )
+    return Slots(
+        cache=KVCache.empty(config, count, capacity, dtype, rope_lengths=0),
+        hidden=jnp.zeros((count, config.hidden_size), dtype),
+        seen=jnp.zeros((count, config.vocab_size), bool),
+        live=zeros(bool),
+        finite=jnp.ones(count, bool),
+        steps=zeros(jnp.int32),
+        asked=asked,
+    )
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def begin(
+    params: Params,
+    slots: Slots,
+    piece: Piece,
+    asked: Asked,
+    planned: jax.Array,
+    *,
+    config: LlamaConfig,
+) -> Slots:
+    """Put the first pieces of R prompts into their slots.
+
+    Args:
+      params, config: the model.
+      slots: those that go on.
+      piece: the first pieces; rows without a slot of their own are dropped.
+      asked: what the R rows ask for.
+      planned: int32 [R], each row's prompt and all of its new tokens.
+    """
+    rows, width, cache = piece.rows, piece.tokens.shape[1], slots.cache
+    how = {"lengths": piece.lengths, "rope_lengths": planned}
+    x, new = hidden_states(params, piece.tokens, config=config, **how)
+
+    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
+        return all_.at[rows].set(own, mode="drop")
+
+    def write(all_: jax.Array, own: jax.Array) -> jax.Array:
+        return all_.at[rows, :width].set(own, mode="drop")
+
+    slots = replace(
+        slots,
+        cache=KVCache(
+            keys=tuple(map(write, cache.keys, new.keys)),
+            values=tuple(map(write, cache.values, new.values)),
+            lengths=put(cache.lengths, new.lengths),
+            rope_lengths=put(cache.rope_lengths, new.rope_lengths),
+        ),
+        seen=slots.seen.at[rows].set(False, mode="drop"),
+        finite=slots.finite.at[rows].set(True, mode="drop"),
+        steps=slots.steps.at[rows].set(0, mode="drop"),
+        asked=jax.tree.map(put, slots.asked, asked),
+    )
+    return _entered(slots, piece, x)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def extend(
+    params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig
+) -> Slots:
+    """Go on with prompts that are in their slots already; every row has one."""
+    rows, cache = piece.rows, slots.cache
+    own = jax.tree.map(lambda x: x[rows], cache)
+    x, new = hidden_states(
+        params, piece.tokens, cache=own, lengths=piece.lengths, config=config
+    )
+    steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
+    at = own.lengths[:, None] + steps
+
+    def write(all_: jax.Array, new: jax.Array) -> jax.Array:
+        tokens = jnp.take_along_axis(new, at[:, :, None, None], axis=1)
+        return all_.at[rows[:, None], at].set(tokens, mode="drop")
+
+    cache = replace(
+        cache,
+        keys=tuple(map(write, cache.keys, new.keys)),
+        values=tuple(map(write, cache.values, new.values)),
+        lengths=cache.lengths.at[rows].set(new.lengths),
+    )
+    return _entered(replace(slots, cache=cache), piece, x)
+
+
+def _entered(slots: Slots, piece: Piece, x: jax.Array) -> Slots:
+    """What a piece with hidden states x [R, T, D] leaves besides the cache."""
+    rows, count = piece.rows, slots.seen.shape[1]
+    steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
+    ids = jnp.where(steps < piece.lengths[:, None], piece.tokens, count)
+    hidden = last_token(x, piece.lengths)
+    return replace(
+        slots,
+        hidden=slots.hidden.at[rows].set(hidden, mode="drop"),
+        seen=slots.seen.at[rows[:, None], ids].set(True, mode="drop"),
+        live=slots.live.at[rows].set(piece.last, mode="drop"),
+    )
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "size", "scored"),
+    donate_argnames=("slots",),
+)
+def decode(
+    params: Params,
+    slots: Slots,
+    key: jax.Array,
+    going: jax.Array,
+    enough: jax.Array,
+    *,
+    config: LlamaConfig,
+    size: int,
+    scored: bool,
+) -> tuple[Slots, Block]:
+    """Draw tokens for the live rows until enough of them have finished.
+
+    Args:
+      params, config: the model.
+      slots: the rows.
+      key: a typed key; token t of a row is drawn with fold_in(fold_in(key, seed), t).
+      going: bool [B]; a row that is not ends here.
+      enough: int32 [], rows that finish before this returns; it also does when none is
+        left or after `size` steps.
+      size: columns of the block.
+      scored: whether log-probabilities and alternatives are wanted.
+    """
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
+    lengths = jnp.where(slots.live & ~going, 0, slots.cache.lengths)
+    slots = replace(
+        slots, live=slots.live & going, cache=replace(slots.cache, lengths=lengths)
+    )
+    began = jnp.sum(slots.live, dtype=jnp.int32)
+
+    def goes_on(carry: tuple[Slots, Block]) -> jax.Array:
+        left = jnp.sum(carry[0].live, dtype=jnp.int32)
+        return (carry[1].steps < size) & (left > 0) & (began - left < enough)
+
+    def step(carry: tuple[Slots, Block]) -> tuple[Slots, Block]:
+        slots, block = carry
+        logits = unembed(params, slots.hidden, config=config)
+        own = jax.vmap(jax.random.fold_in)(keys, slots.steps)
+        token, logits, finite = draw(logits, slots.asked.sampler, own, slots.seen)
+        token = jnp.where(slots.live, token, 0)
+        block = _recorded(block, slots.live, token, logits)
+        slots = _drawn(slots, token, finite)
+        now = slots.cache
+        x, cache = hidden_states(params, token[:, None], cache=now, config=config)
+        # A row that has finished takes no more of the cache's reads.
+        ended = carry[0].live & ~slots.live
+        lengths = jnp.where(slots.live, cache.lengths, now.lengths)
+        cache = replace(cache, lengths=jnp.where(ended, 0, lengths))
+        return replace(slots, cache=cache, hidden=x[:, 0]), block
+
+    given = slots, _blank(slots, size, scored)
+    slots, block = jax.lax.while_loop(goes_on, step, given)
+    return slots, replace(block, live=slots.live, finite=slots.finite)
+
+
+def _drawn(slots: Slots, token: jax.Array, finite: jax.Array) -> Slots:
+    """The rows with one more token each, where they are live."""
+    live, asked = slots.live, slots.asked
+    steps = slots.steps + live.astype(jnp.int32)
+    stopped = jnp.any(token[:, None] == asked.stop_ids, axis=1)
+    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
+    ids = jnp.where(live, token, slots.seen.shape[1])  # a row being filled has its own
+    return replace(
+        slots,
+        seen=slots.seen.at[rows, ids].set(True, mode="drop"),
+        live=live & ~stopped & (steps < asked.limits),
+        finite=slots.finite & (finite | ~live),
+        steps=steps,
+    )
+
+
+def _blank(slots: Slots, size: int, scored: bool) -> Block:
+    count, vocabulary = slots.seen.shape
+    best = count, size, min(ALTERNATIVES, vocabulary)
+    return Block(
+        tokens=jnp.zeros((count, size), jnp.int32),
+        counts=jnp.zeros(count, jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
+        live=slots.live,
+        finite=slots.finite,
+        logprobs=jnp.zeros((count, size), jnp.float32) if scored else None,
+        top_ids=jnp.zeros(best, jnp.int32) if scored else None,
+        top_logprobs=jnp.zeros(best, jnp.float32) if scored else None,
+    )
+
+
+def _recorded(
+    block: Block, live: jax.Array, token: jax.Array, logits: jax.Array
+) -> Block:
+    """The block with one more column."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=block.steps, axis=1)
+    block = replace(
+        block,
+        tokens=put(block.tokens, token),
+        counts=block.counts + live.astype(jnp.int32),
+        steps=block.steps + 1,
+    )
+    if block.logprobs is None or block.top_ids is None or block.top_logprobs is None:
+        return block
+    every = jax.nn.log_softmax(logits)
+    best, ids = jax.lax.top_k(every, block.top_ids.shape[2])
+    return replace(
+        block,
+        logprobs=put(block.logprobs, log_probs(logits, token)),
+        top_ids=put(block.top_ids, ids),
+        top_logprobs=put(block.top_logprobs, best),
+    )
+
+
+@partial(jax.jit, donate_argnames=("slots",))
+def clean(slots: Slots, rows: jax.Array) -> Slots:
+    """Zeros in some slots of the cache, bool [B], where a row may have left a NaN.
+
+    What is masked weighs 0, but 0 x NaN is NaN.
+    """
+
+    def cleaned(x: jax.Array) -> jax.Array:
+        return jnp.where(rows[:, None, None, None], jnp.zeros((), x.dtype), x)
+
+    cache = slots.cache
+    cache = replace(
+        cache,
+        keys=tuple(map(cleaned, cache.keys)),
+        values=tuple(map(cleaned, cache.values)),
+    )
+    return replace(slots, cache=cache, finite=slots.finite | rows)
