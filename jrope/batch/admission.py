@@ -26,10 +26,15 @@ def check_model(params: Params, config: LlamaConfig) -> None:
         )
 
 
-def check_work(work: Work, config: LlamaConfig, capacity: int) -> None:
+def check_work(
+    work: Work, config: LlamaConfig, capacity: int, logprobs: bool
+) -> None:
     """Raise a JropeError that says why a row cannot be run, naming its key."""
     try:
         _check_row(work, config, capacity)
+        good = logprobs or work.logprobs is None
+        wanted = "None: the engine was made with logprobs=False"
+        check(good, "logprobs", work.logprobs, wanted)
     except JropeError as error:
         raise JropeError(f"row {work.key!r}: {error}") from None
 

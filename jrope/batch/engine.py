@@ -47,6 +47,7 @@ class Engine:
       chunk: decode steps between two looks at the device, at most.
       piece: tokens of a prompt at a time.
       key: the base key; None: jax.random.key(0).
+      logprobs: whether rows may ask for log-probabilities, which takes a program more.
       warn: told, in a sentence, what happened; None: `warnings.warn`.
 
     Attributes:
@@ -63,6 +64,7 @@ class Engine:
         chunk: int = CHUNK,
         piece: int = WIDEST,
         key: jax.Array | None = None,
+        logprobs: bool = True,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         check_model(params, config)
@@ -75,7 +77,7 @@ class Engine:
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
         self.capacity = capacity
         self.key = jax.random.key(0) if key is None else key
-        self.stats = Stats(slots=slots)
+        self.logprobs, self.stats = logprobs, Stats(slots=slots)
         self._warn = warn or warnings.warn
         self._programs: Programs | None = None
 
@@ -87,7 +89,7 @@ class Engine:
     @property
     def programs(self) -> tuple[str, ...]:
         """The programs by name; `compile` compiles them, and nothing is compiled later."""
-        return names(self.shapes)
+        return names(self.shapes, self.logprobs)
 
     def compile(self) -> Programs:
         """Compile all programs, if that has not been done."""
@@ -100,6 +102,7 @@ class Engine:
                 capacity=self.capacity,
                 size=self.chunk,
                 key=self.key,
+                logprobs=self.logprobs,
             )
             self.stats.compiled += len(self.programs)
             self.stats.compile_seconds += self._programs.seconds
@@ -107,7 +110,7 @@ class Engine:
 
     def check(self, work: Work) -> None:
         """Raise a JropeError that says why this engine cannot run a row."""
-        check_work(work, self.config, self.capacity)
+        check_work(work, self.config, self.capacity, self.logprobs)
 
     def run(
         self, work: Iterable[Work], stopped: Stopped | None = None

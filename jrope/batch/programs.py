@@ -34,7 +34,7 @@ class Programs:
     Args:
       empty, extend, clean: those of that name.
       begin: width -> the program for first pieces of that width.
-      decode: without log-probabilities and with them.
+      decode: without log-probabilities, and maybe with them.
       seconds: until they were compiled.
     """
 
@@ -46,10 +46,10 @@ class Programs:
     seconds: float
 
 
-def names(shapes: Shapes) -> tuple[str, ...]:
+def names(shapes: Shapes, logprobs: bool) -> tuple[str, ...]:
     """What `compile_programs` compiles, one name a program."""
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
-    decoding = "decode", "decode with log-probabilities"
+    decoding = ["decode", "decode with log-probabilities"][: 1 + logprobs]
     return *decoding, *first, f"further pieces 1 x {shapes.piece}", "empty", "clean"
 
 
@@ -62,6 +62,7 @@ def compile_programs(
     capacity: int,
     size: int,
     key: jax.Array,
+    logprobs: bool,
 ) -> Programs:
     """Compile everything, side by side.
 
@@ -71,6 +72,7 @@ def compile_programs(
       slots, capacity: of the cache.
       size: steps of a chunk of decoding.
       key: such as tokens will be drawn with.
+      logprobs: whether rows may ask for them.
     """
     started = time.perf_counter()
     dtype = params["model"]["norm"]["weight"].dtype
@@ -79,7 +81,8 @@ def compile_programs(
     going = np.zeros(slots, bool)
     given = params, state, key, going, np.int32(0)
     own = partial(decode.lower, *given, config=config, size=size)
-    lowered: dict[Any, Any] = {scored: own(scored=scored) for scored in (False, True)}
+    scorings = (False, True)[: 1 + logprobs]
+    lowered: dict[Any, Any] = {scored: own(scored=scored) for scored in scorings}
     for width, rows in shapes.first.items():
         given = params, state, *no_prompts(rows, width, slots)
         lowered[width] = begin.lower(*given, config=config)
@@ -90,7 +93,7 @@ def compile_programs(
     done = _compiled(lowered)
     return Programs(
         begin={width: done[width] for width in shapes.first},
-        decode={scored: done[scored] for scored in (False, True)},
+        decode={scored: done[scored] for scored in scorings},
         **{name: done[name] for name in ("empty", "extend", "clean")},
         seconds=time.perf_counter() - started,
     )

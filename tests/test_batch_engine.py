@@ -1,0 +1,248 @@
+"""Rows in slots: the same answers as alone, in any company; and what compiles."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batch_helpers import (
+    CHUNK,
+    SLOTS,
+    alone,
+    by_key,
+    engine,
+    engine_of,
+    ragged,
+    tokens_alone,
+    work,
+)
+from generate_helpers import KEY, VOCABULARY, model
+
+from jrope.batch import programs
+from jrope.batch.engine import Engine
+from jrope.batch.room import slots_for
+from jrope.batch.slots import decode, empty
+from jrope.errors import JropeError
+from jrope.generation.sample import Sampler
+
+
+def same(a: Any, b: Any) -> None:
+    """Two answers, to the bit."""
+    for f in dataclasses.fields(a):
+        np.testing.assert_array_equal(getattr(a, f.name), getattr(b, f.name), f.name)
+
+
+def test_rows_are_what_generate_makes_of_each_alone() -> None:
+    rows = ragged(3 * SLOTS)
+    assert len({len(row.prompt) // 16 for row in rows}) == 4  # pieces of all numbers
+    got = by_key(engine().run(rows))
+    assert {*got} == {row.key for row in rows}
+    for row in rows:
+        want, answer = tokens_alone(row), got[row.key]
+        assert answer.tokens.tolist() == want, row.key
+        assert answer.tokens.dtype == np.int32 and answer.finite
+        ended = want[-1] in row.stop_ids
+        assert answer.finish_reason == ("stop" if ended else "length")
+        assert answer.logprobs is answer.top_ids is answer.top_logprobs is None
+    assert any(row.finish_reason == "stop" for row in got.values())
+
+
+def test_order_and_company_change_no_bit() -> None:
+    rows = [dataclasses.replace(row, logprobs=3) for row in ragged(3 * SLOTS)]
+    before = by_key(engine().run(rows))
+    after = by_key(engine().run(rows[::-1]))
+    for row in rows:
+        same(after[row.key], before[row.key])
+    for row in rows[4:7]:
+        same(next(engine().run([row])), before[row.key])
+
+
+def test_nothing_compiles_after_compile() -> None:
+    own = engine()
+    own.compile()
+    made: list[str] = []
+
+    def heard(event: str, *_: Any, **__: Any) -> None:
+        made.append(event) if "backend_compile" in event else None
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        rows = [*ragged(12), work("asks", 3, 4, logprobs=2)]
+        assert len(by_key(own.run(rows))) == len(rows)
+        assert made == []
+        jax.jit(lambda x: x + 1)(np.zeros(3))  # which is heard
+        assert made
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert own.stats.compiled == len(own.programs) == 6
+    assert own.programs[2] == "first pieces 1 x 16"
+
+
+def test_logprobs_and_alternatives_are_those_of_the_model() -> None:
+    rows = [work(i, 7 + i, 9, logprobs=k) for i, k in enumerate((0, 3, 20, None))]
+    got = by_key(engine().run(rows))
+    for row in rows[:3]:
+        answer, out = got[row.key], alone(row, logprobs=True)
+        assert answer.logprobs is not None
+        np.testing.assert_allclose(answer.logprobs, out.logprobs[0], atol=2e-5)
+        if not row.logprobs:
+            assert answer.top_ids is answer.top_logprobs is None
+            continue
+        assert answer.top_ids is not None and answer.top_logprobs is not None
+        assert answer.top_ids.shape == answer.top_logprobs.shape == (9, row.logprobs)
+        assert np.all(np.diff(answer.top_logprobs) <= 0)
+        # Greedy rows draw the best.
+        np.testing.assert_array_equal(answer.top_ids[:, 0], answer.tokens)
+        np.testing.assert_array_equal(answer.top_logprobs[:, 0], answer.logprobs)
+    assert got[3].logprobs is None
+
+
+def test_caller_stops_rows_and_their_slots_go_on() -> None:
+    rows = [work(i, 3 + i, 40) for i in range(2 * SLOTS)]
+    full = {row.key: tokens_alone(row) for row in rows}
+    seen: dict[Any, list[int]] = {}
+
+    def stopped(row: Any, tokens: np.ndarray) -> int | None:
+        assert tokens.tolist() == full[row.key][: len(tokens)]
+        seen.setdefault(row.key, []).append(len(tokens))
+        return 11 if row.key % 2 and len(tokens) >= 11 else None
+
+    got = by_key(engine().run(rows, stopped))
+    for row in rows:
+        answer = got[row.key]
+        kept = 11 if row.key % 2 else 40
+        assert answer.tokens.tolist() == full[row.key][:kept]
+        assert answer.finish_reason == ("stop" if row.key % 2 else "length")
+        counts = seen[row.key]
+        assert counts == sorted({*counts}) and np.diff([0, *counts]).max() <= CHUNK
+
+
+def test_rows_are_read_as_they_are_needed() -> None:
+    read: list[int] = []
+
+    def endless() -> Any:
+        for i in range(10**9):
+            read.append(i)
+            yield work(i, 4, 3)
+
+    answers = engine().run(endless())
+    for _ in range(10):
+        next(answers)
+    assert len(read) < 10 * SLOTS
+
+
+def test_no_rows_give_nothing() -> None:
+    assert list(engine().run([])) == []
+
+
+def test_a_row_may_fill_its_slot_to_the_end() -> None:
+    row = work("full", 60, 20)
+    got = by_key(engine().run([row, *ragged(7)]))
+    assert got["full"].tokens.tolist() == tokens_alone(row)
+
+
+def test_stats_add_up() -> None:
+    own, rows = engine(), ragged(11)
+    before = dataclasses.asdict(own.stats)
+    got = by_key(own.run(rows))
+    after = dataclasses.asdict(own.stats)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["rows"] == 11
+    assert grown["prefill_tokens"] == sum(len(row.prompt) for row in rows)
+    assert grown["padded_tokens"] % 16 == 0
+    assert grown["decode_tokens"] == sum(len(row.tokens) for row in got.values())
+    assert grown["slot_steps"] == SLOTS * grown["steps"]
+    assert grown["steps"] <= CHUNK * grown["chunks"]
+    assert 0 < own.stats.occupancy <= 1
+    assert grown["seconds"] >= grown["waited"] > 0
+
+
+# --- memory
+
+
+def test_slots_are_updated_in_place() -> None:
+    own = engine()
+    compiled = own.compile()
+    dtype, how = "float32", {"config": own.config, "count": SLOTS}
+    state = empty.eval_shape(**how, capacity=own.capacity, dtype=jnp.dtype(dtype))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
+    every = [*compiled.decode.values(), *compiled.begin.values(), compiled.extend]
+    for program in [*every, compiled.clean]:
+        assert program.memory_analysis().alias_size_in_bytes >= size
+    assert compiled.decode[False].memory_analysis().temp_size_in_bytes < size
+
+
+def test_slots_follow_from_memory() -> None:
+    _, params, config = model()
+    state = empty.eval_shape(config=config, count=1, capacity=96, dtype=jnp.float32)
+    slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    own = slot + 16 * config.vocab_size
+    fixed = 2 * 512 * 3 * (64 + 96) * 4 + 2 * slot
+    for count in (1, 2, 7):
+        memory = int((fixed + own * count) / 0.9) + 2
+        assert slots_for(params, config, 96, memory) == count
+    assert slots_for(params, config, 96, 0) == 1
+    assert slots_for(params, config, 96, 10**12) == 16  # on a CPU
+    assert 1 <= Engine(params, config, capacity=96).stats.slots <= 16
+
+
+class Exhausted:
+    """A program that once finds no memory left."""
+
+    def __init__(self, program: Any, after: int) -> None:
+        self.program, self.left = program, after
+
+    def __call__(self, *args: Any) -> Any:
+        self.left -= 1
+        if self.left == 0:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB: fake")
+        return self.program(*args)
+
+
+def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
+    told: list[str] = []
+    own = engine_of(slots=2, logprobs=False, warn=told.append)
+    ready = own.compile()
+    decode = {False: Exhausted(ready.decode[False], after=3)}
+    own._programs = dataclasses.replace(ready, decode=decode)
+    rows = [row for row in ragged(9) if row.logprobs is None]
+    got = by_key(own.run(rows))
+    assert {key: row.tokens.tolist() for key, row in got.items()} == {
+        row.key: tokens_alone(row) for row in rows
+    }
+    assert own.stats.slots == own.stats.restarts == 1
+    assert len(told) == 1 and "with 2 rows at once: going on with 1" in told[0]
+    decode = {False: Exhausted(own.compile().decode[False], after=1)}
+    own._programs = dataclasses.replace(own.compile(), decode=decode)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        list(own.run(rows))
+
+
+# --- NaN
+
+
+def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
+    _, params, config = model()
+    bad = 33
+    table = np.array(params["model"]["embed_tokens"]["weight"])
+    table[bad] = np.nan
+    spoilt = {**params, "model": {**params["model"]}}
+    spoilt["model"]["embed_tokens"] = {"weight": jnp.asarray(table)}
+    own = engine()
+    healthy = Engine(spoilt, config, capacity=80, slots=SLOTS, chunk=CHUNK, piece=16)
+    healthy.key, healthy._programs = KEY, own.compile()
+    nan = dataclasses.replace(work("nan", 50, 6), prompt=np.full(50, bad, np.int32))
+    rows: list[Any] = []
+    for i in range(3 * SLOTS):
+        row = work(i, 3 + i, 5, stop_ids=())
+        row = dataclasses.replace(row, prompt=row.prompt % bad)
+        rows += [row, dataclasses.replace(nan, key=f"nan {i}")]
+    got = by_key(healthy.run(rows))
+    for key, answer in got.items():
+        assert answer.finite == (isinstance(key, int) and bad not in answer.tokens[:-1])
+    for row in rows[::2]:
+        want = tokens_alone(row)
+        if bad not in want:
+            assert got[row.key].tokens.tolist() == want
