@@ -33,7 +33,7 @@ ARROWS = {
     "hf": "errors tree rope sharding model weights",
     "generation": "errors tree sharding model",
     "parity": "errors tree rope model hf",
-    "bench": "errors numerics tree rope model weights hf generation",
+    "bench": "errors numerics tree rope model weights hf generation batch",
     "plan": "errors model weights generation bench",
     "lab": "errors tree rope model generation",
     "batch": "errors numerics tree sharding model hf generation",

@@ -26,9 +26,7 @@ def check_model(params: Params, config: LlamaConfig) -> None:
         )
 
 
-def check_work(
-    work: Work, config: LlamaConfig, capacity: int, logprobs: bool
-) -> None:
+def check_work(work: Work, config: LlamaConfig, capacity: int, logprobs: bool) -> None:
     """Raise a JropeError that says why a row cannot be run, naming its key."""
     try:
         _check_row(work, config, capacity)

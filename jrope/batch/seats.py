@@ -51,7 +51,9 @@ class Seat:
         self.finite = bool(block.finite[self.slot])
         if self.work.logprobs is not None:
             every = block.logprobs, block.top_ids, block.top_logprobs
-            self.blocks.append([np.array(x[self.slot, :new]) for x in every if x is not None])
+            self.blocks.append(
+                [np.array(x[self.slot, :new]) for x in every if x is not None]
+            )
 
     def ask(self, stopped: Stopped | None) -> None:
         """Let the caller stop it."""

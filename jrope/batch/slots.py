@@ -90,9 +90,7 @@ def greedy(count: int) -> Sampler:
 
 
 @partial(jax.jit, static_argnames=("config", "count", "capacity", "dtype"))
-def empty(
-    *, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike
-) -> Slots:
+def empty(*, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike) -> Slots:
     """So many slots with nobody in them."""
     zeros = partial(jnp.zeros, (count,))
     asked = Asked(
@@ -158,9 +156,7 @@ def begin(
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
-def extend(
-    params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig
-) -> Slots:
+def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -> Slots:
     """Go on with prompts that are in their slots already; every row has one."""
     rows, cache = piece.rows, slots.cache
     own = jax.tree.map(lambda x: x[rows], cache)

@@ -25,6 +25,7 @@ from jrope.bench.model import (
 from jrope.bench.plan import Bench, Plan
 from jrope.bench.report import Report
 from jrope.bench.versus import Peer, import_peers
+from jrope.cli import bench_batch
 from jrope.cli.common import (
     DTYPES,
     add_quantize_argument,
@@ -57,7 +58,8 @@ context to all of it, and the table tells the mean; with --versus all have the c
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `jrope bench` takes."""
     add = parser.add_argument
-    add("folder", metavar="FOLDER", nargs="?", help="a Hugging Face folder or hub id")
+    text = "a Hugging Face folder or hub id; after the word batch: see below"
+    add("folder", metavar="[batch] FOLDER", nargs="*", help=text)
     add("--shape", choices=[*SHAPES], help="random weights instead of a folder")
     add("--layers", metavar="N", type=whole(1), help="only the first N layers")
     text = "of the weights (bfloat16; a folder's own)"
@@ -87,12 +89,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--versus", choices=("transformers",), help="time it too, in turns")
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
+    bench_batch.add_arguments(parser)
     add_rope_arguments(parser)
-    parser.epilog = f"{_EPILOG}\n{parser.epilog}"
+    parser.epilog = f"{_EPILOG}\n{bench_batch.EPILOG}\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure the ceilings, then everything asked for."""
+    batching = args.folder[:1] == ["batch"]
+    words = args.folder[1:] if batching else args.folder
+    if len(words) > 1:
+        raise JropeError(f"bench: got {' '.join(words)}, want one FOLDER")
+    args.folder = words[0] if words else None
     if (args.folder is None) == (args.shape is None):
         raise JropeError("bench: give either a FOLDER or --shape NAME")
     plan, busy = _plan(args), host_load()
@@ -115,6 +123,8 @@ def run(args: argparse.Namespace) -> int:
         load_seconds=loaded if args.folder else None,
         quantize=args.quantize,
     )
+    if batching:
+        return bench_batch.run(args, params, report)
     print(*report.head(), sep="\n", file=table, flush=True)
     weights = Weights(params, config, keep=peer is not None)
     del params

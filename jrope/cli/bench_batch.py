@@ -1,0 +1,72 @@
+"""`jrope bench batch`: rows of all lengths in slots, and in batches that wait."""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+
+from jrope.bench.batching import capacity_of, compare, workload
+from jrope.bench.model import Weights
+from jrope.bench.report import Report
+from jrope.cli.common import whole
+from jrope.model.config import LlamaConfig
+from jrope.tree import Params
+
+EPILOG = """\
+jrope bench batch: rows of all lengths (prompts of 32 to 2,048 tokens, 16 to 1,024 new
+ones), decoded in slots which the next row enters as soon as one has finished, and in
+batches of --static rows which run until their longest is done.  The limit counts what
+every step has to read and the prompts' FLOPs.
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what it takes besides the model."""
+    add = parser.add_argument_group("jrope bench batch").add_argument
+    add("--rows", metavar="N", type=whole(1), default=1024, help="in all (1024)")
+    text = "rows that are decoded at once (as many as there is memory for)"
+    add("--slots", metavar="N", type=whole(1), help=text)
+    text = "rows of a batch beside it (64); 0 leaves these out"
+    add("--static", metavar="N", type=whole(0), default=64, help=text)
+    text = "divides all lengths, for a CPU (1)"
+    add("--shrink", metavar="N", type=whole(1), default=1, help=text)
+
+
+def run(args: argparse.Namespace, params: Params, report: Report) -> int:
+    """Measure both, and print what they took."""
+    config: LlamaConfig = report.config
+    works = workload(config, args.rows, args.shrink)
+    table = sys.stderr if args.json == "-" else sys.stdout
+    new = sum(work.max_new_tokens for work in works)
+    prompts = sum(len(work.prompt) for work in works)
+    print(*report.head()[:-2], sep="\n", file=table)
+    print(
+        f"{args.rows} rows, {prompts} tokens of prompts, {new} new ones, the longest "
+        f"row {capacity_of(works)}\n",
+        file=table,
+        flush=True,
+    )
+    order = "out_in" if args.quantize else "in_out"
+    order = order if args.fuse == "auto" else args.fuse
+    weights = Weights(params, config)
+    del params
+    tree, best, found = weights.arranged(order), report.ceilings, []
+    sizes = {"slots": args.slots, "size": args.static}
+    for measured in compare(tree, config, works, best, **sizes):
+        print(*measured.lines(), sep="\n", file=table, flush=True)
+        found.append(measured)
+    if len(found) == 2:
+        ratio = found[1].seconds / found[0].seconds
+        print(f"slots are {ratio:.2f}x as fast as static batches", file=table)
+    if args.json:
+        whole_report = json.loads(report.to_json())
+        del whole_report["rows"]
+        whole_report["batching"] = [asdict(measured) for measured in found]
+        text = json.dumps(whole_report, indent=2, allow_nan=False)
+        if args.json == "-":
+            print(text)
+        else:
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    return 0
