@@ -3,7 +3,6 @@
 from functools import cache
 from typing import Any
 
-import jax
 import numpy as np
 from generate_helpers import KEY, VOCABULARY, model
 
@@ -11,6 +10,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.work import Finished, Work
 from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
+from jrope.model.config import LlamaConfig
 
 SLOTS, CAPACITY, PIECE, CHUNK = 5, 80, 16, 8
 SAMPLERS = (
@@ -22,15 +22,14 @@ SAMPLERS = (
 )
 
 
-def engine_of(rope: str | None = None, **options: Any) -> Engine:
-    _, params, config = model(rope)
-    options = {"slots": SLOTS, "capacity": CAPACITY, "piece": PIECE, **options}
-    return Engine(params, config, chunk=CHUNK, key=KEY, **options)
+def engine_of(params: Any, config: LlamaConfig, **options: Any) -> Engine:
+    fixed = {"slots": SLOTS, "capacity": CAPACITY, "piece": PIECE, "chunk": CHUNK}
+    return Engine(params, config, key=KEY, **{**fixed, **options})
 
 
 @cache
 def engine() -> Engine:
-    return engine_of()
+    return engine_of(*model()[1:])
 
 
 def work(key: Any, size: int, new: int, **fields: Any) -> Work:
@@ -64,26 +63,32 @@ def by_key(rows: Any) -> dict[Any, Finished]:
     return found
 
 
-def alone(row: Work, rope: str | None = None, **options: Any) -> Any:
+LONGEST = 40  # new tokens of every row alone: one shape, which compiles once
+
+
+def alone(row: Work, params: Any = None, config: LlamaConfig | None = None) -> Any:
     """What `generate` makes of a row by itself."""
-    _, params, config = model(rope)
+    if params is None or config is None:
+        _, params, config = model()
+    prompt = np.zeros((1, 64), np.int32)
+    prompt[0, : len(row.prompt)] = row.prompt
+    planned = config.rope.needs_length
     return generate(
         params,
-        row.prompt[None],
+        prompt,
+        [len(row.prompt)],
         config=config,
         sampler=row.sampler,
         key=KEY,
         seeds=[row.seed],
-        max_new_tokens=row.max_new_tokens,
+        max_new_tokens=row.max_new_tokens if planned else LONGEST,
         stop_ids=row.stop_ids,
-        **options,
+        logprobs=not planned,
     )
 
 
-def tokens_alone(row: Work, rope: str | None = None) -> list[int]:
-    out = alone(row, rope)
-    return np.asarray(out.tokens)[0, : int(out.lengths[0])].tolist()
-
-
-def bits(params: Any) -> Any:
-    return jax.tree.map(np.asarray, params)
+def tokens_alone(row: Work, *own: Any) -> list[int]:
+    """The tokens alone."""
+    out = alone(row, *own)
+    count = min(int(out.lengths[0]), row.max_new_tokens)
+    return np.asarray(out.tokens)[0, :count].tolist()

@@ -18,14 +18,12 @@ from batch_helpers import (
     tokens_alone,
     work,
 )
-from generate_helpers import KEY, VOCABULARY, model
+from generate_helpers import model
 
-from jrope.batch import programs
 from jrope.batch.engine import Engine
+from jrope.batch.programs import Programs
 from jrope.batch.room import slots_for
-from jrope.batch.slots import decode, empty
-from jrope.errors import JropeError
-from jrope.generation.sample import Sampler
+from jrope.batch.slots import empty
 
 
 def same(a: Any, b: Any) -> None:
@@ -84,9 +82,9 @@ def test_logprobs_and_alternatives_are_those_of_the_model() -> None:
     rows = [work(i, 7 + i, 9, logprobs=k) for i, k in enumerate((0, 3, 20, None))]
     got = by_key(engine().run(rows))
     for row in rows[:3]:
-        answer, out = got[row.key], alone(row, logprobs=True)
+        answer, out = got[row.key], alone(row)
         assert answer.logprobs is not None
-        np.testing.assert_allclose(answer.logprobs, out.logprobs[0], atol=2e-5)
+        np.testing.assert_allclose(answer.logprobs, out.logprobs[0, :9], atol=2e-5)
         if not row.logprobs:
             assert answer.top_ids is answer.top_logprobs is None
             continue
@@ -201,21 +199,24 @@ class Exhausted:
         return self.program(*args)
 
 
+def failing(own: Engine, programs: Programs, after: int) -> None:
+    decode = {False: Exhausted(programs.decode[False], after)}
+    own._programs = dataclasses.replace(programs, decode=decode)
+
+
 def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
     told: list[str] = []
-    own = engine_of(slots=2, logprobs=False, warn=told.append)
-    ready = own.compile()
-    decode = {False: Exhausted(ready.decode[False], after=3)}
-    own._programs = dataclasses.replace(ready, decode=decode)
-    rows = [row for row in ragged(9) if row.logprobs is None]
+    own = engine_of(*model()[1:], logprobs=False, warn=told.append)
+    failing(own, engine().compile(), after=3)
+    rows = ragged(9)
     got = by_key(own.run(rows))
     assert {key: row.tokens.tolist() for key, row in got.items()} == {
         row.key: tokens_alone(row) for row in rows
     }
-    assert own.stats.slots == own.stats.restarts == 1
-    assert len(told) == 1 and "with 2 rows at once: going on with 1" in told[0]
-    decode = {False: Exhausted(own.compile().decode[False], after=1)}
-    own._programs = dataclasses.replace(own.compile(), decode=decode)
+    assert own.stats.slots == 2 and own.stats.restarts == 1
+    assert len(told) == 1 and "with 5 rows at once: going on with 2" in told[0]
+    own.stats.slots = 1  # as it would be after another time
+    failing(own, own.compile(), after=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         list(own.run(rows))
 
@@ -230,16 +231,15 @@ def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
     table[bad] = np.nan
     spoilt = {**params, "model": {**params["model"]}}
     spoilt["model"]["embed_tokens"] = {"weight": jnp.asarray(table)}
-    own = engine()
-    healthy = Engine(spoilt, config, capacity=80, slots=SLOTS, chunk=CHUNK, piece=16)
-    healthy.key, healthy._programs = KEY, own.compile()
+    own, ready = engine_of(spoilt, config), engine().compile()
+    own._programs = ready
     nan = dataclasses.replace(work("nan", 50, 6), prompt=np.full(50, bad, np.int32))
     rows: list[Any] = []
     for i in range(3 * SLOTS):
         row = work(i, 3 + i, 5, stop_ids=())
         row = dataclasses.replace(row, prompt=row.prompt % bad)
         rows += [row, dataclasses.replace(nan, key=f"nan {i}")]
-    got = by_key(healthy.run(rows))
+    got = by_key(own.run(rows))
     for key, answer in got.items():
         assert answer.finite == (isinstance(key, int) and bad not in answer.tokens[:-1])
     for row in rows[::2]:

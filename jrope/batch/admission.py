@@ -4,7 +4,8 @@ from dataclasses import fields
 
 import numpy as np
 
-from jrope.batch.slots import ALTERNATIVES, STOP_IDS
+from jrope.batch.block import ALTERNATIVES
+from jrope.batch.slots import STOP_IDS
 from jrope.batch.work import Work
 from jrope.errors import JropeError, check, is_integer
 from jrope.model.config import LlamaConfig

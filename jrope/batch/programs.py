@@ -111,16 +111,15 @@ def _compiled(lowered: Mapping[Any, Any]) -> dict[Any, Any]:
 def no_prompts(rows: int, width: int, slots: int) -> tuple[Piece, Asked, np.ndarray]:
     """The arguments of `begin` for so many rows, without any; NumPy arrays to fill."""
     zeros = partial(np.zeros, rows)
-    piece: Any = Piece(
-        rows=np.full(rows, slots, np.int32),
-        tokens=np.zeros((rows, width), np.int32),
-        lengths=zeros(np.int32),
-        last=zeros(bool),
-    )
-    asked: Any = Asked(
-        sampler=greedy(rows),
-        seeds=zeros(np.uint32),
-        stop_ids=np.full((rows, STOP_IDS), -1, np.int32),
-        limits=zeros(np.int32),
-    )
-    return piece, asked, zeros(np.int32)
+    piece: dict[str, Any] = {
+        "rows": np.full(rows, slots, np.int32),
+        "tokens": np.zeros((rows, width), np.int32),
+        "lengths": zeros(np.int32),
+        "last": zeros(bool),
+    }
+    asked: dict[str, Any] = {
+        "seeds": zeros(np.uint32),
+        "stop_ids": np.full((rows, STOP_IDS), -1, np.int32),
+        "limits": zeros(np.int32),
+    }
+    return Piece(**piece), Asked(**asked, sampler=greedy(rows)), zeros(np.int32)

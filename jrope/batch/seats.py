@@ -2,11 +2,11 @@
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any, final
+from typing import final
 
 import numpy as np
 
-from jrope.batch.slots import Block
+from jrope.batch.block import Block
 from jrope.batch.work import Finished, Stopped, Work
 
 
@@ -19,7 +19,7 @@ class Seat:
       work: the row.
       slot: where it is.
       pieces: of its prompt that are still to be computed.
-      blocks: what was drawn.
+      tokens, scores: what was drawn.
       count: tokens drawn.
       asked: tokens that the caller has seen.
       over: whether it has ended.
@@ -31,7 +31,7 @@ class Seat:
     slot: int
     pieces: deque[np.ndarray]
     tokens: np.ndarray = field(init=False)
-    blocks: list[Any] = field(default_factory=list)
+    scores: list[list[np.ndarray]] = field(default_factory=list)
     count: int = 0
     asked: int = 0
     over: bool = False
@@ -51,7 +51,7 @@ class Seat:
         self.finite = bool(block.finite[self.slot])
         if self.work.logprobs is not None:
             every = block.logprobs, block.top_ids, block.top_logprobs
-            self.blocks.append(
+            self.scores.append(
                 [np.array(x[self.slot, :new]) for x in every if x is not None]
             )
 
@@ -69,9 +69,9 @@ class Seat:
         count = self.count if self.kept is None else self.kept
         tokens, work = self.tokens[:count].copy(), self.work
         stopped = self.kept is not None or (count and tokens[-1] in work.stop_ids)
-        scores: dict[str, np.ndarray] = {}
+        scores = dict[str, np.ndarray]()
         if work.logprobs is not None:
-            parts = [np.concatenate(x)[:count] for x in zip(*self.blocks, strict=True)]
+            parts = [np.concatenate(x)[:count] for x in zip(*self.scores, strict=True)]
             scores["logprobs"] = parts[0]
             if work.logprobs:
                 scores["top_ids"] = parts[1][:, : work.logprobs]

@@ -13,15 +13,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from jrope.batch.block import Block, blank, recorded
 from jrope.generation.loop import draw
-from jrope.generation.sample import Sampler, log_probs
+from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token, unembed
 from jrope.tree import Params
 
 STOP_IDS = 16  # of a row, at most
-ALTERNATIVES = 20  # of a token, at most
 
 
 @jax.tree_util.register_dataclass
@@ -62,21 +62,6 @@ class Piece:
     tokens: jax.Array  # int32 [R, T]
     lengths: jax.Array  # int32 [R], valid tokens
     last: jax.Array  # bool [R], whether the prompt ends here
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Block:
-    """What a run of `decode` drew; a live row's tokens come first in its row."""
-
-    tokens: jax.Array  # int32 [B, n]
-    counts: jax.Array  # int32 [B], tokens of each row
-    steps: jax.Array  # int32 []
-    live: jax.Array  # bool [B], afterwards
-    finite: jax.Array  # bool [B]
-    logprobs: jax.Array | None  # float32 [B, n]
-    top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
-    top_logprobs: jax.Array | None
 
 
 def greedy(count: int) -> Sampler:
@@ -130,8 +115,13 @@ def begin(
       planned: int32 [R], each row's prompt and all of its new tokens.
     """
     rows, width, cache = piece.rows, piece.tokens.shape[1], slots.cache
-    how = {"lengths": piece.lengths, "rope_lengths": planned}
-    x, new = hidden_states(params, piece.tokens, config=config, **how)
+    x, new = hidden_states(
+        params,
+        piece.tokens,
+        config=config,
+        lengths=piece.lengths,
+        rope_lengths=planned,
+    )
 
     def put(all_: jax.Array, own: jax.Array) -> jax.Array:
         return all_.at[rows].set(own, mode="drop")
@@ -238,7 +228,7 @@ def decode(
         own = jax.vmap(jax.random.fold_in)(keys, slots.steps)
         token, logits, finite = draw(logits, slots.asked.sampler, own, slots.seen)
         token = jnp.where(slots.live, token, 0)
-        block = _recorded(block, slots.live, token, logits)
+        block = recorded(block, slots.live, token, logits)
         slots = _drawn(slots, token, finite)
         now = slots.cache
         x, cache = hidden_states(params, token[:, None], cache=now, config=config)
@@ -248,7 +238,7 @@ def decode(
         cache = replace(cache, lengths=jnp.where(ended, 0, lengths))
         return replace(slots, cache=cache, hidden=x[:, 0]), block
 
-    given = slots, _blank(slots, size, scored)
+    given = slots, blank(slots.live, config.vocab_size, size, scored)
     slots, block = jax.lax.while_loop(goes_on, step, given)
     return slots, replace(block, live=slots.live, finite=slots.finite)
 
@@ -266,44 +256,6 @@ def _drawn(slots: Slots, token: jax.Array, finite: jax.Array) -> Slots:
         live=live & ~stopped & (steps < asked.limits),
         finite=slots.finite & (finite | ~live),
         steps=steps,
-    )
-
-
-def _blank(slots: Slots, size: int, scored: bool) -> Block:
-    count, vocabulary = slots.seen.shape
-    best = count, size, min(ALTERNATIVES, vocabulary)
-    return Block(
-        tokens=jnp.zeros((count, size), jnp.int32),
-        counts=jnp.zeros(count, jnp.int32),
-        steps=jnp.zeros((), jnp.int32),
-        live=slots.live,
-        finite=slots.finite,
-        logprobs=jnp.zeros((count, size), jnp.float32) if scored else None,
-        top_ids=jnp.zeros(best, jnp.int32) if scored else None,
-        top_logprobs=jnp.zeros(best, jnp.float32) if scored else None,
-    )
-
-
-def _recorded(
-    block: Block, live: jax.Array, token: jax.Array, logits: jax.Array
-) -> Block:
-    """The block with one more column."""
-    put = partial(jax.lax.dynamic_update_index_in_dim, index=block.steps, axis=1)
-    block = replace(
-        block,
-        tokens=put(block.tokens, token),
-        counts=block.counts + live.astype(jnp.int32),
-        steps=block.steps + 1,
-    )
-    if block.logprobs is None or block.top_ids is None or block.top_logprobs is None:
-        return block
-    every = jax.nn.log_softmax(logits)
-    best, ids = jax.lax.top_k(every, block.top_ids.shape[2])
-    return replace(
-        block,
-        logprobs=put(block.logprobs, log_probs(logits, token)),
-        top_ids=put(block.top_ids, ids),
-        top_logprobs=put(block.top_logprobs, best),
     )
 
 

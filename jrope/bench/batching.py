@@ -1,4 +1,4 @@
-"""Rows of all lengths: an engine's slots beside batches that wait for their longest row.
+"""Rows of all lengths: an engine's slots beside batches that wait for their longest.
 
 The rows are drawn once: prompts of clip(exp(N(5.6, 1)), 32, 2048) tokens, and
 clip(exp(N(5, 1)), 16, 1024) new ones each, which nothing ends early.

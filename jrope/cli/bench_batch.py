@@ -6,7 +6,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-
 from jrope.bench.batching import capacity_of, compare, workload
 from jrope.bench.model import Weights
 from jrope.bench.report import Report

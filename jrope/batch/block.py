@@ -1,0 +1,65 @@
+"""What a chunk of decoding gives back to the host."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from jrope.generation.sample import log_probs
+
+ALTERNATIVES = 20  # of a token, at most
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """What a run of `decode` drew; a live row's tokens come first in its row."""
+
+    tokens: jax.Array  # int32 [B, n]
+    counts: jax.Array  # int32 [B], tokens of each row
+    steps: jax.Array  # int32 []
+    live: jax.Array  # bool [B], afterwards
+    finite: jax.Array  # bool [B]
+    logprobs: jax.Array | None  # float32 [B, n]
+    top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
+    top_logprobs: jax.Array | None
+
+
+def blank(live: jax.Array, vocabulary: int, size: int, scored: bool) -> Block:
+    """A block of so many columns with nothing in it, for the rows that are live [B]."""
+    count = live.shape[0]
+    best = count, size, min(ALTERNATIVES, vocabulary)
+    return Block(
+        tokens=jnp.zeros((count, size), jnp.int32),
+        counts=jnp.zeros(count, jnp.int32),
+        steps=jnp.zeros((), jnp.int32),
+        live=live,
+        finite=live,
+        logprobs=jnp.zeros((count, size), jnp.float32) if scored else None,
+        top_ids=jnp.zeros(best, jnp.int32) if scored else None,
+        top_logprobs=jnp.zeros(best, jnp.float32) if scored else None,
+    )
+
+
+def recorded(
+    block: Block, live: jax.Array, token: jax.Array, logits: jax.Array
+) -> Block:
+    """The block with one more column: tokens [B], drawn from float32 logits [B, V]."""
+    put = partial(jax.lax.dynamic_update_index_in_dim, index=block.steps, axis=1)
+    block = replace(
+        block,
+        tokens=put(block.tokens, token),
+        counts=block.counts + live.astype(jnp.int32),
+        steps=block.steps + 1,
+    )
+    if block.logprobs is None or block.top_ids is None or block.top_logprobs is None:
+        return block
+    every = jax.nn.log_softmax(logits)
+    best, ids = jax.lax.top_k(every, block.top_ids.shape[2])
+    return replace(
+        block,
+        logprobs=put(block.logprobs, log_probs(logits, token)),
+        top_ids=put(block.top_ids, ids),
+        top_logprobs=put(block.top_logprobs, best),
+    )

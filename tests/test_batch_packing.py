@@ -1,0 +1,71 @@
+"""Which rows enter together, in which shapes."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+from batch_helpers import work
+
+from jrope.batch.packing import Shapes, Waiting
+from jrope.batch.work import Work
+
+
+def test_shapes_are_few_and_hold_as_many_tokens() -> None:
+    shapes = Shapes.of(slots=64, capacity=3072)
+    assert shapes.piece == 512
+    assert shapes.first == {64: 8, 96: 8, 128: 8, 192: 5, 256: 4, 384: 2, 512: 2}
+    assert Shapes.of(slots=5, capacity=80, piece=16).first == {16: 1}
+    assert Shapes.of(slots=64, capacity=40).first == {
+        16: 5, 24: 3, 32: 2, 40: 2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("size", [1, 15, 16, 17, 32, 33, 47, 100])
+def test_all_pieces_but_the_first_are_whole(size: int) -> None:
+    shapes, prompt = Shapes.of(slots=8, capacity=128, piece=16), np.arange(size)
+    first, *more = shapes.pieces(prompt)
+    assert 1 <= len(first) <= 16 and all(len(piece) == 16 for piece in more)
+    np.testing.assert_array_equal(np.concatenate([first, *more]), prompt)
+    assert shapes.width(prompt) >= len(first)
+    assert all(w < len(first) or w >= shapes.width(prompt) for w in shapes.first)
+
+
+def waiting(sizes: list[int], slots: int = 16) -> Waiting:
+    shapes = Shapes(piece=64, first={16: 4, 32: 2, 64: 1})
+    found = Waiting([work(i, n, 1) for i, n in enumerate(sizes)], shapes, slots)
+    found.read()
+    return found
+
+
+def keys(group: tuple[int, list[Work]] | None) -> Any:
+    return group and (group[0], [row.key for row in group[1]])
+
+
+def test_rows_enter_in_full_groups_and_in_order() -> None:
+    rows = waiting([10, 20, 60, 10, 10, 30, 10, 10])
+    assert keys(rows.take(16)) == (16, [0, 3, 4, 6])
+    assert keys(rows.take(16)) == (32, [1, 5])
+    assert keys(rows.take(16)) == (64, [2])
+    assert keys(rows.take(16)) == (16, [7])  # the last may be few
+    assert rows.take(16) is None and len(rows) == 0
+
+
+def test_a_group_that_does_not_fit_waits_for_room() -> None:
+    rows = waiting([10, 10, 10, 10, 20, 20])
+    assert rows.wanted(1) == 2 and rows.take(1) is None
+    assert keys(rows.take(2)) == (32, [4, 5])
+    assert rows.wanted(0) == 4 and rows.take(3) is None
+    assert keys(rows.take(4)) == (16, [0, 1, 2, 3])
+    assert rows.wanted(4) is None
+
+
+def test_the_rest_keeps_its_order_and_its_unread_rows() -> None:
+    rows = waiting([10, 20, 60, 10] * 5, slots=2)
+    assert len(rows) == 8
+    rows.take(1)  # the row of 60
+    assert [row.key for row in rows.rest()] == [0, 1, *range(3, 20)]
+
+
+def test_the_window_is_bounded_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jrope.batch.packing.WINDOW_TOKENS", 100)
+    assert len(waiting([60, 30, 20, 20, 20])) == 3
