@@ -52,18 +52,33 @@ def test_rows_enter_in_full_groups_and_in_order() -> None:
 
 def test_a_group_that_does_not_fit_waits_for_room() -> None:
     rows = waiting([10, 10, 10, 10, 20, 20])
-    assert rows.wanted(1) == 2 and rows.take(1) is None
-    assert keys(rows.take(2)) == (32, [4, 5])
-    assert rows.wanted(0) == 4 and rows.take(3) is None
+    assert rows.wanted() == 4 and rows.take(3) is None
     assert keys(rows.take(4)) == (16, [0, 1, 2, 3])
-    assert rows.wanted(4) is None
+    assert rows.wanted() == 2
+    assert keys(rows.take(2)) == (32, [4, 5])
+    assert rows.wanted() is None
 
 
-def test_the_rest_keeps_its_order_and_its_unread_rows() -> None:
-    rows = waiting([10, 20, 60, 10] * 5, slots=2)
+def test_rows_that_may_become_longest_enter_first() -> None:
+    """Alone if need be: whoever waited for company would be the last to finish."""
+    sizes = [(10, 5), (10, 50), (20, 7), (10, 6), (60, 70), (10, 50), (10, 4)]
+    shapes = Shapes(piece=64, first={16: 4, 32: 2, 64: 1})
+    rows = Waiting([work(i, *size) for i, size in enumerate(sizes)], shapes, 16)
+    rows.read()
+    assert keys(rows.take(16)) == (64, [4])
+    assert keys(rows.take(16)) == (16, [1, 5, 3, 0])
+    assert keys(rows.take(16)) == (32, [2])
+    assert keys(rows.take(16)) == (16, [6])
+
+
+def test_the_rest_keeps_its_order_and_its_unread_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("jrope.batch.packing.WINDOW", 4)
+    rows = waiting([60, 20, 10, 10] * 5, slots=2)
     assert len(rows) == 8
-    rows.take(1)  # the row of 60
-    assert [row.key for row in rows.rest()] == [0, 1, *range(3, 20)]
+    rows.take(1)
+    assert [row.key for row in rows.rest()] == [*range(1, 20)]
 
 
 def test_the_window_is_bounded_in_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

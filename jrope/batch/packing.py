@@ -4,8 +4,8 @@ The pieces of a prompt, and the shapes they are computed in, follow from its own
 alone, so that a row's answer does not depend on who else is there.
 """
 
+import heapq
 import itertools
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import final
@@ -19,7 +19,7 @@ WIDEST = 512  # tokens of a row in a piece
 NARROWEST = 8  # parts of the widest
 AT_ONCE = 2  # widest pieces that are computed at a time, in tokens
 SHARE = 8  # of the slots: so many that one program fills at most
-WINDOW = 4  # rows waiting, in terms of the slots
+WINDOW = 16  # rows waiting, in terms of the slots
 WINDOW_TOKENS = 2**20  # of their prompts together
 
 
@@ -68,7 +68,8 @@ def _below(width: int) -> int:
 class Waiting:
     """The rows that no slot has taken yet, by the width of their first piece.
 
-    Only so many are read from `work` at a time.
+    Only so many are read from `work` at a time.  Those that may become longest go
+    first: the end, when nobody waits any more, is as long as the last rows are.
 
     Args:
       work: all rows.
@@ -79,8 +80,8 @@ class Waiting:
     def __init__(self, work: Iterable[Work], shapes: Shapes, slots: int) -> None:
         self.shapes, self.room = shapes, WINDOW * slots
         self._work = enumerate(work)
-        self._rows: dict[int, deque[tuple[int, Work]]] = {}
-        self._rows |= {width: deque() for width in shapes.first}
+        self._rows: dict[int, list[tuple[int, int, Work]]] = {}  # heaps
+        self._rows |= {width: [] for width in shapes.first}
         self._tokens = 0
 
     def __len__(self) -> int:
@@ -92,44 +93,34 @@ class Waiting:
             number, row = next(self._work, (0, None))
             if row is None:
                 return
-            self._rows[self.shapes.width(row.prompt)].append((number, row))
+            entry = -row.max_new_tokens, number, row
+            heapq.heappush(self._rows[self.shapes.width(row.prompt)], entry)
             self._tokens += len(row.prompt)
 
     def take(self, free: int) -> tuple[int, list[Work]] | None:
         """A width and rows that enter together into the free slots, if they should."""
-        width, count = self._next(free)
+        width, count = self._next()
         if not 0 < count <= free:
             return None
-        rows = [self._rows[width].popleft()[1] for _ in range(count)]
+        rows = [heapq.heappop(self._rows[width])[-1] for _ in range(count)]
         self._tokens -= sum(len(row.prompt) for row in rows)
         return width, rows
 
-    def wanted(self, free: int) -> int | None:
+    def wanted(self) -> int | None:
         """Free slots with which `take` would give rows; None: nobody waits."""
-        return self._next(free)[1] or None
+        return self._next()[1] or None
 
     def rest(self) -> Iterator[Work]:
         """Every row that was not taken."""
-        read = sorted((row for rows in self._rows.values() for row in rows), key=_first)
+        read = sorted(entry[1:] for rows in self._rows.values() for entry in rows)
         return (row for _, row in itertools.chain(read, self._work))
 
-    def _next(self, free: int) -> tuple[int, int]:
+    def _next(self) -> tuple[int, int]:
         """A width, and how many rows of it enter next.
 
-        Of full groups the one that waits longest and fits, or else the smallest; where
-        none is full, which is at the end, the largest.
+        The group whose first row may become longest, full or not: who waits for company
+        may be the last to finish.
         """
-        counts = {w: min(len(self._rows[w]), n) for w, n in self.shapes.first.items()}
-        full = [w for w, n in self.shapes.first.items() if counts[w] == n]
-        fits = [w for w in full if counts[w] <= free]
-        if fits:
-            width = min(fits, key=lambda w: _first(self._rows[w][0]))
-        elif full:
-            width = min(full, key=lambda w: counts[w])
-        else:
-            width = max(counts, key=lambda w: counts[w])
-        return width, counts[width]
-
-
-def _first(row: tuple[int, Work]) -> int:
-    return row[0]
+        some = [width for width, rows in self._rows.items() if rows]
+        width = min(some, key=lambda w: self._rows[w][0][:2], default=self.shapes.piece)
+        return width, min(len(self._rows[width]), self.shapes.first[width])

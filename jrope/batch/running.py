@@ -129,7 +129,7 @@ class Run:
 
     def decode(self) -> Any:
         """Start a chunk of decoding, until there is room for the next rows."""
-        taken, wanted = self.taken(), self.waiting.wanted(len(self.free()))
+        taken, wanted = self.taken(), self.waiting.wanted()
         going = np.array([seat is not None for seat in self.seats])
         enough = len(self.seats) + 1
         if wanted is not None:
