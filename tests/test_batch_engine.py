@@ -24,6 +24,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.programs import Programs
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
+from jrope.errors import JropeError
 
 
 def same(a: Any, b: Any) -> None:
@@ -33,7 +34,7 @@ def same(a: Any, b: Any) -> None:
 
 
 def test_rows_are_what_generate_makes_of_each_alone() -> None:
-    rows = ragged(3 * SLOTS)
+    rows = ragged(3 * SLOTS + 1)
     assert len({len(row.prompt) // 16 for row in rows}) == 4  # pieces of all numbers
     got = by_key(engine().run(rows))
     assert {*got} == {row.key for row in rows}
@@ -75,7 +76,7 @@ def test_nothing_compiles_after_compile() -> None:
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
     assert own.stats.compiled == len(own.programs) == 6
-    assert own.programs[2] == "first pieces 1 x 16"
+    assert own.programs[2] == "first pieces 2 x 16"
 
 
 def test_logprobs_and_alternatives_are_those_of_the_model() -> None:
@@ -133,6 +134,11 @@ def test_rows_are_read_as_they_are_needed() -> None:
 
 def test_no_rows_give_nothing() -> None:
     assert list(engine().run([])) == []
+
+
+def test_a_row_that_cannot_be_run_ends_the_run() -> None:
+    with pytest.raises(JropeError, match="row 'long': max_new_tokens: got 81"):
+        list(engine().run([work("fine", 3, 4), work("long", 3, 81)]))
 
 
 def test_a_row_may_fill_its_slot_to_the_end() -> None:
@@ -208,13 +214,13 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
     told: list[str] = []
     own = engine_of(*model()[1:], logprobs=False, warn=told.append)
     failing(own, engine().compile(), after=3)
-    rows = ragged(9)
+    rows = ragged(2 * SLOTS)
     got = by_key(own.run(rows))
     assert {key: row.tokens.tolist() for key, row in got.items()} == {
         row.key: tokens_alone(row) for row in rows
     }
-    assert own.stats.slots == 2 and own.stats.restarts == 1
-    assert len(told) == 1 and "with 5 rows at once: going on with 2" in told[0]
+    assert own.stats.slots == 8 and own.stats.restarts == 1
+    assert len(told) == 1 and "with 16 rows at once: going on with 8" in told[0]
     own.stats.slots = 1  # as it would be after another time
     failing(own, own.compile(), after=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):

@@ -84,9 +84,9 @@ def compile_programs(
     scorings = (False, True)[: 1 + logprobs]
     lowered: dict[Any, Any] = {scored: own(scored=scored) for scored in scorings}
     for width, rows in shapes.first.items():
-        given = params, state, *no_prompts(rows, width, slots)
+        given = params, state, *no_prompts(rows, width)
         lowered[width] = begin.lower(*given, config=config)
-    piece = no_prompts(1, shapes.piece, slots)[0]
+    piece = no_prompts(1, shapes.piece)[0]
     lowered["extend"] = extend.lower(params, state, piece, config=config)
     lowered["empty"] = empty.lower(**how, dtype=dtype)
     lowered["clean"] = clean.lower(state, going)
@@ -108,11 +108,11 @@ def _compiled(lowered: Mapping[Any, Any]) -> dict[Any, Any]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def no_prompts(rows: int, width: int, slots: int) -> tuple[Piece, Asked, np.ndarray]:
+def no_prompts(rows: int, width: int) -> tuple[Piece, Asked, np.ndarray]:
     """The arguments of `begin` for so many rows, without any; NumPy arrays to fill."""
     zeros = partial(np.zeros, rows)
     piece: dict[str, Any] = {
-        "rows": np.full(rows, slots, np.int32),
+        "rows": zeros(np.int32),
         "tokens": np.zeros((rows, width), np.int32),
         "lengths": zeros(np.int32),
         "last": zeros(bool),

@@ -100,9 +100,11 @@ class Run:
                 return
 
     def _begin(self, width: int, group: list[Work]) -> None:
-        shape = self.shapes.first[width], width
-        piece, asked, planned = no_prompts(*shape, len(self.seats))
-        for i, (slot, row) in enumerate(zip(self.free(), group, strict=False)):
+        count = self.shapes.first[width]
+        piece, asked, planned = no_prompts(count, width)
+        placed = [*zip(self.free(), group, strict=False)]
+        placed += [placed[0]] * (count - len(placed))  # what is left of the shape
+        for i, (slot, row) in enumerate(placed):
             first, *more = self.shapes.pieces(row.prompt)
             self.seats[slot] = Seat(work=row, slot=slot, pieces=deque(more))
             piece.rows[i], piece.lengths[i], piece.last[i] = slot, len(first), not more
@@ -113,18 +115,18 @@ class Run:
             for name, column in vars(asked.sampler).items():
                 column[i] = getattr(row.sampler, name)
         self.slots = self._call(self.programs.begin[width], piece, asked, planned)
-        self._count(piece)
+        self._count(int(piece.lengths[: len(group)].sum()), piece)
 
     def _extend(self, seat: Seat) -> None:
-        piece, _, _ = no_prompts(1, self.shapes.piece, len(self.seats))
+        piece, _, _ = no_prompts(1, self.shapes.piece)
         piece.tokens[0] = seat.pieces.popleft()
         piece.rows[0], piece.lengths[0] = seat.slot, self.shapes.piece
         piece.last[0] = not seat.pieces
         self.slots = self._call(self.programs.extend, piece)
-        self._count(piece)
+        self._count(self.shapes.piece, piece)
 
-    def _count(self, piece: Any) -> None:
-        self.stats.prefill_tokens += int(piece.lengths.sum())
+    def _count(self, tokens: int, piece: Any) -> None:
+        self.stats.prefill_tokens += tokens
         self.stats.padded_tokens += piece.tokens.size
 
     def decode(self) -> Any:

@@ -58,7 +58,7 @@ class Slots:
 class Piece:
     """A piece of the prompts of R rows."""
 
-    rows: jax.Array  # int32 [R], their slots; one past the last slot: no row
+    rows: jax.Array  # int32 [R], their slots; where one comes again, so does its row
     tokens: jax.Array  # int32 [R, T]
     lengths: jax.Array  # int32 [R], valid tokens
     last: jax.Array  # bool [R], whether the prompt ends here
@@ -110,11 +110,11 @@ def begin(
     Args:
       params, config: the model.
       slots: those that go on.
-      piece: the first pieces; rows without a slot of their own are dropped.
+      piece: the first pieces.
       asked: what the R rows ask for.
       planned: int32 [R], each row's prompt and all of its new tokens.
     """
-    rows, width, cache = piece.rows, piece.tokens.shape[1], slots.cache
+    rows, cache = piece.rows, slots.cache
     x, new = hidden_states(
         params,
         piece.tokens,
@@ -124,10 +124,10 @@ def begin(
     )
 
     def put(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return all_.at[rows].set(own, mode="drop")
+        return all_.at[rows].set(own)
 
     def write(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return all_.at[rows, :width].set(own, mode="drop")
+        return _put(all_, rows, jnp.zeros_like(rows), own)
 
     slots = replace(
         slots,
@@ -137,9 +137,9 @@ def begin(
             lengths=put(cache.lengths, new.lengths),
             rope_lengths=put(cache.rope_lengths, new.rope_lengths),
         ),
-        seen=slots.seen.at[rows].set(False, mode="drop"),
-        finite=slots.finite.at[rows].set(True, mode="drop"),
-        steps=slots.steps.at[rows].set(0, mode="drop"),
+        seen=slots.seen.at[rows].set(False),
+        finite=slots.finite.at[rows].set(True),
+        steps=slots.steps.at[rows].set(0),
         asked=jax.tree.map(put, slots.asked, asked),
     )
     return _entered(slots, piece, x)
@@ -158,7 +158,7 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
 
     def write(all_: jax.Array, new: jax.Array) -> jax.Array:
         tokens = jnp.take_along_axis(new, at[:, :, None, None], axis=1)
-        return all_.at[rows[:, None], at].set(tokens, mode="drop")
+        return _put(all_, rows, own.lengths, tokens)
 
     cache = replace(
         cache,
@@ -169,6 +169,27 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
     return _entered(replace(slots, cache=cache), piece, x)
 
 
+def _put(
+    slots: jax.Array, rows: jax.Array, starts: jax.Array, new: jax.Array
+) -> jax.Array:
+    """Slots [B, S, K, H] with new ones [R, T, K, H] in some rows, from `starts` on."""
+
+    def at_once(slots: jax.Array, new: jax.Array) -> jax.Array:
+        steps = jnp.arange(new.shape[1], dtype=jnp.int32)[None, :]
+        return slots.at[rows[:, None], starts[:, None] + steps].set(new, mode="drop")
+
+    def one_by_one(slots: jax.Array, new: jax.Array) -> jax.Array:
+        zero = jnp.zeros((), jnp.int32)
+        for i in range(new.shape[0]):
+            at = rows[i], starts[i], zero, zero
+            slots = jax.lax.dynamic_update_slice(slots, new[i : i + 1], at)
+        return slots
+
+    # A CPU would widen all slots of a 16-bit cache to scatter into them.
+    how = {"cpu": one_by_one, "default": at_once}
+    return jax.lax.platform_dependent(slots, new, **how)
+
+
 def _entered(slots: Slots, piece: Piece, x: jax.Array) -> Slots:
     """What a piece with hidden states x [R, T, D] leaves besides the cache."""
     rows, count = piece.rows, slots.seen.shape[1]
@@ -177,9 +198,9 @@ def _entered(slots: Slots, piece: Piece, x: jax.Array) -> Slots:
     hidden = last_token(x, piece.lengths)
     return replace(
         slots,
-        hidden=slots.hidden.at[rows].set(hidden, mode="drop"),
+        hidden=slots.hidden.at[rows].set(hidden),
         seen=slots.seen.at[rows[:, None], ids].set(True, mode="drop"),
-        live=slots.live.at[rows].set(piece.last, mode="drop"),
+        live=slots.live.at[rows].set(piece.last),
     )
 
 
