@@ -12,12 +12,11 @@ from jrope.batch.work import Work
 
 def test_shapes_are_few_and_hold_as_many_tokens() -> None:
     shapes = Shapes.of(slots=64, capacity=3072)
-    assert shapes.piece == 512
-    assert shapes.first == {64: 8, 96: 8, 128: 8, 192: 5, 256: 4, 384: 2, 512: 2}
+    assert shapes.piece == 2048
+    assert [*shapes.first] == [64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048]
+    assert [*shapes.first.values()] == [8, 8, 8, 8, 8, 5, 4, 2, 2, 1, 1]
     assert Shapes.of(slots=5, capacity=80, piece=16).first == {16: 1}
-    assert Shapes.of(slots=64, capacity=40).first == {
-        16: 5, 24: 3, 32: 2, 40: 2,
-    }  # fmt: skip
+    assert Shapes.of(slots=64, capacity=40).first == {16: 2, 24: 1, 32: 1, 40: 1}
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 32, 33, 47, 100])

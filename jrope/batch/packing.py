@@ -15,9 +15,8 @@ import numpy as np
 from jrope.batch.work import Work
 from jrope.generation.request import bucket
 
-WIDEST = 512  # tokens of a row in a piece
-NARROWEST = 8  # parts of the widest
-AT_ONCE = 2  # widest pieces that are computed at a time, in tokens
+WIDEST = 2048  # tokens of a row in a piece, and of all rows of a program
+NARROWEST = 32  # parts of the widest
 SHARE = 8  # of the slots: so many that one program fills at most
 WINDOW = 16  # rows waiting, in terms of the slots
 WINDOW_TOKENS = 2**20  # of their prompts together
@@ -44,7 +43,7 @@ class Shapes:
         while (narrower := _below(widths[-1])) * NARROWEST >= piece:
             widths.append(narrower)
         most = max(slots // SHARE, 1)
-        rows = {w: min(max(AT_ONCE * piece // w, 1), most) for w in reversed(widths)}
+        rows = {w: min(max(piece // w, 1), most) for w in reversed(widths)}
         return cls(piece=piece, first=rows)
 
     def pieces(self, prompt: np.ndarray) -> list[np.ndarray]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jrope.batch.packing import AT_ONCE, WIDEST
+from jrope.batch.packing import WIDEST
 from jrope.batch.slots import empty
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
@@ -37,7 +37,7 @@ def slots_for(
     state = empty.eval_shape(config=config, count=1, capacity=capacity, dtype=dtype)
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
-    fixed = AT_ONCE * WIDEST * wide * dtype.itemsize + 2 * slot
+    fixed = WIDEST * wide * dtype.itemsize + 2 * slot
     fit = int(SPARE * memory_bytes - fixed) // (slot + DRAWING * config.vocab_size)
     return min(max(fit, 1), MOST.get(jax.default_backend(), MOST_ELSEWHERE))
 

@@ -16,7 +16,7 @@ from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.tree import Params
 
-BURST = 8  # widest pieces of prompts between two chunks, where most slots are live
+BURST = 4  # widest pieces of prompts between two chunks, where most slots are live
 
 
 @final
