@@ -101,6 +101,8 @@ def run(args: argparse.Namespace) -> int:
     if len(words) > 1:
         raise JropeError(f"bench: got {' '.join(words)}, want one FOLDER")
     args.folder = words[0] if words else None
+    if batching and args.versus:
+        raise JropeError("bench batch: has no --versus; static batches are beside it")
     if (args.folder is None) == (args.shape is None):
         raise JropeError("bench: give either a FOLDER or --shape NAME")
     plan, busy = _plan(args), host_load()

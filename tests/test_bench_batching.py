@@ -1,0 +1,148 @@
+"""`jrope bench batch`: its rows, its two ways, the limit beside them."""
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from bench_helpers import CEILINGS, tiny
+from bench_helpers import quick as quick
+
+from jrope.batch.stats import Stats
+from jrope.batch.work import Finished
+from jrope.bench import batching
+from jrope.bench.batching import (
+    Measured,
+    capacity_of,
+    compare,
+    in_batches,
+    least_seconds,
+    workload,
+)
+from jrope.bench.model import cache_bytes, prefill_flops, random_params, read_bytes
+from jrope.cli import bench_batch, main
+
+
+def test_rows_are_drawn_once_and_within_their_bounds() -> None:
+    rows = workload(tiny(), 1024)
+    prompts = np.array([len(row.prompt) for row in rows])
+    news = np.array([row.max_new_tokens for row in rows])
+    assert (prompts.min(), prompts.max()) == (32, 2048)
+    assert (news.min(), news.max()) == (16, 1024)
+    assert (
+        abs(np.log(prompts).mean() - 5.6) < 0.1 and abs(np.log(news).mean() - 5) < 0.1
+    )
+    assert capacity_of(rows) == (prompts + news).max()
+    again = workload(tiny(), 1024)[77]
+    np.testing.assert_array_equal(again.prompt, rows[77].prompt)
+    small = workload(tiny(), 1024, shrink=8)
+    assert max(len(row.prompt) for row in small) == 256
+    assert min(row.max_new_tokens for row in small) == 2
+
+
+class Fake:
+    """An engine that draws nothing but zeros, in 12 steps."""
+
+    def __init__(self, params: Any, config: Any, **options: Any) -> None:
+        self.options, self.stats = options, Stats(slots=options["slots"])
+
+    def compile(self) -> None:
+        self.stats.compiled += 5
+
+    def run(self, works: Any) -> Any:
+        self.stats.steps, self.stats.slot_steps, self.stats.seconds = 12, 48, 1.0
+        for row in works:
+            self.stats.decode_tokens += row.max_new_tokens
+            zeros = np.zeros(row.max_new_tokens, np.int32)
+            yield Finished(key=0, tokens=zeros, finish_reason="length", finite=True)
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Shapes that are compiled ahead and shapes that run; nothing does."""
+    seen: dict[str, list[Any]] = {"ahead": [], "run": []}
+
+    def note(name: str) -> Any:
+        def noted(_: Any, prompt: Any, lengths: Any, **options: Any) -> int:
+            assert prompt.shape[1] == lengths.max() and options["stop_ids"] == ()
+            seen[name].append((*prompt.shape, options["max_new_tokens"]))
+            return 0
+
+        return noted
+
+    monkeypatch.setattr(batching, "compile_ahead", note("ahead"))
+    monkeypatch.setattr(batching, "generate", note("run"))
+    monkeypatch.setattr(batching, "Engine", Fake)
+    return seen
+
+
+def test_a_static_batch_runs_to_its_longest_row(asked: Any) -> None:
+    works = workload(tiny(), 10, shrink=16)
+    found = in_batches({}, tiny(), works, 4)
+    parts = [works[:4], works[4:8], works[8:]]
+    longest = [max(row.max_new_tokens for row in part) for part in parts]
+    assert [shape[2] for shape in asked["run"]] == longest
+    assert [shape[0] for shape in asked["run"]] == [4, 4, 2]
+    assert 1 <= len(asked["ahead"]) <= 3
+    assert found.steps == sum(longest)
+    assert found.tokens == sum(row.max_new_tokens for row in works)
+    assert found.occupancy == found.tokens / (4 * found.steps)
+
+
+def test_limit_counts_weights_slots_and_prompts(asked: Any) -> None:
+    config, works = tiny(), workload(tiny(), 3, shrink=16)
+    params = random_params(config, "float32")
+    filled = 0
+    for row in works:
+        filled += sum(len(row.prompt) + t + 1 for t in range(row.max_new_tokens))
+    read = 12 * read_bytes(config, 4) + cache_bytes(config, filled, 4)
+    flops = sum(prefill_flops(config, 1, len(row.prompt)) for row in works)
+    want = read / CEILINGS.read + flops / CEILINGS.matmul
+    assert least_seconds(params, config, works, 12, CEILINGS) == pytest.approx(want)
+    slots, static = compare(params, config, works, CEILINGS, slots=4, size=2)
+    assert slots.of_limit == pytest.approx(want / slots.seconds)
+    assert slots.steps == 12 and slots.occupancy == slots.tokens / 48
+    assert static.by == "static batches" and static.stats is None
+    assert len(list(compare(params, config, works, CEILINGS, slots=4, size=0))) == 1
+
+
+def command(*words: str) -> int:
+    base = ["--shape", "smollm2-135m", "--layers", "1", "--shrink", "16"]
+    return main(["bench", "batch", *base, "--rows", "6", "--slots", "4", *words])
+
+
+def test_command_prints_both_and_the_ratio(asked: Any, capsys: Any) -> None:
+    assert command("--static", "2", "--json", "-") == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert [one["by"] for one in report["batching"]] == ["slots", "static batches"]
+    assert report["batching"][0]["stats"]["steps"] == 12 and "rows" not in report
+    assert "6 rows, " in captured.err and "useful tokens/s" in captured.err
+    assert "x as fast as static batches" in captured.err
+
+
+def test_command_says_what_it_does_not_take(capsys: Any) -> None:
+    assert command("--versus", "transformers") == 2
+    assert "bench batch: has no --versus" in capsys.readouterr().err
+    assert main(["bench", "a", "b"]) == 2
+    assert "bench: got a b, want one FOLDER" in capsys.readouterr().err
+    assert main(["bench", "batch"]) == 2
+    assert "either a FOLDER or --shape" in capsys.readouterr().err
+
+
+def test_command_takes_all_the_slots_there_are(
+    asked: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Any
+) -> None:
+    given: dict[str, Any] = {}
+
+    def compared(*args: Any, **options: Any) -> Any:
+        given.update(options)
+        numbers = dict.fromkeys(("rows", "tokens", "seconds", "compiled", "steps"), 1)
+        yield Measured(by="slots", compile_seconds=0.5, occupancy=1.0, **numbers)
+
+    monkeypatch.setattr(bench_batch, "compare", compared)
+    file = tmp_path / "report.json"
+    words = ["--shape", "smollm2-135m", "--layers", "1", "--json", str(file)]
+    assert main(["bench", "batch", *words]) == 0
+    assert given == {"slots": None, "size": 64}
+    assert len(json.loads(file.read_text("utf-8"))["batching"]) == 1
