@@ -12,7 +12,7 @@ from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 
-SLOTS, CAPACITY, PIECE, CHUNK = 16, 80, 16, 8  # first pieces of two rows at a time
+SLOTS, CAPACITY, PIECE, CHUNK = 16, 80, 32, 8  # short prompts enter in pairs
 SAMPLERS = (
     Sampler(),
     Sampler(temperature=0.8, top_p=0.9),
