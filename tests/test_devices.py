@@ -8,14 +8,13 @@ from pathlib import Path
 import pytest
 
 EIGHT = "--xla_force_host_platform_device_count=8"
-QUICK = "--xla_backend_optimization_level=0"  # the programs run for milliseconds
 
 
 @pytest.mark.skipif(EIGHT in os.environ.get("XLA_FLAGS", ""), reason="this is the run")
 def test_on_eight_devices():
     files = map(str, sorted(Path(__file__).parent.glob("test_sharding*.py")))
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
-    flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT} {QUICK}".strip()
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {EIGHT}".strip()
     environment = {**os.environ, "XLA_FLAGS": flags}
     for name in [n for n in environment if n.startswith("PYTEST_")]:
         del environment[name]

@@ -5,6 +5,8 @@ A matrix of tiny random models, each method past its trained length, rows ragged
 
 import dataclasses
 import functools
+import itertools
+import os
 from typing import Any
 
 import jax
@@ -29,6 +31,13 @@ KINDS = {"MHA": 4, "GQA": 2, "MQA": 1}  # key/value heads of 4
 each_method = pytest.mark.parametrize("method", METHODS)
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_tied = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+# Neither heads nor head know the method: all combinations in float32, of the rest every
+# method and every model, and all of them where JROPE_ALL_PAIRS is set.
+PAIRS = {(method, "GQA", False) for method in METHODS}
+PAIRS |= {("yarn", kind, tied) for kind in KINDS for tied in (False, True)}
+if os.environ.get("JROPE_ALL_PAIRS"):
+    PAIRS = {*itertools.product(METHODS, KINDS, (False, True))}
+each_pair = pytest.mark.parametrize(("method", "kind", "tied"), sorted(PAIRS))
 
 
 @pytest.fixture(scope="module")
@@ -91,9 +100,7 @@ def test_logits_in_float32(make: Any, method: str, kind: str, tied: bool) -> Non
     assert error.of_max <= 2e-5
 
 
-@each_tied
-@each_kind
-@each_method
+@each_pair
 def test_logits_in_bfloat16(make: Any, method: str, kind: str, tied: bool) -> None:
     import torch
 
@@ -133,9 +140,7 @@ class Greedy:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-@each_tied
-@each_kind
-@each_method
+@each_pair
 def test_greedy_tokens(make: Any, method: str, kind: str, tied: bool) -> None:
     """From past the trained length, across it, and inside."""
     model, params, config = make(method, kind, tied)
