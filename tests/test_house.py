@@ -27,7 +27,7 @@ ARROWS = {
     "numerics": "",
     "tree": "",
     "rope": "errors numerics",
-    "sharding": "errors tree",
+    "sharding": "errors numerics tree",
     "model": "errors numerics tree rope sharding",
     "weights": "errors numerics tree sharding model",
     "hf": "errors tree rope sharding model weights",

@@ -44,8 +44,8 @@ def compile_ahead(
       JropeError: as `generate`.
     """
     check_params(params)
-    layout = layout_of(params)
-    request = prepare(prompt, lengths, config, layout, **options)
+    request = prepare(prompt, lengths, config, layout_of(params), **options)
+    layout = request.layout
     static: dict[str, Any] = {"config": config, "scored": logprobs, "layout": layout}
     first = (params, *chunk_inputs(request, 0), None, None)
     static_first = {**static, "capacity": request.capacity}

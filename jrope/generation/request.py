@@ -5,8 +5,8 @@ number of new tokens are traced.
 """
 
 from collections.abc import Collection, Mapping, Set
-from dataclasses import dataclass, fields
-from typing import Any, TypedDict, cast
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypedDict, cast, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,7 @@ from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import PAD_RIGHT, refuse_unknown
 from jrope.model.placed import check_divides, check_rows, row_specs
+from jrope.sharding.axes import Sums
 from jrope.sharding.meshes import Layout
 
 STOP_IDS = 8  # stop ids are padded to a multiple of this
@@ -49,6 +50,7 @@ class Options(TypedDict, total=False):
       stop_ids: ids that end a row; None: the config's eos_token_id.
       pad_id: fills rows after their stop; None: the config's pad_token_id, else 0.
       prefill_chunk: tokens of the prompt at a time; None: all at once.
+      sums: on a mesh, how devices add up their products: see `sharding.axes.Sums`.
     """
 
     sampler: Sampler | None
@@ -58,6 +60,7 @@ class Options(TypedDict, total=False):
     stop_ids: Collection[int] | None
     pad_id: int | None
     prefill_chunk: int | None
+    sums: Sums
 
 
 @jax.tree_util.register_dataclass
@@ -134,6 +137,7 @@ def prepare(
     stop_ids: Collection[int] | None = None,
     pad_id: int | None = None,
     prefill_chunk: int | None = None,
+    sums: Sums = "auto",
     **unknown: Any,
 ) -> Request:
     """Check a request and round its shapes up; arguments as `Options` and `generate`.
@@ -167,6 +171,8 @@ def prepare(
         raise JropeError(f"max_new_tokens: got {got}, want at most {LONGEST} in all")
     if prefill_chunk is not None:
         check_count("prefill_chunk", prefill_chunk, 1)
+    if sums not in (kinds := get_args(Sums)):
+        raise JropeError(f"sums: got {sums!r}, want one of {', '.join(kinds)}")
     padded = bucket(width)
     chunk = padded if prefill_chunk is None else min(prefill_chunk, padded)
     padded = -(-padded // chunk) * chunk
@@ -176,6 +182,7 @@ def prepare(
     if layout is not None:
         check_divides(config, layout)
         check_rows(batch, layout)
+        layout = replace(layout, axes=replace(layout.axes, sums=sums))
         sampling = layout.place(sampling, sampling_specs(layout, sampling))
     return Request(
         prompt=tokens,

@@ -75,12 +75,11 @@ def generate(
       JropeError: an empty prompt, ids outside the vocabulary, a missing key, ...
     """
     check_params(params)
-    layout = layout_of(params)
-    request = prepare(prompt, lengths, config, layout, **options)
+    request = prepare(prompt, lengths, config, layout_of(params), **options)
     cache, state, scores = prefill_and_first_token(params, request, config, logprobs)
     limit = request.place(jnp.asarray(request.max_new_tokens, jnp.int32))
     given = params, cache, state, request.sampling, limit
-    _, state = decode(*given, config=config, layout=layout)
+    _, state = decode(*given, config=config, layout=request.layout)
     new = request.max_new_tokens
     return Generation(
         tokens=state.tokens[:, :new],

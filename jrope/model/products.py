@@ -41,9 +41,10 @@ def linear(
         y = _product(x, weights["kernel"], 0, exact)
     else:
         y = _product(x, weights["weight"], 1, exact)
-    y = axes.total(y)
     if scale is not None:
         y = y * with_rank(scale, y.ndim)
+    if axes.tensor:
+        y = axes.product(y, dtype)
     if factor is not None:
         y = y * factor
     if bias is not None:

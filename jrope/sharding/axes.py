@@ -1,14 +1,27 @@
 """The axes of a mesh by what they split, and the sums over them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
-from typing import Any, final
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, final
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.typing import DTypeLike
+
+from jrope.numerics import rounded
 
 Names = tuple[str, ...]
+Sums: TypeAlias = Literal["auto", "float32", "rounded", "narrow"]
+"""How the partial sums of a product travel; bytes by each device, of n, in 16 bits:
+
+- "float32": added in float32, 8 (n - 1) / n an element, one collective;
+- "rounded": each device adds its share of them in float32 and sends the sum rounded,
+  which is the same number for 6 (n - 1) / n, in two collectives;
+- "narrow": rounded before they are added, 4 (n - 1) / n;
+- "auto": "float32" for one token a row, which waits for the collective and not for its
+  bytes; else "rounded".
+"""
 
 
 @final
@@ -24,25 +37,51 @@ class Axes:
       kv_heads: key/value heads, in weights and cache; a part of `tensor`, whose other
         axes hold the same heads.
       fsdp: every matrix's other axis; a layer's weights are gathered when it runs.
+      sums: how partial sums over `tensor` travel, see `Sums`.
     """
 
     batch: Names = ("data", "fsdp")
     tensor: Names = ("model", "replica")
     kv_heads: Names = ("model",)
     fsdp: Names = ("fsdp",)
+    sums: Sums = "auto"
 
     def on(self, sizes: Mapping[Any, int]) -> "Axes":
         """Without the axes that a mesh of these sizes lacks, or that split nothing."""
-        parts = {field.name: getattr(self, field.name) for field in fields(self)}
-        kept = {
-            part: tuple(name for name in names if sizes.get(name, 1) > 1)
-            for part, names in parts.items()
-        }
-        return Axes(**kept)
+
+        def there(names: Names) -> Names:
+            return tuple(name for name in names if sizes.get(name, 1) > 1)
+
+        return replace(
+            self,
+            batch=there(self.batch),
+            tensor=there(self.tensor),
+            kv_heads=there(self.kv_heads),
+            fsdp=there(self.fsdp),
+        )
 
     def total(self, x: jax.Array) -> jax.Array:
         """The sum of every share's x."""
         return jax.lax.psum(x, self.tensor) if self.tensor else x
+
+    def product(self, x: jax.Array, dtype: DTypeLike) -> jax.Array:
+        """The sum of every share's x, float32 [B, T, D], which is to become `dtype`."""
+        how = self.sums
+        if how == "auto":
+            how = "rounded" if x.shape[1] > 1 else "float32"
+        tokens, wide = x.shape[0] * x.shape[1], jnp.dtype(dtype) == jnp.float32
+        if how == "float32" or wide or not self.tensor:
+            return self.total(x)
+        if how == "narrow":
+            return self.total(rounded(x, dtype).astype(dtype)).astype(x.dtype)
+        if tokens % self.count():
+            return self.total(x)
+        own = jax.lax.psum_scatter(
+            x.reshape(tokens, -1), self.tensor, scatter_dimension=0, tiled=True
+        )
+        own = rounded(own, dtype).astype(dtype)
+        whole = jax.lax.all_gather(own, self.tensor, axis=0, tiled=True)
+        return whole.reshape(x.shape).astype(x.dtype)
 
     def largest(self, x: jax.Array) -> jax.Array:
         """The largest x of all shares."""
