@@ -23,6 +23,7 @@ from jrope.generation.request import (
 from jrope.generation.sample import Sampler, log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
+from jrope.model.context import context_share
 from jrope.model.llama import hidden_states, last_token, unembed
 from jrope.model.placed import cache_specs, logit_specs, row_specs, share_of
 from jrope.model.scores import token_logprobs
@@ -98,6 +99,7 @@ def prefill(
         rows = layout.rows()
         returned = rows, cache_specs(layout), rows if scored else None
         return layout.map(share, specs, returned)(params, *given)
+    share = context_share(tokens[:, :-1], cache, axes)
     x, cache = hidden_states(
         params,
         tokens[:, :-1],
@@ -108,9 +110,9 @@ def prefill(
         capacity=capacity,
         axes=axes,
     )
-    score = partial(token_logprobs, params, config=config, axes=axes)
+    score = partial(token_logprobs, params, config=config, axes=axes, share=share)
     scores = score(x, tokens[:, 1:]) if scored else None
-    newest = last_token(x, lengths)
+    newest = last_token(x, lengths, share)
     if last is not None:
         newest = jnp.where((lengths > 0)[:, None], newest, last)
     return newest, cache, scores

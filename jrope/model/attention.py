@@ -10,18 +10,24 @@ prompt never builds a T x S matrix for all heads.
 import math
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jrope.numerics import cpu_barrier, matmul_precision
+from jrope.sharding import stripes
+from jrope.sharding.axes import ONE, Axes
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
 LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exactly 0
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+
+SoftmaxSums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+"""Of queries [..., H], float32: the largest score so far and the sum of exponentials
+relative to it, both [...], and the values weighted by these, [..., H]."""
 
 
 def attend(
@@ -32,6 +38,7 @@ def attend(
     *,
     window: int | None = None,
     segments: jax.Array | None = None,
+    slots: jax.Array | None = None,
 ) -> jax.Array:
     """Causal attention of T new tokens over S slots.
 
@@ -40,15 +47,16 @@ def attend(
       k, v: [B, S, K, H]; slots past a row's last query may hold anything finite.
       starts: int32 [B], the slot of each row's first query; None: 0 for all, T = S.
       window: a query sees this many slots up to its own; None: all of them.
-      segments: int32 [B, T], without `starts`: a query sees its own segment only.
+      segments: int32 [B, S], without `starts`: a query sees its own segment only.
+      slots: int32 [B, T], the slot of every query, where they do not follow each other.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
-    plain = window is None and segments is None
+    plain = window is None and segments is None and slots is None
     if plain and _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
         return jax.lax.platform_dependent(q, k, v, starts, cuda=_cudnn, default=_xla)
-    return _xla(q, k, v, starts, window=window, segments=segments)
+    return _xla(q, k, v, starts, window=window, segments=segments, slots=slots)
 
 
 def _xla(
@@ -58,14 +66,20 @@ def _xla(
     starts: jax.Array | None,
     window: int | None = None,
     segments: jax.Array | None = None,
+    slots: jax.Array | None = None,
 ) -> jax.Array:
     """Plain XLA, for every platform."""
-    queries = _Queries(slots=_slots(q, starts), segments=segments, window=window)
+    own = segments
+    if slots is None:
+        slots = _slots(q, starts)
+    elif segments is not None:
+        own = jnp.take_along_axis(segments, slots, axis=1, mode="clip")
+    queries = Queries(slots=slots, segments=own, window=window)
     if q.shape[1] == 1:
-        return _one_query(q, k, v, queries)
+        return one_query(q, k, v, queries, segments)
     if q.shape[1] * k.shape[1] <= WHOLE:
-        return _whole(q, k, v, queries)
-    return _blockwise(q, k, v, queries)
+        return _whole(q, k, v, queries, segments)
+    return _blockwise(q, k, v, queries, segments)
 
 
 @partial(
@@ -74,7 +88,7 @@ def _xla(
     meta_fields=("window",),
 )
 @dataclass(frozen=True, kw_only=True)
-class _Queries:
+class Queries:
     """Where queries stand, int32 [B, T], and what that lets them see."""
 
     slots: jax.Array
@@ -111,39 +125,55 @@ def _cudnn(
 
 def _slots(q: jax.Array, starts: jax.Array | None) -> jax.Array:
     """The slot of every query: int32 [B, T]."""
-    steps = _steps(q.shape[1])[None, :]
+    at = steps(q.shape[1])[None, :]
     if starts is None:
-        return jnp.broadcast_to(steps, q.shape[:2])
-    return starts[:, None] + steps
+        return jnp.broadcast_to(at, q.shape[:2])
+    return starts[:, None] + at
 
 
-def _steps(count: int) -> jax.Array:
+def steps(count: int) -> jax.Array:
+    """0, 1, 2, ...: int32 [count]."""
     return jnp.arange(count, dtype=jnp.int32)
 
 
-def _scale(q: jax.Array) -> np.float32:
+def scale_of(q: jax.Array) -> np.float32:
+    """What scores are multiplied by."""
     return np.float32(1 / math.sqrt(q.shape[-1]))
 
 
-def _whole(q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries) -> jax.Array:
+def _whole(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    segments: jax.Array | None,
+) -> jax.Array:
     """All T x S scores at once: short prompts."""
     batch, tokens, _, head_dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
-    scores = _einsum("BTKGH,BSKH->BKGTS", grouped, k) * _scale(q)
-    hidden = queries.hidden(_steps(k.shape[1]), queries.segments)
+    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k) * scale_of(q)
+    hidden = queries.hidden(steps(k.shape[1]), segments)
     scores = jnp.where(hidden[:, None, None], -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = _einsum("BKGTS,BSKH->BTKGH", weights, v)
+    y = einsum("BKGTS,BSKH->BTKGH", weights, v)
     return y.astype(q.dtype).reshape(q.shape)
 
 
-def _one_query(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries
+def one_query(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    segments: jax.Array | None = None,
+    axes: Axes = ONE,
 ) -> jax.Array:
     """A decode step, which reads keys and values where they lie.
 
     The query heads stand in a matrix [N, K x H] that is zero outside their own key
     head: K times the arithmetic of `_whole`, which would transpose all slots first.
+
+    Where a mesh splits the slots each device sees its own, and [B, N] and [B, N, H + 1]
+    go between them, however many slots there are.
     """
     batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
@@ -152,32 +182,61 @@ def _one_query(
     spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
-    scores = _einsum("BNX,BSX->BNS", spread, k) * _scale(q)
-    hidden = queries.hidden(_steps(k.shape[1]), queries.segments)
-    scores = jnp.where(hidden, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = _einsum("BNS,BSX->BNX", weights, v).reshape(batch, heads, kv_heads, head_dim)
-    y = jnp.sum(jnp.where(own, y, 0), axis=2)
+    scores = einsum("BNX,BSX->BNS", spread, k) * scale_of(q)
+    hidden = queries.hidden(stripes.slots(k.shape[1], axes), segments)
+    if axes.context:
+        scores = jnp.where(hidden, LOWEST, scores)
+        top = jax.lax.pmax(jnp.max(scores, axis=-1, keepdims=True), axes.context)
+        weights = jnp.exp(scores - top)
+    else:
+        weights = jax.nn.softmax(jnp.where(hidden, -jnp.inf, scores), axis=-1)
+    y = einsum("BNS,BSX->BNX", weights.astype(v.dtype), v)
+    y = jnp.where(own, y.reshape(batch, heads, kv_heads, head_dim), 0)
+    y = jnp.sum(y, axis=2)
+    if axes.context:
+        sums = y, jnp.sum(weights, axis=-1, keepdims=True)
+        y = jax.lax.psum(jnp.concatenate(sums, axis=-1), axes.context)
+        y = y[..., :-1] / y[..., -1:]
     return y.astype(q.dtype).reshape(q.shape)
 
 
 def _blockwise(
-    q: jax.Array, k: jax.Array, v: jax.Array, queries: _Queries
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    queries: Queries,
+    segments: jax.Array | None,
 ) -> jax.Array:
     """Online softmax over blocks of keys, block after block of queries.
 
     Milakov and Gimelshein 2018 (arXiv:1805.02867); Rabe and Staats 2021
     (arXiv:2112.05682).  Blocks that no query sees are skipped, and the backward pass
-    computes a query block's scores anew.  Key/value heads come first and their query
-    heads are rows of one matrix: plain matrix products on every backend.
+    computes a query block's scores anew.
+    """
+    keys = in_key_blocks(k, v, steps(k.shape[1]), segments)
+
+    @jax.checkpoint
+    def one_block(
+        carry: None, block: tuple[jax.Array, Queries]
+    ) -> tuple[None, jax.Array]:
+        _, total, acc = see_block(*block, keys)
+        return carry, (acc / total[..., None]).astype(q.dtype)
+
+    _, out = jax.lax.scan(one_block, None, in_blocks(q, queries, k.shape[2]))
+    return out_of_blocks(out, q)
+
+
+def in_blocks(
+    q: jax.Array, queries: Queries, kv_heads: int
+) -> tuple[jax.Array, Queries]:
+    """Queries [B, T, N, H] in blocks: [blocks, B, K, rows, H], and where rows stand.
+
+    Key/value heads come first and their query heads are rows of one matrix: plain
+    matrix products on every backend.
     """
     batch, tokens, heads, head_dim = q.shape
-    kv_heads, block = k.shape[2], min(BLOCK, tokens)
-    q, key_segments = _pad(q, block), queries.segments
-    k, v = (jnp.moveaxis(_pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
-    k = jnp.swapaxes(k, 2, 3)
-    if key_segments is not None:
-        key_segments = _pad(key_segments, BLOCK)
+    block = min(BLOCK, tokens)
+    q = pad(q, block)
     # [B, blocks x block, K x G, H] -> [blocks, B, K, G x block, H]
     count = q.shape[1] // block
     blocks = q.reshape(batch, count, block, kv_heads, -1, head_dim)
@@ -185,88 +244,109 @@ def _blockwise(
     blocks = blocks.reshape(count, batch, kv_heads, -1, head_dim)
 
     def rows(x: jax.Array) -> jax.Array:  # [B, T] -> [blocks, B, G x block]
-        x = _pad(x, block, mode="edge").reshape(batch, count, block)
+        x = pad(x, block, mode="edge").reshape(batch, count, block)
         return jnp.moveaxis(jnp.tile(x, (1, 1, heads // kv_heads)), 1, 0)
 
-    @jax.checkpoint
-    def one_block(
-        carry: None, inputs: tuple[jax.Array, _Queries]
-    ) -> tuple[None, jax.Array]:
-        return carry, _attend_block(inputs[0], k, v, inputs[1], key_segments)
-
-    _, out = jax.lax.scan(one_block, None, (blocks, jax.tree.map(rows, queries)))
-    out = out.reshape(count, batch, kv_heads, -1, block, head_dim)
-    return out.transpose(1, 0, 4, 2, 3, 5).reshape(q.shape)[:, :tokens]
+    return blocks, jax.tree.map(rows, queries)
 
 
-def _pad(x: jax.Array, block: int, **how: Any) -> jax.Array:
+def out_of_blocks(out: jax.Array, q: jax.Array) -> jax.Array:
+    """What was computed for the blocks of q [B, T, N, H], as q lies."""
+    batch, tokens, heads, head_dim = q.shape
+    count, _, kv_heads, _, _ = out.shape
+    out = out.reshape(count, batch, kv_heads, heads // kv_heads, -1, head_dim)
+    out = out.transpose(1, 0, 4, 2, 3, 5)
+    return out.reshape(batch, -1, heads, head_dim)[:, :tokens]
+
+
+def pad(x: jax.Array, block: int, **how: Any) -> jax.Array:
     """Axis 1 up to a multiple of the block; by zeros, which no query sees."""
     widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
     return jnp.pad(x, widths, **how)
 
 
-def _attend_block(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    queries: _Queries,
-    key_segments: jax.Array | None,
-) -> jax.Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KeyBlocks:
+    """Keys and values, padded to whole blocks of `BLOCK`.
+
+    Args:
+      k, v: [B, K, H, S] and [B, K, S, H].
+      slots: int32 [S], ascending.
+      segments: int32 [B, S], or None.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    slots: jax.Array
+    segments: jax.Array | None
+
+
+def in_key_blocks(
+    k: jax.Array, v: jax.Array, slots: jax.Array, segments: jax.Array | None
+) -> KeyBlocks:
+    """Keys and values [B, S, K, H] in those slots; what is padded nobody sees."""
+    k, v = (jnp.moveaxis(pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
+    after = (0, -len(slots) % BLOCK)
+    slots = jnp.pad(slots, after, constant_values=np.iinfo(np.int32).max)
+    segments = None if segments is None else pad(segments, BLOCK)
+    return KeyBlocks(jnp.swapaxes(k, 2, 3), v, slots, segments)
+
+
+def no_sums(q: jax.Array) -> SoftmaxSums:
+    """Of a softmax that saw no key, for queries [..., H]."""
+    zeros = partial(jnp.zeros, dtype=jnp.float32)
+    return jnp.full(q.shape[:-1], LOWEST), zeros(q.shape[:-1]), zeros(q.shape)
+
+
+def see_block(
+    q: jax.Array, queries: Queries, keys: KeyBlocks, sums: SoftmaxSums | None = None
+) -> SoftmaxSums:
     """Queries of one block over all keys.
 
     Args:
       q: [B, K, rows, H], the block's queries of every head in the group.
-      k, v: [B, K, H, S] and [B, K, S, H].
       queries: where the rows stand, [B, rows].
-      key_segments: int32 [B, S], or None.
-
-    Returns:
-      [B, K, rows, H] in q's dtype.
+      keys: of all blocks.
+      sums: what the queries have seen already.
     """
     last, first_seen = jnp.max(queries.slots), 0
     if queries.window is not None:
         first_seen = jnp.min(queries.slots) - (queries.window - 1)
-    zeros = partial(jnp.zeros, dtype=jnp.float32)
-    start = (
-        jnp.full(q.shape[:3], LOWEST),  # running maximum
-        zeros(q.shape[:3]),  # running sum of exponentials
-        zeros(q.shape),  # running weighted values
-    )
 
-    def see(
-        carry: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def see(carry: SoftmaxSums, first: jax.Array) -> SoftmaxSums:
         top, total, acc = carry
         part = partial(jax.lax.dynamic_slice_in_dim, start_index=first)
-        keys = part(k, slice_size=BLOCK, axis=3)
-        values = part(v, slice_size=BLOCK, axis=2)
-        segments = key_segments
+        k = part(keys.k, slice_size=BLOCK, axis=3)
+        v = part(keys.v, slice_size=BLOCK, axis=2)
+        segments = keys.segments
         if segments is not None:
             segments = part(segments, slice_size=BLOCK, axis=1)
-        scores = _einsum("BKXH,BKHS->BKXS", q, keys) * _scale(q)
-        hidden = queries.hidden(first + _steps(BLOCK), segments)
+        scores = einsum("BKXH,BKHS->BKXS", q, k) * scale_of(q)
+        hidden = queries.hidden(part(keys.slots, slice_size=BLOCK), segments)
         scores = jnp.where(hidden[:, None], LOWEST, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
         # What a row sums up before its first visible key, `shrink` makes zero there.
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-        y = _einsum("BKXS,BKSH->BKXH", weights.astype(v.dtype), values)
+        y = einsum("BKXS,BKSH->BKXH", weights.astype(v.dtype), v)
         acc = acc * shrink[..., None] + y
         return new_top, total, acc
 
-    def step(
-        carry: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array
-    ) -> tuple[tuple[jax.Array, jax.Array, jax.Array], None]:
-        seen = (first <= last) & (first + BLOCK > first_seen)
+    def step(carry: SoftmaxSums, first: jax.Array) -> tuple[SoftmaxSums, None]:
+        # Padding in the last block stands past every slot: that block is looked at.
+        seen = (keys.slots[first] <= last) & (
+            keys.slots[first + (BLOCK - 1)] >= first_seen
+        )
         return jax.lax.cond(seen, see, lambda c, _: c, carry, first), None
 
-    firsts = jnp.arange(0, v.shape[2], BLOCK, dtype=jnp.int32)
-    (_, total, acc), _ = jax.lax.scan(step, start, firsts)
-    return (acc / total[..., None]).astype(q.dtype)
+    firsts = jnp.arange(0, keys.v.shape[2], BLOCK, dtype=jnp.int32)
+    start = no_sums(q) if sums is None else sums
+    return jax.lax.scan(step, start, firsts)[0]
 
 
-def _einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """Summed in float32, at the precision of the inputs' dtype."""
     precision = matmul_precision(a.dtype)
     return jnp.einsum(

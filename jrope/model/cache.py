@@ -6,7 +6,7 @@ what lies beyond is overwritten before it is ever seen.
 """
 
 from dataclasses import dataclass
-from typing import final
+from typing import TypeAlias, final
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jrope.model.config import LlamaConfig
 from jrope.numerics import cpu_barrier
+
+Slots: TypeAlias = tuple[jax.Array, jax.Array]
+"""A layer's keys and values [B, S, K, H]."""
 
 
 @final
@@ -23,7 +26,8 @@ class KVCache:
     """Keys and values of L layers, and where each row stands.
 
     Args:
-      keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.
+      keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.  Where
+        a mesh splits the slots they stand in stripes, see `sharding.stripes`.
       lengths: int32 [B], filled slots.
       rope_lengths: int32 [B], read by the methods whose frequencies depend on the
         length: the planned total that the keys were rotated for; with "hf" lengths what

@@ -17,10 +17,15 @@ import jax.numpy as jnp
 
 from jrope.model.attention import attend
 from jrope.rope import LongRope, Rope, rotate, table
+from jrope.sharding import stripes
+from jrope.sharding.axes import ONE, Axes
 
 
 def slot_table(
-    rope: Rope, capacity: int, length: jax.Array | int | None = None
+    rope: Rope,
+    capacity: int,
+    length: jax.Array | int | None = None,
+    axes: Axes = ONE,
 ) -> tuple[jax.Array, jax.Array]:
     """cos and sin that turn the key of every slot.
 
@@ -28,11 +33,12 @@ def slot_table(
       rope: the embedding.
       capacity: S.
       length: what they are for, [B]; None: the trained length, hence every shorter one.
+      axes: where a mesh splits the slots: only of this device's, whose number is S.
 
     Returns:
       float32 [B, S, R], or [1, S, R] for a single length.
     """
-    slots = jnp.arange(capacity, dtype=jnp.int32)[None, :]
+    slots = stripes.slots(capacity, axes)[None, :]
     trained = rope.trained_length or 0
     if length is None or isinstance(length, int):
         return table(rope, slots, length=trained if length is None else length)
@@ -55,6 +61,7 @@ def attend_growing(
     sin: jax.Array,
     rope: Rope,
     window: int | None = None,
+    at: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` for q and k as projected; a query past the trained length costs O(S).
 
@@ -66,6 +73,7 @@ def attend_growing(
         its own length, else those of the trained length.
       rope: the embedding.
       window: as in `attend`.
+      at: int32 [B, T], the slot of every query, instead of `starts`.
 
     Returns:
       [B, T, N, H] in q's dtype.
@@ -74,35 +82,35 @@ def attend_growing(
     own = {"rope": rope, "window": window}
     see = partial(_see, tables=(cos[:, :slots], sin[:, :slots]), **own)
     late = partial(_late, **own)
-    if starts is not None and (count == 1 or slots <= trained):
-        return see(q, k, v, starts)
-    if starts is None:
+    single = count == 1 and starts is not None
+    if starts is not None:
+        at = starts[:, None] + jnp.arange(count, dtype=jnp.int32)[None, :]
+    if at is not None and (single or slots <= trained):
+        return see(q, k, v, at)
+    if at is None:
         y = see(q[:, :trained], k[:, :trained], v[:, :trained], None)
         if count <= trained:
             return y
-        starts = jnp.full(q.shape[0], trained, jnp.int32)
-        return jnp.concatenate([y, late(q[:, trained:], k, v, starts)], axis=1)
-    past = _query_slots(q, starts) >= trained
+        at = jnp.arange(trained, count, dtype=jnp.int32)[None, :]
+        at = jnp.broadcast_to(at, (q.shape[0], count - trained))
+        return jnp.concatenate([y, late(q[:, trained:], k, v, at)], axis=1)
+    past = at >= trained
     return jax.lax.cond(
         jnp.any(past),
         lambda: jnp.where(
             past[:, :, None, None],
-            late(q, k, v, starts),
-            see(q, k, v, starts),
+            late(q, k, v, at),
+            see(q, k, v, at),
         ),
-        lambda: see(q, k, v, starts),
+        lambda: see(q, k, v, at),
     )
-
-
-def _query_slots(q: jax.Array, starts: jax.Array) -> jax.Array:
-    return starts[:, None] + jnp.arange(q.shape[1], dtype=jnp.int32)[None, :]
 
 
 def _see(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    starts: jax.Array | None,
+    at: jax.Array | None,
     tables: tuple[jax.Array, jax.Array],
     *,
     rope: Rope,
@@ -111,21 +119,23 @@ def _see(
     """One table for all queries, and for the keys that they see."""
     turn = partial(rotate, layout=rope.layout, precision=rope.precision)
     k = turn(k, *(x[:, : k.shape[1]] for x in tables))
-    if starts is None:
+    if at is None:
         return attend(
             turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v, window=window
         )
-    at = _query_slots(q, starts)[..., None]
     rows = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in tables)
-    q = turn(q, *(jnp.take_along_axis(x, at, axis=1) for x in rows))
-    return attend(q, k, v, starts, window=window)
+    of = partial(jnp.take_along_axis, indices=at[..., None], axis=1, mode="clip")
+    q = turn(q, *map(of, rows))
+    if q.shape[1] == 1:
+        return attend(q, k, v, at[:, 0], window=window)
+    return attend(q, k, v, window=window, slots=at)
 
 
 def _late(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    starts: jax.Array,
+    at: jax.Array,
     *,
     rope: Rope,
     window: int | None,
@@ -134,13 +144,13 @@ def _late(
     slots, see = k.shape[1], partial(_see, rope=rope, window=window)
     if isinstance(rope.scaling, LongRope):  # the second table and the last
         tables = slot_table(rope, slots, rope.scaling.original_length + 1)
-        return see(q, k, v, starts, tables)
+        return see(q, k, v, at, tables)
 
     @jax.checkpoint  # else the backward pass would keep the keys of every query
     def one(carry: None, query: tuple[jax.Array, jax.Array]) -> tuple[None, jax.Array]:
         x, at = query
         tables = slot_table(rope, slots, at + 1)
-        return carry, see(x[:, None], k, v, at, tables)[:, 0]
+        return carry, see(x[:, None], k, v, at[:, None], tables)[:, 0]
 
-    queries = jnp.moveaxis(q, 1, 0), _query_slots(q, starts).T
+    queries = jnp.moveaxis(q, 1, 0), at.T
     return jnp.moveaxis(jax.lax.scan(one, None, queries)[1], 0, 1)

@@ -11,9 +11,11 @@ from jax.typing import ArrayLike
 from jrope.errors import JropeError
 from jrope.model.cache import KVCache, per_row
 from jrope.model.config import LlamaConfig
+from jrope.model.context import Share
 from jrope.model.growing import slot_table
 from jrope.rope import LongRope, table
 from jrope.rope.frequencies import Length
+from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import Params
 
@@ -134,10 +136,12 @@ def rotary_table(
     rope_lengths: ArrayLike | None,
     capacity: int | None,
     axes: Axes = ONE,
+    share: Share | None = None,
 ) -> tuple[jax.Array, jax.Array, ArrayLike]:
     """cos, sin [B, T, R], once for all layers, and the lengths they were made for.
 
     For growing lengths of the slots, [B, S, R]: see `growing.attend_growing`.
+    With a share, of its tokens.
     """
     batch, count = tokens.shape
     counted, rule = positions is None, config.rope.lengths
@@ -162,9 +166,14 @@ def rotary_table(
     with jax.named_scope("rope"):
         if rule == "growing":
             slots = cache.capacity if cache is not None else capacity or count
-            own = cache.lengths + 1 if cache is not None and count == 1 else None
-            cos, sin = slot_table(config.rope, slots, own)
+            if cache is not None and count == 1:
+                newest = cache.lengths + 1
+                cos, sin = slot_table(config.rope, slots, newest, axes)
+            else:
+                slots *= stripes.count(axes) if cache is not None else 1
+                cos, sin = slot_table(config.rope, stripes.padded(slots, axes))
         else:
+            positions = positions if share is None else share.take(positions)
             cos, sin = table(config.rope, positions, length=cast(Length, rope_lengths))
     return cos, sin, rope_lengths
 

@@ -7,7 +7,6 @@ Sources: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); SwiGLU, Shazeer 20
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +15,9 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.activations import ACTIVATIONS
 from jrope.model.attention import attend
-from jrope.model.cache import grow, write
+from jrope.model.cache import Slots, grow, write
 from jrope.model.config import LlamaConfig
+from jrope.model.context import Share, attend_share, attend_share_growing, remember
 from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
 from jrope.numerics import with_rank
@@ -32,9 +32,6 @@ FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-Slots: TypeAlias = tuple[jax.Array, jax.Array]
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Step:
@@ -45,6 +42,7 @@ class Step:
       slots: this layer's keys and values [B, S, K, H] to write into; None: none yet.
       starts: int32 [B], filled slots of each row, given with `slots`.
       segments: int32 [B, T], equal for tokens of one sequence; None: a row is one.
+      share: where a mesh splits the sequence, what this device computes of it.
     """
 
     cos: jax.Array
@@ -52,6 +50,7 @@ class Step:
     slots: Slots | None = None
     starts: jax.Array | None = None
     segments: jax.Array | None = None
+    share: Share | None = None
 
 
 def attention(
@@ -83,7 +82,15 @@ def attention(
     elif rotary:
         turn = partial(rotate, **tables, layout=rope.layout, precision=rope.precision)
         q, k = turn(q), turn(k)
-    if step.slots is None or step.starts is None:
+    if step.share is not None:
+        slots = remember(step.slots, (k, v), step.share, capacity)
+        seen = (k, v) if step.slots is None else slots
+        if rotary and rope.lengths == "growing":
+            see = partial(attend_share_growing, **tables, rope=rope)
+        else:
+            see = partial(attend_share, segments=step.segments, config=config)
+        y = see(q, seen, step.share, window=window)
+    elif step.slots is None or step.starts is None:
         y = see(q, k, v)
         slots = grow(k, capacity), grow(v, capacity)
     else:

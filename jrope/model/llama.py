@@ -21,6 +21,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jrope.model.cache import KVCache, per_row
 from jrope.model.config import LlamaConfig, parameter_shapes
+from jrope.model.context import Share, context_share
 from jrope.model.inputs import (
     check_inputs,
     check_segment_rope,
@@ -32,6 +33,7 @@ from jrope.model.layers import Step, decoder_layer, gathered, rms_norm
 from jrope.model.placed import cache_specs, logit_specs, on_mesh
 from jrope.model.products import linear
 from jrope.numerics import cpu_barrier
+from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 from jrope.sharding.meshes import layout_of
 from jrope.tree import Params, Tree, flatten, nest
@@ -101,9 +103,11 @@ def forward(
     x, cache = hidden_states(
         params, tokens, **given, config=config, capacity=capacity, axes=axes
     )
+    share = context_share(tokens, given["cache"], axes)
     if logits == "last":
-        x = last_token(x, lengths)
-    return unembed(params, x, config=config, axes=axes), cache
+        x, share = last_token(x, lengths, share), None
+    y = unembed(params, x, config=config, axes=axes)
+    return y if share is None else share.whole(y), cache
 
 
 def hidden_states(
@@ -123,6 +127,7 @@ def hidden_states(
 ) -> tuple[jax.Array, KVCache]:
     """`forward` up to and including the final norm: [B, T, D] in the dtype of `embed`.
 
+    With `axes` that split the sequence, of this device's tokens: see `context.Share`.
     With `remat`, a backward pass keeps no more than each layer's input, and computes
     the rest of the layer anew: less memory for a third more time.
     """
@@ -137,7 +142,7 @@ def hidden_states(
         }
         specs = layout.rows(), cache_specs(layout)
         how = {"config": config, "capacity": capacity, "remat": remat}
-        return on_mesh(hidden_states, layout, params, tokens, given, how, specs)
+        return on_mesh(_every_state, layout, params, tokens, given, how, specs)
     tokens, positions, segments = check_inputs(
         params, tokens, positions, cache, capacity, segment_ids
     )
@@ -146,21 +151,22 @@ def hidden_states(
     if segments is not None:
         check_segment_rope(config, rope_lengths)
         positions = segment_positions(segments) if positions is None else positions
+    share = context_share(tokens, cache, axes)
     cos, sin, rope_lengths = rotary_table(
-        config, tokens, positions, cache, lengths, rope_lengths, capacity, axes
+        config, tokens, positions, cache, lengths, rope_lengths, capacity, axes, share
     )
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
-    x = embed(model, tokens, axes)
+    x = embed(model, tokens if share is None else share.take(tokens), axes)
     starts = None if cache is None else cache.lengths
-    if cache is not None:
-        capacity = cache.capacity
     capacity = count if capacity is None else capacity
+    own = stripes.share(capacity, axes) if cache is None else cache.capacity
+    capacity = own * stripes.count(axes)
     keys, values = [], []
-    layer = partial(decoder_layer, config=config, capacity=capacity, axes=axes)
+    layer = partial(decoder_layer, config=config, capacity=own, axes=axes)
     layer = jax.checkpoint(layer) if remat else layer
-    step = Step(cos=cos, sin=sin, starts=starts, segments=segments)
+    step = Step(cos=cos, sin=sin, starts=starts, segments=segments, share=share)
     for i in range(config.num_hidden_layers):
         if cache is not None:
             step = replace(step, slots=(cache.keys[i], cache.values[i]))
@@ -173,6 +179,20 @@ def hidden_states(
     x = jnp.where((filled > capacity)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
     cache = KVCache(tuple(keys), tuple(values), filled, per_row(rope_lengths, batch))
     return x, cache
+
+
+def _every_state(
+    params: Params,
+    tokens: jax.Array,
+    *,
+    cache: KVCache | None = None,
+    axes: Axes,
+    **given: Any,
+) -> tuple[jax.Array, KVCache]:
+    """`hidden_states` of all tokens, on every device."""
+    x, after = hidden_states(params, tokens, cache=cache, axes=axes, **given)
+    share = context_share(tokens, cache, axes)
+    return x if share is None else share.whole(x), after
 
 
 def embed(model: Params, tokens: jax.Array, axes: Axes = ONE) -> jax.Array:
@@ -213,12 +233,18 @@ def _embed_share(
     return jnp.where((ids < total)[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 
 
-def last_token(x: jax.Array, lengths: ArrayLike | None) -> jax.Array:
+def last_token(
+    x: jax.Array, lengths: ArrayLike | None, share: Share | None = None
+) -> jax.Array:
     """The last valid token of each row: [B, T, D] -> [B, D]."""
-    if lengths is None:
+    count = x.shape[1] if share is None else share.count
+    if lengths is None and share is None:
         return x[:, -1]
-    index = per_row(lengths, x.shape[0])[:, None, None] - 1
-    return jnp.take_along_axis(x, jnp.maximum(index, 0), axis=1)[:, 0]
+    index = per_row(count if lengths is None else lengths, x.shape[0]) - 1
+    index = jnp.maximum(index, 0)
+    if share is not None:
+        return share.pick(x, index)
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
 def unembed(

@@ -132,9 +132,9 @@ def check_rows(rows: int, layout: Layout) -> None:
 
 
 def cache_specs(layout: Layout) -> Any:
-    """How a `KVCache` is split: a cache of specs, rows and key/value heads."""
+    """How a `KVCache` is split: a cache of specs, rows, slots and key/value heads."""
     rows, heads = entry(layout.axes.batch), entry(layout.axes.kv_heads)
-    slots: Any = PartitionSpec(rows, None, heads, None)
+    slots: Any = PartitionSpec(rows, entry(layout.axes.context), heads, None)
     lengths: Any = PartitionSpec(rows)
     return KVCache(keys=slots, values=slots, lengths=lengths, rope_lengths=lengths)
 

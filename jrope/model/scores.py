@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jrope.model.config import LlamaConfig
+from jrope.model.context import Share, context_share
 from jrope.model.llama import hidden_states, unembed
 from jrope.model.placed import on_mesh
 from jrope.sharding.axes import ONE, Axes
@@ -75,9 +76,16 @@ def _score(
         remat=remat,
         axes=axes,
     )
-    targets = jnp.asarray(tokens)[:, 1:]
-    scores = token_logprobs(params, x[:, :-1], targets, config=config, axes=axes)
-    steps = jnp.arange(1, x.shape[1], dtype=jnp.int32)[None, :]
+    tokens = jnp.asarray(tokens)
+    share, targets = context_share(tokens, None, axes), tokens[:, 1:]
+    if share is None:
+        x = x[:, :-1]
+    else:
+        targets = jnp.pad(targets, ((0, 0), (0, 1)))
+    scores = token_logprobs(params, x, targets, config=config, axes=axes, share=share)[
+        :, : tokens.shape[1] - 1
+    ]
+    steps = jnp.arange(1, tokens.shape[1], dtype=jnp.int32)[None, :]
     known = steps < cache.lengths[:, None]
     if segment_ids is not None:
         segments = jnp.asarray(segment_ids)
@@ -92,6 +100,7 @@ def token_logprobs(
     *,
     config: LlamaConfig,
     axes: Axes = ONE,
+    share: Share | None = None,
 ) -> jax.Array:
     """log softmax(unembed(x))[target], never holding more than 256 x V logits a row.
 
@@ -100,10 +109,15 @@ def token_logprobs(
       x: hidden states [B, T, D], after the final norm.
       targets: integers [B, T].
       axes: as in `forward`.
+      share: whose tokens x has, where a mesh splits the sequence.
 
     Returns:
       float32 [B, T].
     """
+    if share is not None:
+        own = share.take(targets)
+        scores = token_logprobs(params, x, own, config=config, axes=axes)
+        return share.whole(scores)
     batch, count = targets.shape
     size = max(1, min(LOGITS_AT_ONCE, count))
     pad = -count % size

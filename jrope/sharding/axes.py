@@ -37,6 +37,7 @@ class Axes:
       kv_heads: key/value heads, in weights and cache; a part of `tensor`, whose other
         axes hold the same heads.
       fsdp: every matrix's other axis; a layer's weights are gathered when it runs.
+      context: the tokens of a prompt and the slots of the cache, see `stripes`.
       sums: how partial sums over `tensor` travel, see `Sums`.
     """
 
@@ -44,6 +45,7 @@ class Axes:
     tensor: Names = ("model", "replica")
     kv_heads: Names = ("model",)
     fsdp: Names = ("fsdp",)
+    context: Names = ("context",)
     sums: Sums = "auto"
 
     def on(self, sizes: Mapping[Any, int]) -> "Axes":
@@ -58,6 +60,7 @@ class Axes:
             tensor=there(self.tensor),
             kv_heads=there(self.kv_heads),
             fsdp=there(self.fsdp),
+            context=there(self.context),
         )
 
     def total(self, x: jax.Array) -> jax.Array:
@@ -118,7 +121,7 @@ class Axes:
         return weight[0] if is_joined(name) and self.tensor else weight
 
 
-ONE = Axes(batch=(), tensor=(), kv_heads=(), fsdp=())
+ONE = Axes(batch=(), tensor=(), kv_heads=(), fsdp=(), context=())
 """No mesh: a single device."""
 
 # projection -> whether its outputs are split ("out") or its inputs ("in")

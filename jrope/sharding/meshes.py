@@ -13,7 +13,7 @@ from jrope.errors import JropeError, did_you_mean
 from jrope.sharding.axes import Axes, Names, entry, spec_of, specs_of
 from jrope.tree import Params, Tree, flatten, nest
 
-NAMES = ("data", "fsdp", "model", "replica")
+NAMES = ("data", "fsdp", "context", "model", "replica")
 
 
 def mesh(text: str) -> Mesh:
@@ -22,7 +22,8 @@ def mesh(text: str) -> Mesh:
     Args:
       text: axes and their sizes, the one whose devices are nearest to each other last.
         "data" splits rows; "model" heads, MLP and vocabulary; "fsdp" rows, and the
-        weights as they are stored; "replica" what "model" does, save for key/value
+        weights as they are stored; "context" a prompt and the cache along their
+        tokens; "replica" what "model" does, save for key/value
         heads, which each of its devices holds.
 
     Raises:
@@ -136,7 +137,7 @@ def layout(mesh: Mesh, axes: Axes | None = None) -> Layout:
       JropeError: an axis of the mesh that `axes` does not name.
     """
     axes = Axes() if axes is None else axes
-    known = {*axes.batch, *axes.tensor, *axes.kv_heads, *axes.fsdp}
+    known = {*axes.batch, *axes.tensor, *axes.kv_heads, *axes.fsdp, *axes.context}
     if lost := [name for name in mesh.axis_names if name not in known]:
         wanted = f"axes of {', '.join(NAMES)}; or name them in jrope.Axes(batch=...)"
         raise JropeError(f"mesh: got axes {lost} that split nothing, want {wanted}")
@@ -147,7 +148,7 @@ def layout_of(params: Params) -> Layout | None:
     """The mesh on which parameters stand, and its axes as they split these; or None.
 
     The parameters are asked, so that nobody can say otherwise than they stand: the
-    axes that do not split a weight split the batch.
+    axes that do not split a weight split the batch, but for the one named "context".
 
     Raises:
       JropeError: some are placed in another way than `shard` and `load` do.
@@ -162,7 +163,8 @@ def layout_of(params: Params) -> Layout | None:
     vocabulary, width = (_split(embedding, axis) for axis in (0, 1))
     keys = [n for n in flat if n.endswith("0.self_attn.k_proj.weight")]
     kv = _split(flat[keys[0]], 0) if keys else vocabulary
-    rest = tuple(n for n in found.mesh.axis_names if n not in vocabulary)
+    split = {*vocabulary, *Axes().context}
+    rest = tuple(n for n in found.mesh.axis_names if n not in split)
     axes = Axes(batch=rest, tensor=vocabulary, kv_heads=kv, fsdp=width)
     axes = axes.on(found.mesh.shape)
     mesh = cast(Mesh, found.mesh)  # or an abstract one, of a traced function
