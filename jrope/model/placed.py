@@ -15,7 +15,7 @@ from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import integer_array
 from jrope.sharding.axes import Axes, Names, entry, is_joined
-from jrope.sharding.meshes import Layout, layout, mesh_text
+from jrope.sharding.meshes import Layout, layout, mesh_text, stands
 from jrope.tree import Params, Tree, flatten
 
 
@@ -178,11 +178,25 @@ def on_mesh(
     """
     tokens = integer_array("tokens", tokens, "integers [B, T]")
     check_rows(tokens.shape[0], layout)
+    _check_cache(given.get("cache"), layout)
     arrays = {name: x for name, x in given.items() if x is not None}
     arrays = jax.tree.map(jnp.asarray, {"tokens": tokens, **arrays})
     arrays = layout.place(arrays, row_specs(layout, arrays))
     share = {**how, "config": share_of(how["config"], layout), "axes": layout.axes}
     return _run(params, arrays, function, layout, tuple(share.items()), returned)
+
+
+def _check_cache(cache: KVCache | None, layout: Layout) -> None:
+    """Raise a JropeError for a cache whose slots stand in another order."""
+    if cache is None or not layout.axes.context:
+        return
+    wanted = layout.sharding(cache_specs(layout).keys)
+    if not all(stands(x, wanted) for x in (*cache.keys, *cache.values)):
+        raise JropeError(
+            "cache: got one of another mesh, or of none, whose slots stand in another "
+            f"order than over {_sizes(layout, layout.axes.context)}; begin without a "
+            "cache, and give capacity"
+        )
 
 
 @partial(jax.jit, static_argnames=("function", "layout", "how", "returned"))

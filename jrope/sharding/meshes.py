@@ -173,7 +173,7 @@ def layout_of(params: Params) -> Layout | None:
     wrong = [
         f"{name} is {getattr(_sharding(x), 'spec', 'elsewhere')}, want {wanted[name]}"
         for name, x in flat.items()
-        if not _stands(x, there.sharding(wanted[name]))
+        if not stands(x, there.sharding(wanted[name]))
     ]
     if wrong:
         more = f" and {len(wrong) - 1} more" * (len(wrong) > 1)
@@ -208,7 +208,8 @@ def _split(x: Any, axis: int) -> Names:
     return tuple(name for name in names if found.mesh.shape[name] > 1)
 
 
-def _stands(x: Any, wanted: NamedSharding) -> bool:
+def stands(x: Any, wanted: NamedSharding) -> bool:
+    """Whether an array stands on that mesh and is split in that way."""
     found = _sharding(x)
     same = found is not None and found.mesh == wanted.mesh
     axes = range(x.ndim)
