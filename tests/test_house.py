@@ -32,10 +32,10 @@ ARROWS = {
     "weights": "errors numerics tree sharding model",
     "hf": "errors tree rope sharding model weights",
     "generation": "errors tree sharding model",
-    "parity": "errors tree rope model hf",
+    "parity": "errors tree rope model hf sharding",
     "bench": "errors numerics tree rope model weights hf generation batch",
     "plan": "errors model weights generation bench",
-    "lab": "errors tree rope model generation",
+    "lab": "errors tree rope sharding model generation",
     "batch": "errors numerics tree sharding model hf generation",
     "cli": "errors tree rope model weights hf generation parity bench plan lab batch",
 }

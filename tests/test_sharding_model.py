@@ -68,8 +68,13 @@ def test_key_value_heads_may_stand_on_replicas():
     got, cache = run(placed, tokens)
     assert_close(got, jax.jit(run)(params, tokens)[0])
     assert cache.keys[0].sharding.spec == PartitionSpec(None, None, "model")
-    with pytest.raises(jrope.JropeError, match="stand on replicas"):
-        fuse(placed)
+    joined = fuse(placed)
+    assert_close(run(joined, tokens)[0], got)
+    jax.tree.map(assert_same, unfuse(joined, config), placed)
+    mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(4, 2), ("x", "y"))
+    named = jrope.Axes(batch=(), tensor=("x", "y"), kv_heads=("x",), fsdp=())
+    with pytest.raises(jrope.JropeError, match='name the axis "replica"'):
+        fuse(jrope.shard(params, mesh, config, named))
 
 
 @pytest.mark.parametrize("form", ["fuse", "kernel", "int8", "int8-fuse", "tied-int8"])
@@ -90,14 +95,23 @@ def test_score_takes_every_form_of_parameters(form):
     assert_close(got, want)
 
 
+def assert_same(got, want):
+    """The same bits, and the same place if both stand on a mesh."""
+    np.testing.assert_array_equal(got, want)
+    if want.sharding.num_devices > 1:
+        assert got.sharding == want.sharding
+
+
 def test_forms_of_parameters_are_the_same_bits_on_a_mesh():
     params = make_params()
     placed = jrope.shard(params, jrope.mesh("fsdp=2,model=4"), CONFIG)
-    same = lambda a, b: np.testing.assert_array_equal(a, b)  # noqa: E731
-    jax.tree.map(same, unfuse(fuse(placed, "in_out"), CONFIG), params)
+    jax.tree.map(assert_same, unfuse(fuse(placed, "in_out"), CONFIG), placed)
     narrow, wide = jrope.quantize(placed), jrope.quantize(params)
-    jax.tree.map(same, narrow, wide)
-    jax.tree.map(same, jrope.dequantize(narrow), jrope.dequantize(wide))
+    jax.tree.map(assert_same, narrow, wide)
+    jax.tree.map(assert_same, jrope.dequantize(narrow), jrope.dequantize(wide))
+    joined = jax.device_get(fuse(placed))
+    with pytest.raises(jrope.JropeError, match=r"qkv_proj.*: joined in shares"):
+        unfuse(joined, CONFIG)
 
 
 def test_explicit_axes_are_a_mesh_too():

@@ -19,13 +19,17 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import Step, decoder_layer, linears
+from jrope.model.layers import Step, decoder_layer, gathered, linears
 from jrope.model.llama import embed
+from jrope.model.placed import share_of
 from jrope.rope import Rope, table
+from jrope.sharding.axes import ONE, Axes, entry
+from jrope.sharding.meshes import Layout, layout_of
 from jrope.tree import Params
 
 
@@ -67,11 +71,15 @@ def mean_queries_and_keys(
     cos, sin = table(config.rope, np.arange(context)[None, :], length=context)
     shape = jax.ShapeDtypeStruct((1, context), jnp.int32)
     what = f"distance at context {context}"
-    args = (params, shape, cos, sin)
-    program = compile_fitting(_queries_and_keys, what, *args, config=config)
+    layout = layout_of(params)
+    place = partial(_everywhere, layout)
+    args = (params, *place(shape, cos, sin))
+    how = {"config": config, "layout": layout}
+    program = compile_fitting(_queries_and_keys, what, *args, **how)
     total: Means | None = None
     for i in picked:
-        sums = program.call(params, jnp.asarray(rows[i])[None], cos, sin)
+        given = place(jnp.asarray(rows[i])[None], cos, sin)
+        sums = program.call(params, *given)
         wide = Means(*(np.asarray(x, np.float64) for x in sums))
         if total is not None:
             wide = Means(total.queries + wide.queries, total.keys + wide.keys)
@@ -81,7 +89,12 @@ def mean_queries_and_keys(
     return Means(total.queries / len(picked), total.keys / len(picked))
 
 
-@partial(jax.jit, static_argnames=("config",))
+def _everywhere(layout: Layout | None, *arrays: Any) -> Any:
+    """The arrays as all devices of a mesh have them."""
+    return arrays if layout is None else layout.place(arrays, (PartitionSpec(),) * 3)
+
+
+@partial(jax.jit, static_argnames=("config", "axes", "layout"))
 def _queries_and_keys(
     params: Params,
     tokens: jax.Array,
@@ -89,25 +102,36 @@ def _queries_and_keys(
     sin: jax.Array,
     *,
     config: LlamaConfig,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The window's mean queries [L, N, H] and keys [L, K, H], before they are rotated.
 
     Tokens are int32 [1, T].
     """
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        given = layout.params(params), *(PartitionSpec(),) * 3
+        both = layout.axes.tensor, layout.axes.kv_heads
+        found = tuple(PartitionSpec(None, entry(names)) for names in both)
+        run = layout.map(partial(_queries_and_keys, **how), given, found)
+        return run(params, tokens, cos, sin)
     model, count = params["model"], tokens.shape[1]
     widths = [n * config.head_dim for n in _heads(config)]
-    x = embed(model, tokens)
+    x = embed(model, tokens, axes)
     queries: list[jax.Array] = []
     keys: list[jax.Array] = []
     for i in range(config.num_hidden_layers):
         weights = model["layers"][str(i)]
-        norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
-        q, k, _ = linears(weights["self_attn"], "self_attn", x, norm, widths)
+        whole = gathered(weights, axes)
+        norm = whole["input_layernorm"]["weight"], config.rms_norm_eps
+        q, k, _ = linears(whole["self_attn"], "self_attn", x, norm, widths)
         for found, y in ((queries, q), (keys, k)):
             mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
             found.append(mean.reshape(-1, config.head_dim))
         step = Step(cos=cos, sin=sin)
-        x, _ = decoder_layer(weights, x, step, config=config, capacity=count)
+        how = {"config": config, "capacity": count, "axes": axes}
+        x, _ = decoder_layer(weights, x, step, **how)
     return jnp.stack(queries), jnp.stack(keys)
 
 

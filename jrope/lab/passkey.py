@@ -9,7 +9,7 @@ more.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import final
+from typing import Any, final
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,8 @@ from jrope.generation.request import bucket
 from jrope.generation.run import generate
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
+from jrope.model.placed import row_specs
+from jrope.sharding.meshes import layout_of
 from jrope.tree import Params
 
 NEW = 16  # tokens that an answer may take
@@ -144,6 +146,8 @@ def answer_passkeys(
     total, width = prompts.shape
     most = max(1, (tokens_at_once or 0) // (width + NEW))
     rows = -(-total // -(-total // most))
+    if (layout := layout_of(params)) is not None:
+        rows = layout.whole_rows(rows)
     check_memory(params, config, rows, width)
     found: list[bool] = []
     for at in range(0, total, rows):
@@ -172,15 +176,18 @@ def check_memory(params: Params, config: LlamaConfig, rows: int, width: int) -> 
 
     The compiled prefill is the one that `generate` will run.
     """
-    padded = bucket(width)
+    padded, layout = bucket(width), layout_of(params)
     ints = jnp.zeros(rows, jnp.int32)
+    given: Any = jax.ShapeDtypeStruct((rows, padded + 1), jnp.int32), ints, ints
+    if layout is not None:
+        given = layout.place(given, row_specs(layout, given))
     compile_fitting(
         prefill,
         f"passkey at {width + NEW} with {rows} prompts at once",
         params,
-        jax.ShapeDtypeStruct((rows, padded + 1), jnp.int32),
-        *(ints, ints, None, None),
+        *(*given, None, None),
         config=config,
         capacity=padded + bucket(NEW),
         scored=False,
+        layout=layout,
     )

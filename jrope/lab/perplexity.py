@@ -23,15 +23,20 @@ from typing import Any, NamedTuple, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
 from jrope.lab.statistics import Interval, block_bootstrap
 from jrope.model.config import LlamaConfig
+from jrope.model.context import context_share
 from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed
+from jrope.model.placed import share_of
 from jrope.model.scores import token_logprobs
 from jrope.rope import table
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout, layout_of
 from jrope.tree import Params
 
 FIRST_BUCKET = 256
@@ -154,15 +159,19 @@ def perplexity(
         for i, text in enumerate(texts)
         for window in windows(len(text), context, stride)
     ]
+    layout = layout_of(params)
     rows = _rows(len(jobs), context, tokens_at_once)
+    if layout is not None:  # each device needs as many
+        rows = layout.whole_rows(rows)
     cos, sin = table(config.rope, np.arange(context)[None, :], length=context)
+    shape = jax.ShapeDtypeStruct((rows, context), jnp.int32)
     program = compile_fitting(
         _window_nll,
         f"context {context}",
         params,
-        jax.ShapeDtypeStruct((rows, context), jnp.int32),
-        *(cos, sin),
+        *_placed(layout, shape, cos, sin),
         config=_unstretched(config),
+        layout=layout,
     )
     begin = time.perf_counter()
     nll: list[np.ndarray] = []
@@ -171,7 +180,8 @@ def perplexity(
         tokens = np.zeros((rows, context), np.int32)
         for row, (i, window) in enumerate(batch):
             tokens[row] = texts[i][window.start : window.start + context]
-        scores = np.asarray(program.call(params, jnp.asarray(tokens), cos, sin))
+        given = _placed(layout, jnp.asarray(tokens), cos, sin)
+        scores = np.asarray(program.call(params, *given))
         nll += [scores[row, w.scored - 1 :] for row, (_, w) in enumerate(batch)]
         if progress is not None:
             progress(len(batch) * context)
@@ -251,7 +261,17 @@ def _unstretched(config: LlamaConfig) -> LlamaConfig:
     return dataclasses.replace(config, rope=rope)
 
 
-@partial(jax.jit, static_argnames=("config",))
+def _placed(layout: Layout | None, tokens: Any, cos: Any, sin: Any) -> Any:
+    """The rows as a mesh splits them, and the tables, which all devices have."""
+    given = tokens, cos, sin
+    return given if layout is None else layout.place(given, _specs(layout))
+
+
+def _specs(layout: Layout) -> Any:
+    return layout.rows(), PartitionSpec(), PartitionSpec()
+
+
+@partial(jax.jit, static_argnames=("config", "axes", "layout"))
 def _window_nll(
     params: Params,
     tokens: jax.Array,
@@ -259,20 +279,34 @@ def _window_nll(
     sin: jax.Array,
     *,
     config: LlamaConfig,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> jax.Array:
     """-log p(token t + 1 | tokens up to t), float32 [B, T - 1].
 
     `jrope.score` without a cache, and with 256 x V logits at once for all rows.
     """
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        given = layout.params(params), *_specs(layout)
+        run = layout.map(partial(_window_nll, **how), given, layout.rows())
+        return run(params, tokens, cos, sin)
     model, (batch, count) = params["model"], tokens.shape
-    x = embed(model, tokens)
+    share = context_share(tokens, None, axes)
     cos, sin = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (cos, sin))
+    own = tokens
+    if share is not None:
+        own, cos, sin = share.take(tokens), share.take(cos), share.take(sin)
+    x, step = embed(model, own, axes), Step(cos=cos, sin=sin, share=share)
     for i in range(config.num_hidden_layers):
         weights = model["layers"][str(i)]
-        step = Step(cos=cos, sin=sin)
-        x, _ = decoder_layer(weights, x, step, config=config, capacity=count)
+        how = {"config": config, "capacity": x.shape[1], "axes": axes}
+        x, _ = decoder_layer(weights, x, step, **how)
     x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    score = partial(token_logprobs, params, config=config, axes=axes)
+    if share is not None:
+        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        return -score(x, targets, share=share)[:, :-1]
     x = x[:, :-1].reshape(1, batch * (count - 1), -1)
-    targets = tokens[:, 1:].reshape(1, -1)
-    scores = token_logprobs(params, x, targets, config=config)
+    scores = score(x, tokens[:, 1:].reshape(1, -1))
     return -scores.reshape(batch, count - 1)

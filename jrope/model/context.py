@@ -71,7 +71,7 @@ class Share:
         return starts if self.own is None else starts + self.own
 
     def take(self, x: jax.Array) -> jax.Array:
-        """This device's of all tokens [B, T], 0 past the last: [B, T / n]."""
+        """This device's of all tokens [B, T, ...], 0 past the last: [B, T / n, ...]."""
         return x if self.own is None else stripes.take(x, self.own)
 
     def whole(self, x: jax.Array) -> jax.Array:

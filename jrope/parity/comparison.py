@@ -10,12 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import Step, decoder_layer, rms_norm
 from jrope.model.llama import embed, forward
+from jrope.model.placed import share_of
 from jrope.model.with_rope import with_rope
 from jrope.parity.frequencies import Frequencies, compare_frequencies
 from jrope.parity.report import NotFinite, Report, Segment, Stage, segment, stage
@@ -28,13 +30,15 @@ from jrope.parity.torch_side import (
     twin_config,
 )
 from jrope.rope import Method, Rope, describe, table
+from jrope.sharding.axes import ONE, Axes, entry
+from jrope.sharding.meshes import layout_of
 from jrope.tree import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
 FAR = 131072
 REPEATS = 8
 
-_forward = jax.jit(forward, static_argnames=("config",))
+_forward = jax.jit(forward, static_argnames=("config", "axes"))
 
 
 def compare(
@@ -145,20 +149,45 @@ def place(
 def jrope_stages(
     params: Params, config: LlamaConfig, ids: np.ndarray, places: np.ndarray
 ) -> Stages:
-    """Every stage of jrope as float32 [B, T, ...]; the logits are `forward`'s."""
+    """Every stage of jrope as float32 [B, T, ...]; the logits are `forward`'s.
+
+    On a mesh every group of rows computes all of them: a few, which it may not divide.
+    """
     tokens, positions = jnp.asarray(ids), jnp.asarray(places)
-    lengths = jnp.asarray(places.max(axis=1) + 1)
+    run, layout = partial(_stages, config=config), layout_of(params)
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        whole = PartitionSpec()
+        found = whole, PartitionSpec(None, None, entry(layout.axes.tensor))
+        given = layout.params(params), whole, whole
+        run = jax.jit(layout.map(partial(_stages, **how), given, found))
+        tokens, positions = layout.place((tokens, positions), (whole, whole))
+    seen, logits = run(params, tokens, positions)
+    seen["logits"] = logits
+    return {name: np.asarray(y).astype(np.float32) for name, y in seen.items()}
+
+
+def _stages(
+    params: Params,
+    tokens: jax.Array,
+    positions: jax.Array,
+    *,
+    config: LlamaConfig,
+    axes: Axes = ONE,
+) -> tuple[dict[str, jax.Array], jax.Array]:
+    """The hidden states by stage, and the logits."""
+    lengths = jnp.max(positions, axis=1) + 1
     cos, sin = table(config.rope, positions, length=lengths)
     model = params["model"]
-    x = embed(model, tokens)
+    x = embed(model, tokens, axes)
     seen = {"embeddings": x}
-    layer = partial(decoder_layer, config=config, capacity=ids.shape[1])
+    layer = partial(decoder_layer, config=config, capacity=tokens.shape[1], axes=axes)
     for i in range(config.num_hidden_layers):
         x, _ = layer(model["layers"][str(i)], x, Step(cos=cos, sin=sin))
         seen[f"layer {i}"] = x
     seen["final norm"] = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
-    seen["logits"], _ = _forward(params, tokens, positions, config=config)
-    return {name: np.asarray(y).astype(np.float32) for name, y in seen.items()}
+    logits, _ = _forward(params, tokens, positions, config=config, axes=axes)
+    return seen, logits
 
 
 def _frequencies(

@@ -133,6 +133,13 @@ _SPLIT = {
 }
 
 
+def unnamed_heads(tensor: Names) -> Names:
+    """What splits key/value heads where no parameter tells: all but "replica"."""
+    return tuple(
+        name for name in tensor if name not in {*Axes.tensor} - {*Axes.kv_heads}
+    )
+
+
 def is_joined(name: str) -> bool:
     """Whether `fuse` made this parameter of several."""
     return name.split(".")[-2] in ("qkv_proj", "gate_up_proj")

@@ -10,7 +10,14 @@ from jax.core import Tracer
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrope.errors import JropeError, did_you_mean
-from jrope.sharding.axes import Axes, Names, entry, spec_of, specs_of
+from jrope.sharding.axes import (
+    Axes,
+    Names,
+    entry,
+    spec_of,
+    specs_of,
+    unnamed_heads,
+)
 from jrope.tree import Params, Tree, flatten, nest
 
 NAMES = ("data", "fsdp", "context", "model", "replica")
@@ -79,6 +86,11 @@ class Layout:
     def size(self, names: Names) -> int:
         """The product of these axes' sizes."""
         return math.prod(self.mesh.shape[name] for name in names)
+
+    def whole_rows(self, count: int) -> int:
+        """At least so many rows, and as many for every device."""
+        size = self.size(self.axes.batch)
+        return -(-count // size) * size
 
     def rows(self) -> PartitionSpec:
         """Of an array whose first axis is the batch."""
@@ -149,6 +161,7 @@ def layout_of(params: Params) -> Layout | None:
 
     The parameters are asked, so that nobody can say otherwise than they stand: the
     axes that do not split a weight split the batch, but for the one named "context".
+    Of joined matrices none tells what splits key/value heads: all but "replica".
 
     Raises:
       JropeError: some are placed in another way than `shard` and `load` do.
@@ -162,7 +175,7 @@ def layout_of(params: Params) -> Layout | None:
         return None
     vocabulary, width = (_split(embedding, axis) for axis in (0, 1))
     keys = [n for n in flat if n.endswith("0.self_attn.k_proj.weight")]
-    kv = _split(flat[keys[0]], 0) if keys else vocabulary
+    kv = _split(flat[keys[0]], 0) if keys else unnamed_heads(vocabulary)
     split = {*vocabulary, *Axes().context}
     rest = tuple(n for n in found.mesh.axis_names if n not in split)
     axes = Axes(batch=rest, tensor=vocabulary, kv_heads=kv, fsdp=width)

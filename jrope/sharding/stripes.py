@@ -58,7 +58,8 @@ def own(starts: jax.Array, length: int, axes: Axes) -> jax.Array:
 
 
 def take(x: jax.Array, at: jax.Array) -> jax.Array:
-    """The tokens `at` of x [B, T]; 0 where there are none."""
+    """The tokens `at` of x [B, T, ...]; 0 where there are none."""
+    at = at.reshape(*at.shape, *[1] * (x.ndim - 2))
     return jnp.take_along_axis(x, at, axis=1, mode="fill", fill_value=0)
 
 

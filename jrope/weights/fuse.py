@@ -12,12 +12,13 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
+import numpy as np
 
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import FUSED
-from jrope.sharding.axes import entry
+from jrope.model.placed import share_of
+from jrope.sharding.axes import spec_of, unnamed_heads
 from jrope.sharding.meshes import Layout, layout_of, stand
 from jrope.tree import Params, Tree
 from jrope.weights.int8 import is_quantized
@@ -29,14 +30,16 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
     """Join the projections that read the same input; the given tree stays as it is.
 
     `forward`, `generate` and `score` take either tree; `unfuse` gives the first back.
-    On a mesh each device joins the shares that it holds: [shares, out / shares, in].
+    On a mesh each device joins the shares that it holds, key/value heads that stand on
+    replicas too: [shares, rows of a share, in].
 
     Args:
       params: a parameter tree.
       order: of the layers' matrices: "out_in" for one row, "in_out" for batches.
 
     Raises:
-      JropeError: another order; in_out of quantised parameters; replicas.
+      JropeError: another order; in_out of quantised parameters; replicas on an axis of
+        another name.
     """
     names = {"out_in": ("kernel", "weight"), "in_out": ("weight", "kernel")}
     if order not in names:
@@ -46,10 +49,11 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
         raise JropeError("order: int8 weights have a scale for each row; want out_in")
 
     layout = layout_of(params)
-    join = partial(jnp.concatenate, axis=0)
+    join = _concatenate
     if layout is not None and layout.axes.tensor:
-        if layout.axes.kv_heads != layout.axes.tensor:
-            raise JropeError("fuse: key/value heads stand on replicas; leave it out")
+        if layout.axes.kv_heads != unnamed_heads(layout.axes.tensor):
+            hint = 'name the axis "replica", or leave fuse out'
+            raise JropeError(f"fuse: key/value heads stand on replicas; {hint}")
         join = partial(_join_shares, layout=layout)
 
     def change(block: Mapping[str, Any]) -> Tree:
@@ -61,21 +65,25 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
 
 def unfuse(params: Params, config: LlamaConfig) -> Tree:
     """Split what `fuse` joined, bit for bit."""
-    heads = config.num_attention_heads * config.head_dim
-    kv_heads = config.num_key_value_heads * config.head_dim
+    layout = layout_of(params)
+    share, split = config, _split_whole
+    if layout is not None and layout.axes.tensor:
+        share, split = share_of(config, layout), partial(_split_shares, layout=layout)
+    heads = share.num_attention_heads * share.head_dim
+    kv_heads = share.num_key_value_heads * share.head_dim
     sizes = {
         "q_proj": heads,
         "k_proj": kv_heads,
         "v_proj": kv_heads,
-        "gate_proj": config.intermediate_size,
-        "up_proj": config.intermediate_size,
+        "gate_proj": share.intermediate_size,
+        "up_proj": share.intermediate_size,
     }
 
     def change(block: Mapping[str, Any]) -> Tree:
         turned = {n: _turn(leaves, "kernel", "weight") for n, leaves in block.items()}
-        return _split(turned, sizes)
+        return _split(turned, sizes, split)
 
-    return stand(_each_block(params, change), layout_of(params))
+    return stand(_each_block(params, change), layout)
 
 
 def _turn(leaves: Mapping[str, Any], old: str, new: str) -> Tree:
@@ -99,50 +107,86 @@ def _each_block(params: Params, change: Any) -> Tree:
     return {**params, "model": {**model, "layers": layers}}
 
 
-def _join_shares(parts: list[jax.Array], *, layout: Layout) -> jax.Array:
-    """[out, in] matrices that stand on a mesh: [shares, sum of out / shares, in]."""
-    tensor, fsdp = entry(layout.axes.tensor), entry(layout.axes.fsdp)
-    rest = [fsdp] * (parts[0].ndim - 1)
-    split, joined = PartitionSpec(tensor, *rest), PartitionSpec(tensor, None, *rest)
-    join = layout.map(lambda *own: jnp.concatenate(own)[None], split, joined)
-    return jax.jit(join)(*parts)
-
-
 def _join(
-    block: Mapping[str, Any], join: Callable[[list[jax.Array]], jax.Array]
+    block: Mapping[str, Any], join: Callable[[str, dict[str, Any]], jax.Array]
 ) -> Tree:
     for joined, names in FUSED.values():
         if joined in block or names[0] not in block:
             continue
-        parts = [block[name] for name in names]
         rest = {name: leaf for name, leaf in block.items() if name not in names}
-        keys = parts[0].keys()
-        return rest | {
-            joined: {key: join([part[key] for part in parts]) for key in keys}
+        whole = {
+            key: join(joined, {f"{name}.{key}": block[name][key] for name in names})
+            for key in block[names[0]]
         }
+        return rest | {joined: whole}
     return dict(block)
 
 
-def _split(block: Mapping[str, Any], sizes: Mapping[str, int]) -> Tree:
+def _split(
+    block: Mapping[str, Any],
+    sizes: Mapping[str, int],
+    split: Callable[[str, jax.Array, dict[str, int]], list[jax.Array]],
+) -> Tree:
     for joined, names in FUSED.values():
         if joined not in block:
             continue
-        rest = {name: leaf for name, leaf in block.items() if name != joined}
-        start = 0
-        for name in names:
-            end = start + sizes[name]
-            rest[name] = {
-                key: _rows(leaf, start, end, block[joined]["weight"].ndim == 3)
-                for key, leaf in block[joined].items()
-            }
-            start = end
+        rest: Tree = {name: leaf for name, leaf in block.items() if name != joined}
+        rest |= {name: {} for name in names}
+        for key, leaf in block[joined].items():
+            rows = {f"{name}.{key}": sizes[name] for name in names}
+            parts = split(f"{joined}.{key}", leaf, rows)
+            for name, part in zip(names, parts, strict=True):
+                rest[name][key] = part
         return rest
     return dict(block)
 
 
-def _rows(leaf: jax.Array, start: int, end: int, shares: bool) -> jax.Array:
-    """Rows start to end of what was joined; of each share its part of them."""
-    if not shares:
-        return leaf[start:end]
-    count = leaf.shape[0]
-    return leaf[:, start // count : end // count].reshape(-1, *leaf.shape[2:])
+def _concatenate(_: str, parts: dict[str, jax.Array]) -> jax.Array:
+    """Matrices [out, in], or vectors [out], as one."""
+    return jnp.concatenate([*parts.values()])
+
+
+def _cut(joined: jax.Array, rows: Mapping[str, int]) -> list[jax.Array]:
+    """What was concatenated, of so many rows each."""
+    ends = np.cumsum([*rows.values()]).tolist()
+    return [joined[end - n : end] for end, n in zip(ends, rows.values(), strict=True)]
+
+
+def _split_whole(name: str, joined: jax.Array, rows: dict[str, int]) -> list[jax.Array]:
+    if len(joined) != sum(rows.values()):
+        hint = "`unfuse` them on that mesh before you take them off it"
+        raise JropeError(f"{name}: joined in shares, for a mesh; {hint}")
+    return _cut(joined, rows)
+
+
+def _join_shares(
+    joined: str, parts: dict[str, jax.Array], *, layout: Layout
+) -> jax.Array:
+    """What each device holds of them, joined: [shares, rows of a share, in]."""
+    leaf = f"{joined}.{next(iter(parts)).split('.')[-1]}"
+    return _run_join([*parts.values()], leaf, tuple(parts), layout)
+
+
+@partial(jax.jit, static_argnames=("joined", "names", "layout"))
+def _run_join(
+    parts: list[jax.Array], joined: str, names: tuple[str, ...], layout: Layout
+) -> jax.Array:
+    given = [spec_of(n, x.ndim, layout.axes) for n, x in zip(names, parts, strict=True)]
+    found = spec_of(joined, parts[0].ndim + 1, layout.axes)
+    return layout.map(lambda own: jnp.concatenate(own)[None], (given,), found)(parts)
+
+
+def _split_shares(
+    name: str, joined: jax.Array, rows: dict[str, int], *, layout: Layout
+) -> list[jax.Array]:
+    """What `_join_shares` joined, as `shard` places it."""
+    return _run_split(joined, name, tuple(rows.items()), layout)
+
+
+@partial(jax.jit, static_argnames=("name", "rows", "layout"))
+def _run_split(
+    joined: jax.Array, name: str, rows: tuple[tuple[str, int], ...], layout: Layout
+) -> list[jax.Array]:
+    found = [spec_of(n, joined.ndim - 1, layout.axes) for n, _ in rows]
+    given = spec_of(name, joined.ndim, layout.axes)
+    return layout.map(lambda own: _cut(own[0], dict(rows)), given, found)(joined)
