@@ -40,5 +40,6 @@ def to_mesh(
             for device in devices:
                 # Before the next part is read, so that no more than one waits here.
                 yield jax.device_put(values, device).block_until_ready()
+            del values
 
     return jax.make_array_from_single_device_arrays(shape, sharding, [*copies()])
