@@ -4,6 +4,7 @@ A cast to a narrower type and back is no rounding to XLA, which may drop the pai
 has to be rounded to a narrower type and held in a wider one goes through here.
 """
 
+from functools import partial
 from typing import Any, TypeAlias
 
 import jax
@@ -18,11 +19,20 @@ def round_to(x: Any, dtype: Float) -> Any:
     """float64 numbers rounded to `dtype`, still held in float64.
 
     Not by casts: for a GPU, XLA (seen in jax 0.11) drops one there and back, and LLVM
-    makes a quotient that is cast a float32 division, which is approximate.
+    makes a quotient that is cast a float32 division, which is approximate.  For a TPU,
+    whose compiler emulates float64 by pairs of float32 and cannot reduce its precision
+    (libtpu 0.0.42), by casts that a barrier keeps apart.
     """
     if isinstance(x, np.ndarray | np.generic):
         return x.astype(dtype).astype(np.float64)
-    return x if dtype is np.float64 else jax.lax.reduce_precision(x, 8, 23)
+    if dtype is np.float64:
+        return x
+    reduced = partial(jax.lax.reduce_precision, exponent_bits=8, mantissa_bits=23)
+    return jax.lax.platform_dependent(x, tpu=_cast_there_and_back, default=reduced)
+
+
+def _cast_there_and_back(x: jax.Array) -> jax.Array:
+    return jax.lax.optimization_barrier(x.astype(np.float32)).astype(np.float64)
 
 
 def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any, Unpack
 
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
+from jax.stages import Compiled
 from jax.typing import ArrayLike
 
 from jrope.generation.loop import decode, first_token, prefill, state_specs
@@ -30,15 +31,21 @@ def compile_ahead(
     config: LlamaConfig,
     logprobs: bool = False,
     **options: Unpack[Options],
-) -> None:
+) -> dict[str, Compiled]:
     """Compile what `generate` and `stream` run for these arguments, and run nothing.
 
     The programs compile side by side; calls in the same bucket of shapes find them.
+    On a mesh of devices that are not here (`jrope.mesh(..., on="v5e:2x2")`) they are
+    TPUs' programs, from any machine.
 
     Args:
       params: the parameters, or a tree of ShapeDtypeStructs such as
         `load_shapes` gives: compiling may then overlap with loading.
       prompt, lengths, config, logprobs, options: as in `generate`.
+
+    Returns:
+      The programs by name: "prefill", "prefill_on" where a prompt comes in several
+      chunks, "first_token", "decode".  Each tells its `memory_analysis()`.
 
     Raises:
       JropeError: as `generate`.
@@ -53,14 +60,14 @@ def compile_ahead(
     if layout is not None:  # which eval_shape forgets
         specs = layout.rows(), cache_specs(layout)
         last, cache = layout.place((last, cache), specs)
-    lowered = [prefill.lower(*first, **static_first)]
+    lowered = {"prefill": prefill.lower(*first, **static_first)}
     if request.prefill_chunk < request.width:
         later = (params, *chunk_inputs(request, 0), cache, last)
-        lowered.append(prefill.lower(*later, capacity=None, **static))
+        lowered["prefill_on"] = prefill.lower(*later, capacity=None, **static)
     drawn = (params, last, *first_token_inputs(request))
     static["output_slots"] = request.output_slots
     state = first_token.eval_shape(*drawn, **static)
-    lowered.append(first_token.lower(*drawn, **static))
+    lowered["first_token"] = first_token.lower(*drawn, **static)
     limit = request.place(jnp.zeros((), jnp.int32))
     if layout is not None:
         specs = state_specs(layout)
@@ -68,10 +75,10 @@ def compile_ahead(
             specs = replace(specs, logprobs=PartitionSpec())
         state = layout.place(state, specs)
     carried = params, cache, state, request.sampling, limit
-    lowered.append(decode.lower(*carried, config=config, layout=layout))
+    lowered["decode"] = decode.lower(*carried, config=config, layout=layout)
     pool = ThreadPoolExecutor(len(lowered))
     try:
-        for job in [pool.submit(program.compile) for program in lowered]:
-            job.result()
+        jobs = {name: pool.submit(one.compile) for name, one in lowered.items()}
+        return {name: job.result() for name, job in jobs.items()}
     finally:  # after Ctrl-C, too, which nothing can tell the compiler
         pool.shutdown(wait=False, cancel_futures=True)

@@ -18,12 +18,13 @@ from jrope.sharding.axes import (
     specs_of,
     unnamed_heads,
 )
+from jrope.sharding.topologies import described, is_described
 from jrope.tree import Params, Tree, flatten, nest
 
 NAMES = ("data", "fsdp", "context", "model", "replica")
 
 
-def mesh(text: str) -> Mesh:
+def mesh(text: str, on: str | None = None) -> Mesh:
     """A mesh of this machine's devices, such as "data=2,model=4".
 
     Args:
@@ -32,10 +33,12 @@ def mesh(text: str) -> Mesh:
         weights as they are stored; "context" a prompt and the cache along their
         tokens; "replica" what "model" does, save for key/value
         heads, which each of its devices holds.
+      on: TPUs that are not here, such as "v5e:2x2", see `topologies.described`: what
+        `shard` and `load_shapes` place there are shapes, for `compile_ahead` alone.
 
     Raises:
       JropeError: an axis that is unknown or given twice, a size that is no whole
-        number, more devices than there are.
+        number, more devices than there are, or other than all of `on`.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -49,15 +52,17 @@ def mesh(text: str) -> Mesh:
         if not size.isdecimal() or int(size) < 1:
             raise JropeError(f"mesh: got {part.strip()!r}, want {name}=2 or the like")
         sizes[name] = int(size)
-    needed, there = math.prod(sizes.values()), jax.device_count()
+    devices = jax.devices() if on is None else described(on)
+    needed, there = math.prod(sizes.values()), len(devices)
+    if on is not None and needed != there:
+        raise JropeError(f"mesh: {text} has {needed} devices, {on} {there}; name all")
     if needed > there:
         nearest = _fitting(sizes, there)
         raise JropeError(
             f"mesh: {text} has {needed} devices, there are {there}; the nearest that "
             f"fits is {nearest}"
         )
-    devices = jax.devices()[:needed]
-    auto = (AxisType.Auto,) * len(sizes)
+    auto, devices = (AxisType.Auto,) * len(sizes), devices[:needed]
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), auto, devices=devices)
 
 
@@ -137,7 +142,8 @@ class Layout:
 def _put(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, Tracer):
         return jax.sharding.reshard(x, sharding)
-    if isinstance(x, jax.ShapeDtypeStruct):
+    if isinstance(x, jax.ShapeDtypeStruct) or is_described(sharding.mesh):
+        x = jax.typeof(x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     return jax.device_put(x, sharding)
 
