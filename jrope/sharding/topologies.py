@@ -1,6 +1,6 @@
-"""TPUs that are not here, by the name of their topology: to compile for, not to run on.
+"""TPUs that are not here, by their topology's name: to compile for, not to run on.
 
-libtpu, which `pip install "jax[tpu]"` brings, holds the whole compiler and needs no TPU.
+libtpu, which `pip install "jax[tpu]"` brings, holds all of the compiler, without a TPU.
 """
 
 import importlib.util
@@ -36,10 +36,14 @@ def described(name: str) -> list[Any]:
         raise JropeError(f'mesh: {name} needs libtpu; pip install "jax[tpu]"')
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    single = {*name.partition(":")[2].split("x")} == {"1"}
-    bounds = {"chips_per_host_bounds": (1, 1, 1)} if single else {}
+    device, _, shape = name.partition(":")
+    how: dict[str, Any] = {}
+    if {*shape.split("x")} == {"1"}:  # less than the host that libtpu takes for granted
+        how["chips_per_host_bounds"] = (1, 1, 1)
+    if device == "v4":  # both cores of a chip are one device, as JAX has them
+        how["chip_config_name"] = "megacore"
     try:
-        return topologies.get_topology_desc(name, platform="tpu", **bounds).devices
+        return topologies.get_topology_desc(name, platform="tpu", **how).devices
     except RuntimeError as error:
         raise JropeError(f"mesh: libtpu knows no {name}: {error}") from None
 
