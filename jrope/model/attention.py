@@ -253,14 +253,18 @@ def _one_query_on_tpu(
     """
     batch, _, heads, head_dim = q.shape
     slots, kv_heads = k.shape[1:3]
+    group = heads // kv_heads
     k, v = (x.reshape(batch, slots * kv_heads, head_dim) for x in (k, v))
-    scores = einsum("BNH,BXH->BNX", q[:, 0], k) * scale_of(q)
-    at, own = steps(slots * kv_heads), steps(heads) // (heads // kv_heads)
+    # Of one head XLA would make sums, which want all slots in another order.
+    rows = jnp.pad(q[:, 0], ((0, 0), (0, 7 if heads == 1 else 0), (0, 0)))
+    scores = einsum("BNH,BXH->BNX", rows, k) * scale_of(q)
+    at, own = steps(slots * kv_heads), steps(rows.shape[1]) // group
     hidden = queries.hidden(at // kv_heads, None)
-    hidden |= ((at % kv_heads)[None, :] != own[:, None])[None]
+    if kv_heads > 1:
+        hidden |= ((at % kv_heads)[None, :] != own[:, None])[None]
     scores = jnp.where(hidden, -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = einsum("BNX,BXH->BNH", weights, v)
+    y = einsum("BNX,BXH->BNH", weights, v)[:, :heads]
     return y.astype(q.dtype).reshape(q.shape)
 
 

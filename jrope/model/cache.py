@@ -17,7 +17,6 @@ from jrope.numerics import cpu_barrier
 
 Slots: TypeAlias = tuple[jax.Array, jax.Array]
 """A layer's keys and values [B, S, K, H]."""
-UNROLLED = 16  # rows that a TPU writes one after the other
 
 
 @final
@@ -93,27 +92,6 @@ def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
         slots = jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)
         (slots,) = cpu_barrier(slots)  # else written, hence copied, once a reader
         return slots
-    if tokens == new.shape[2] == 1 and batch <= UNROLLED:
-        how = {"tpu": _write_row_by_row, "default": _scatter}
-        return jax.lax.platform_dependent(slots, new, starts, **how)
-    return _scatter(slots, new, starts)
-
-
-def _scatter(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    batch, tokens = new.shape[:2]
     where = starts[:, None] + jnp.arange(tokens, dtype=jnp.int32)[None, :]
     rows = jnp.arange(batch, dtype=jnp.int32)[:, None]
     return slots.at[rows, where].set(new, mode="drop")
-
-
-def _write_row_by_row(
-    slots: jax.Array, new: jax.Array, starts: jax.Array
-) -> jax.Array:
-    """`_scatter` of a token of one head, which a TPU's compiler widens all slots for.
-
-    Two slots share a word there.  A token past the end overwrites the last slot.
-    """
-    for row in range(len(new)):
-        at = row, starts[row], 0, 0
-        slots = jax.lax.dynamic_update_slice(slots, new[row : row + 1], at)
-    return slots

@@ -56,7 +56,8 @@ def mesh(text: str, on: str | None = None) -> Mesh:
     devices = jax.devices() if on is None else described(on)
     needed, there = math.prod(sizes.values()), len(devices)
     if on is not None and needed != there:
-        raise JropeError(f"mesh: {text} has {needed} devices, {on} {there}; name all")
+        got = f"{text} has {needed} devices, {on} has {there}"
+        raise JropeError(f"mesh: {got}; name all of them, such as data={there}")
     if needed > there:
         nearest = _fitting(sizes, there)
         raise JropeError(
