@@ -34,7 +34,7 @@ ARROWS = {
     "generation": "errors tree sharding model",
     "parity": "errors tree rope model hf sharding",
     "bench": "errors numerics tree rope model weights hf generation batch",
-    "plan": "errors model weights generation bench",
+    "plan": "errors model weights generation bench sharding",
     "lab": "errors tree rope sharding model generation",
     "batch": "errors numerics tree sharding model hf generation",
     "cli": "errors tree rope model weights hf generation parity bench plan lab batch",

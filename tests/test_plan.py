@@ -6,8 +6,8 @@ from bench_helpers import tiny
 from jrope.bench.model import named_shape
 from jrope.errors import JropeError
 from jrope.plan.devices import parse_cluster
-from jrope.plan.memory import Work
-from jrope.plan.proposals import propose
+from jrope.plan.memory import Work, temporaries
+from jrope.plan.proposals import propose, with_compiler
 
 
 def plan(on, name="llama3-8b", **fields):
@@ -67,6 +67,26 @@ def test_a_compiler_may_tell_the_temporaries():
     (one,) = propose(asked, parse_cluster("h100"), lambda work, mesh, cluster: 7)
     assert one.memory.temporaries == 7
     assert one.memory.total == 16_060_522_496 + 8256 * 131072 + 7
+
+
+def test_the_first_mesh_that_fits_is_asked_about():
+    asked = Work(config=named_shape("llama3-8b"), batch=32, context=2048)
+    cluster, told, much = parse_cluster("v5e:4x4"), [], 3e10
+
+    def measure(work, mesh, cluster):
+        told.append(str(mesh))
+        return much if len(told) == 1 else 3 * temporaries(work, mesh, cluster)
+
+    plain = propose(asked, cluster)
+    found = with_compiler(asked, cluster, plain, measure)
+    assert told == [str(one.mesh) for one in plain[:2]]
+    assert found[0].measured and found[0].mesh == plain[1].mesh
+    assert found[0].memory.temporaries == 3 * plain[1].memory.temporaries
+    assert found[0].largest_context < plain[1].largest_context
+    (refused,) = (one for one in found if one.mesh == plain[0].mesh)
+    assert "does not fit" in refused.problem
+    with pytest.raises(JropeError, match="does not fit"):
+        with_compiler(asked, cluster, plain, lambda *_: much)
 
 
 @pytest.mark.parametrize(

@@ -49,3 +49,10 @@ def _product(sizes: str) -> int:
     for size in filter(None, sizes.split(",")):
         product *= int(size)
     return product
+
+
+def loop_bodies(program: str) -> str:
+    """The text of the computations that loops repeat, without what these call."""
+    names = re.findall(r"body=%([\w.\-]+)", program)
+    parts = re.split(r"\n(?=(?:ENTRY )?%[\w.\-]+ \()", program)
+    return "\n".join(part for part in parts if part[1:].split(" ")[0] in names)

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from jrope.bench.model import SHAPES, named_shape, weight_count
 from jrope.cli.common import (
     DTYPES,
@@ -20,9 +22,10 @@ from jrope.errors import JropeError
 from jrope.hf.config import config_from_hf
 from jrope.hf.folders import CONFIG, read_json
 from jrope.model.config import LlamaConfig
+from jrope.plan.compiled import compiled_temporaries, compiler
 from jrope.plan.devices import DEVICES, Cluster, parse_cluster
 from jrope.plan.memory import Work
-from jrope.plan.proposals import Proposal, propose
+from jrope.plan.proposals import Proposal, propose, with_compiler
 from jrope.weights.int8 import weight_bytes
 
 _WIDTH = "{:<27}{:>9}{:>9}{:>9}{:>9}{:>10}{:>11}{:>10}{:>9}{:>13}"
@@ -37,8 +40,10 @@ devices (--on): {", ".join(DEVICES)}
 Bytes are those of one device, steps those at the full context.  Nothing is run:
 bandwidths and peaks are the data sheets', efficiencies those of jrope on one H100.
 Of a GPU 95 % is counted on: set XLA_PYTHON_CLIENT_MEM_FRACTION=0.95, since JAX takes
-75 % by itself.  Prompts in chunks, and all on TPUs, are told at best: attention there
-is plain XLA, of which no efficiency has been measured.
+75 % by itself.  Prompts in chunks, and all on TPUs, are told at best: no efficiency of
+attention there has been measured.  Where libtpu is installed (pip install "jax[tpu]"),
+the fastest mesh of TPUs is compiled for, which takes a minute or so, and its
+temporaries are the compiler's; --formula leaves that out.
 """
 
 
@@ -59,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the weights and the cache (bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=text)
     add_quantize_argument(parser)
+    text = "temporaries by formula, though libtpu is here, which is asked by compiling"
+    add("--formula", action="store_true", help=text)
     add("--json", action="store_true", help="one JSON object instead of text")
     add_rope_arguments(parser, precision=False)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
@@ -82,6 +89,9 @@ def run(args: argparse.Namespace) -> int:
     )
     _warn_of_length(work)
     found = propose(work, cluster)
+    if not args.formula and compiler(cluster):
+        jax.config.update("jax_platforms", "cpu")  # else JAX looks for a TPU to run on
+        found = with_compiler(work, cluster, found, compiled_temporaries)
     name = args.shape or args.folder
     if args.json:
         print(json.dumps(_facts(name, work, cluster, found), indent=2))
@@ -146,6 +156,7 @@ def _head(name: str, work: Work, cluster: Cluster, best: Proposal) -> list[str]:
         "work": f"batch {work.batch:,}, context {work.context:,}, {work.new:,} of it "
         f"generated; {work.slots:,} cache slots a row",
         **_best_rows(work, cluster, best),
+        "memory": _source(cluster, best),
         "times": _caution(cluster),
     }
     return [f"{name:<9}{value}" for name, value in rows.items()]
@@ -162,6 +173,13 @@ def _best_rows(work: Work, cluster: Cluster, best: Proposal) -> dict[str, str]:
         f"{step.flops * per_token / 1e9:,.4g} GFLOP, all devices together",
         "prompts": f"{best.chunk:,} tokens of each row at a time",
     }
+
+
+def _source(cluster: Cluster, best: Proposal) -> str:
+    if best.measured:
+        who = compiler(cluster)
+        return f"by formulas; temporaries of the first mesh are what {who} compiled to"
+    return "by formulas, temporaries too"
 
 
 def _caution(cluster: Cluster) -> str:
@@ -210,6 +228,7 @@ def _facts(
             "count": cluster.count,
             **dataclasses.asdict(cluster.device),
         },
+        "compiler": compiler(cluster) if found[0].measured else None,
         "meshes": [_proposal(one) for one in found],
     }
 

@@ -136,6 +136,7 @@ def load_shapes(
     dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
+    quantize: Quantization | None = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
 ) -> tuple[Tree, LlamaConfig]:
@@ -145,10 +146,12 @@ def load_shapes(
     """
     wanted, folder = _dtype(dtype), find_folder(path_or_repo, revision)
     config, tensors = read_llama_config(folder), open_tensors(folder)
+    keep = keeper(config, quantize)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
     for name in checked_names(folder, tensors, config, data=False):
         slot = tensors.slots[name]
-        shapes[name] = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
+        plain = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
+        shapes |= jax.eval_shape(partial(keep, name), plain)
     tree = nest(shapes)
     return (tree if mesh is None else shard(tree, mesh, config, axes)), config
 

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import final
 
 from jrope.errors import JropeError
@@ -39,6 +40,7 @@ class Proposal:
       chunk: tokens of each row that are prefilled at once.
       largest_batch: rows that fit at the asked context.
       largest_context: tokens that fit at the asked batch.
+      measured: whether a compiler told the temporaries, see `with_compiler`.
     """
 
     mesh: Mesh
@@ -50,6 +52,7 @@ class Proposal:
     chunk: int | None = None
     largest_batch: int | None = None
     largest_context: int | None = None
+    measured: bool = False
 
 
 def propose(
@@ -70,6 +73,32 @@ def propose(
     if found[0].problem:
         raise JropeError(_nowhere(work, cluster, found, measure))
     return found
+
+
+def with_compiler(
+    work: Work, cluster: Cluster, found: list[Proposal], measure: Temporaries
+) -> list[Proposal]:
+    """The proposals, the first of them with the temporaries that a compiler tells.
+
+    One that does not fit with these comes after those that fit, and the next is asked
+    about.  Their limits follow the formula, times what it was wrong by.
+
+    Raises:
+      JropeError: none fits.
+    """
+    while found[0].problem is None and not found[0].measured:
+        mesh = found[0].mesh
+        ratio = measure(work, mesh, cluster) / temporaries(work, mesh, cluster)
+        scaled = partial(_scaled, ratio=ratio)
+        again = replace(_proposal(work, mesh, cluster, scaled), measured=True)
+        found = sorted([again, *found[1:]], key=_rank)
+    if found[0].problem:
+        raise JropeError(_nowhere(work, cluster, found, temporaries))
+    return found
+
+
+def _scaled(work: Work, mesh: Mesh, cluster: Cluster, ratio: float) -> int:
+    return round(ratio * temporaries(work, mesh, cluster))
 
 
 def _proposals(work: Work, cluster: Cluster, measure: Temporaries) -> list[Proposal]:
