@@ -14,7 +14,7 @@ from jrope.generation.loop import decode, prefill_and_first_token
 from jrope.generation.request import Options, Request, prepare, refuse_traced
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
-from jrope.sharding.meshes import layout_of
+from jrope.sharding.meshes import layout_of, readable
 from jrope.tree import Params
 
 
@@ -22,6 +22,9 @@ from jrope.tree import Params
 @dataclass(frozen=True)
 class Generation:
     """What `generate` returns; every array is on the device.
+
+    On a mesh rows stand where the mesh splits them; on one of several processes each
+    device has all rows, and each process can read them.
 
     Args:
       tokens: int32 [B, max_new_tokens], new tokens only, pad id after a row's stop.
@@ -80,14 +83,15 @@ def generate(
     limit = request.place(jnp.asarray(request.max_new_tokens, jnp.int32))
     given = params, cache, state, request.sampling, limit
     _, state = decode(*given, config=config, layout=request.layout)
-    new = request.max_new_tokens
-    return Generation(
-        tokens=state.tokens[:, :new],
-        lengths=jnp.minimum(state.lengths, new),
-        finite=state.finite,
-        logprobs=None if state.logprobs is None else state.logprobs[:, :new],
-        prompt_logprobs=scores,
+    new, chances = request.max_new_tokens, state.logprobs
+    found = (
+        state.tokens[:, :new],
+        jnp.minimum(state.lengths, new),
+        state.finite,
+        None if chances is None else chances[:, :new],
+        scores,
     )
+    return Generation(*readable(found))
 
 
 def stream(
@@ -148,16 +152,17 @@ class Stream(Iterator[np.ndarray]):
         emitted = 0
         for planned in [*range(1, request.max_new_tokens, chunk), None]:
             following = state
+            shown = readable((state.tokens, state.finite, state.done, state.step))
             if planned is not None:
                 limit = min(planned + chunk, request.max_new_tokens)
                 limit = request.place(jnp.asarray(limit, jnp.int32))
                 given = params, cache, state, request.sampling, limit
                 cache, following = decode(*given, config=config, layout=request.layout)
-            reached = int(state.step)  # waits for the block before, not for this one
-            self.finite = np.asarray(state.finite)
+            tokens, finite, done, step = map(np.asarray, shown)
+            self.finite, reached = finite, int(step)
             if reached > emitted:
-                yield np.asarray(state.tokens)[:, emitted:reached]
+                yield tokens[:, emitted:reached]
             emitted = reached
-            if bool(state.done.all()):
+            if done.all():
                 return
             state = following

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any, cast, final
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -26,7 +28,7 @@ NAMES = ("data", "fsdp", "context", "model", "replica")
 
 
 def mesh(text: str, on: str | None = None) -> Mesh:
-    """A mesh of this machine's devices, such as "data=2,model=4".
+    """A mesh of this machine's or these processes' devices, such as "data=2,model=4".
 
     Args:
       text: axes and their sizes, the one whose devices are nearest to each other last.
@@ -39,7 +41,8 @@ def mesh(text: str, on: str | None = None) -> Mesh:
 
     Raises:
       JropeError: an axis that is unknown or given twice, a size that is no whole
-        number, more devices than there are, or other than all of `on`.
+        number, more devices than there are, or other than all of `on` or of several
+        processes.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -63,6 +66,11 @@ def mesh(text: str, on: str | None = None) -> Mesh:
         raise JropeError(
             f"mesh: {text} has {needed} devices, there are {there}; the nearest that "
             f"fits is {nearest}"
+        )
+    if needed < there and on is None and jax.process_count() > 1:
+        raise JropeError(
+            f"mesh: {text} has {needed} devices, {jax.process_count()} processes have "
+            f"{there}; give a mesh of all of them, or fewer processes"
         )
     # Not jax.make_mesh, which lets two axes share one of a torus on v5e alone (0.10).
     placed = mesh_utils.create_device_mesh(
@@ -134,7 +142,10 @@ class Layout:
         )
 
     def place(self, tree: Any, specs: Any) -> Any:
-        """Arrays or shapes as specs say; traced ones, too, where axes are explicit."""
+        """Arrays or shapes as specs say; traced ones, too, where axes are explicit.
+
+        Of several processes each gives the same values and keeps its devices' part.
+        """
 
         def put(spec: PartitionSpec, part: Any) -> Any:
             return jax.tree.map(lambda x: _put(x, self.sharding(spec)), part)
@@ -150,7 +161,39 @@ def _put(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct) or is_described(sharding.mesh):
         x = jax.typeof(x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    if not sharding.is_fully_addressable and not _is_global(x):
+        return _from_host(x, sharding)
     return jax.device_put(x, sharding)
+
+
+def _is_global(x: Any) -> bool:
+    return isinstance(x, jax.Array) and not x.is_fully_addressable
+
+
+def _from_host(x: Any, sharding: NamedSharding) -> jax.Array:
+    """An array that no process holds alone; `device_put` would compare it on them all."""
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        data = _from_host(jax.random.key_data(x), sharding)
+        return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+    values = np.asarray(x)
+    return jax.make_array_from_callback(values.shape, sharding, lambda at: values[at])
+
+
+def readable(tree: Any) -> Any:
+    """Arrays such that this process can read all of them.
+
+    What stands on one process's devices is returned as it is; of several, all call it,
+    and each of their devices has the whole of it then.
+    """
+    return jax.tree.map(lambda x: _replicated(x) if _is_global(x) else x, tree)
+
+
+def _replicated(x: jax.Array) -> jax.Array:
+    found = x.sharding
+    if x.is_fully_replicated or not isinstance(found, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(found.mesh, PartitionSpec()))
 
 
 def layout(mesh: Mesh, axes: Axes | None = None) -> Layout:

@@ -1,0 +1,337 @@
+"""Several processes that compute together: they meet, agree, and end together.
+
+`jax.distributed` connects them.  Its key-value store carries what they tell each other,
+which takes no device; its heartbeats, which XLA's own threads send, tell who is alive.
+A thread in every process asks for both, and ends the process with one line when another
+one has failed or is gone: a collective would wait for it, on some devices for ever.
+"""
+
+import atexit
+import contextlib
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, final
+
+import jax
+
+from jrope.errors import JropeError
+from jrope.sharding.aborts import Undo, on_abort
+
+HEARTBEAT = 10  # seconds without a sign of life, after which a process counts as dead
+PATIENCE = 120.0  # seconds that processes wait for each other when they start
+_STATUS = 2  # of a process that another one's end ends
+_LONG = 7 * 24 * 3600.0  # waits that the end of a process cuts short
+
+
+class Disagreement(JropeError):
+    """What processes were given differs; raised in all of them, with one message."""
+
+
+def processes(
+    coordinator: str | None = None,
+    count: int | None = None,
+    index: int | None = None,
+    *,
+    patience: float = PATIENCE,
+) -> "Processes":
+    """Join the other processes of a program; before anything else is asked of JAX.
+
+    Every process then runs the same calls with the same arguments, on a mesh of all
+    devices: `mesh`, `load(mesh=)`, `generate` and so on.
+
+    Args:
+      coordinator: "HOST:PORT" of process 0, where the port is free; None: what SLURM,
+        Open MPI, Kubernetes or a TPU pod says, and `count` and `index` are None, too.
+      count: how many there are.
+      index: which one this is, from 0.
+      patience: seconds to wait for the others.
+
+    Returns:
+      A context: at its end processes wait for each other; an error in one ends all.
+
+    Raises:
+      JropeError: arguments that do not fit, no such environment, a port that is taken.
+
+    >>> with jrope.processes("10.0.0.1:1234", 2, 0) as group:  # doctest: +SKIP
+    ...     params, config = jrope.load(folder, mesh=jrope.mesh("model=16"))
+    """
+    given = {"coordinator": coordinator, "count": count, "index": index}
+    host = socket.gethostname()
+    if coordinator is not None and count is not None and index is not None:
+        _check(coordinator, count, index)
+        who = f"process {index} ({host})"
+    elif lacking := [name for name, value in given.items() if value is None]:
+        if len(lacking) < len(given):
+            raise JropeError(f"processes: {', '.join(lacking)} missing; give all three")
+        who = f"a process on {host}"
+    else:
+        who = host
+    jax.config.update("jax_enable_recoverability", True)  # or XLA aborts with the dead
+    twice = "could not join; is each process started once, with an index of its own?"
+    undo = on_abort(lambda: _end(f"{who}: {twice}"))
+    late = threading.Timer(patience, _nobody, (who, coordinator, index, patience))
+    late.daemon = True
+    late.start()
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            initialization_timeout=int(patience) + 30,  # `late` comes first
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=HEARTBEAT,
+        )
+    except (ValueError, RuntimeError) as error:
+        raise JropeError(_why(error)) from error
+    finally:
+        late.cancel()
+        undo()
+    return Processes(patience)
+
+
+def _check(coordinator: str, count: int, index: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
+        raise JropeError(f"coordinator: got {coordinator!r}, want HOST:PORT")
+    if not 0 <= index < count:
+        raise JropeError(f"process: got {index} of {count}, want 0 to {count - 1}")
+    if index == 0:  # XLA dies of a port that is taken
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("", int(port)))
+            except OSError as error:
+                raise JropeError(
+                    f"coordinator: port {port} of this host, where process 0 listens: "
+                    f"{error.strerror}; take another one"
+                ) from None
+
+
+def _why(error: Exception) -> str:
+    if "should be defined" in str(error) or "must be defined" in str(error):
+        return (
+            "processes: found neither SLURM, Open MPI, Kubernetes nor a TPU pod; give "
+            "the coordinator's HOST:PORT, how many processes there are, and which one "
+            "this is"
+        )
+    return f"processes: {error}"
+
+
+def _nobody(who: str, coordinator: str | None, index: int | None, waited: float) -> None:
+    """End a process whose others did not come."""
+    line = f"not all processes were there within {waited:g} s; start each once"
+    if coordinator is not None and index != 0:
+        host, _, port = coordinator.rpartition(":")
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), 2).close()
+        except OSError as error:
+            why = error.strerror or error
+            line = f"no coordinator at {coordinator} within {waited:g} s ({why}); is "
+            line += "process 0 running there, and may this host connect to it?"
+    _end(f"{who}: {line}")
+
+
+def _end(line: str) -> None:
+    """Leave at once, whatever other threads do."""
+    _briefly(_flush)  # or it would wait for a pipe that nobody reads
+    text = f"jrope: error: {' '.join(line.split())}\n"
+    with contextlib.suppress(OSError, ValueError):
+        stream = sys.__stderr__ if sys.__stderr__ is not None else sys.stderr
+        stream.write(text)
+        stream.flush()
+    os._exit(_STATUS)
+
+
+def _briefly(act: Callable[..., None], *given: Any) -> None:
+    """Act, but do not wait for it for longer than a few seconds."""
+    thread = threading.Thread(target=act, args=given, daemon=True)
+    thread.start()
+    thread.join(3)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+@final
+class Processes:
+    """The processes of a program, of `processes`; a context.
+
+    Attributes:
+      index: which one this is.
+      count: how many there are.
+      hosts: the name of each one's host.
+    """
+
+    def __init__(self, patience: float) -> None:
+        from jax._src import distributed  # the store has no public name
+
+        state: Any = distributed.global_state
+        self._store: Any = state.client
+        self.index, self.count = int(state.process_id), int(state.num_processes)
+        self._rounds, self._failed = 0, False
+        self._over, self._last_word = threading.Event(), threading.Lock()
+        self.hosts: tuple[str, ...] = (socket.gethostname(),) * self.count
+        self.hosts = tuple(self._told("host", socket.gethostname(), patience))
+        atexit.register(self._leave)
+        self._undo = on_abort(self._lost)
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+        self._watcher.start()
+
+    def name(self, index: int | None = None) -> str:
+        """A process with its host, for messages; None: this one."""
+        index = self.index if index is None else index
+        return f"process {index} ({self.hosts[index]})"
+
+    def agree(self, facts: Mapping[str, str]) -> None:
+        """Go on where every process gives the same facts; all call it, as often.
+
+        Args:
+          facts: name -> a short value, or a hash of a long one.
+
+        Raises:
+          Disagreement: in every process, naming those that differ from most, and what.
+        """
+        every = [json.loads(text) for text in self._told("facts", json.dumps({**facts}))]
+        values = [json.dumps(given, sort_keys=True) for given in every]
+        usual = values.index(Counter(values).most_common(1)[0][0])
+        odd = [i for i, value in enumerate(values) if value != values[usual]]
+        if not odd:
+            return
+        self._last_word.acquire()  # what the others do now is no news
+        self._barrier("disagreement", HEARTBEAT)
+        told = [_difference(every[i], every[usual]) for i in odd]
+        names = "; ".join(
+            f"{self.name(i)} has {t}" for i, t in zip(odd, told, strict=True)
+        )
+        raise Disagreement(f"processes differ from {self.name(usual)}: {names}")
+
+    def share(self, text: str) -> str:
+        """What process 0 gives; all call it, as often."""
+        return self._told("text", text if self.index == 0 else "")[0]
+
+    def stop(self) -> None:
+        """Wait until every process is done, and part; JAX goes on alone."""
+        if self._over.is_set():
+            return
+        self._barrier("stop", _LONG)
+        self._over.set()
+        self._watcher.join(HEARTBEAT)
+        while self.index == 0 and len(self._store.get_live_nodes([*range(self.count)])) > 1:
+            pass  # until the others have left the store, which goes with this process
+        jax.distributed.shutdown()
+        self._undo()
+
+    def fail(self, error: BaseException) -> None:
+        """Tell the others of an error here; or learn that it came of one of them.
+
+        Where a process is gone, this does not return: the thread that finds out ends
+        this one.
+        """
+        own = isinstance(error, JropeError | MemoryError)
+        foreign = isinstance(error, ValueError | RuntimeError) and not own
+        if foreign and "RESOURCE_EXHAUSTED" not in str(error):
+            time.sleep(HEARTBEAT + 3)  # of a dead process, heartbeats tell until then
+        self._failed = True
+        if isinstance(error, Disagreement):
+            return
+        self._last_word.acquire()
+        what = str(error) or type(error).__name__
+        if isinstance(error, JropeError):
+            error.args = (f"{self.name()}: {error}",)
+        _briefly(self._tell, f"{self.name()}: {what}")
+
+    def __enter__(self) -> "Processes":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: Any
+    ) -> None:
+        if error is None:
+            self.stop()
+        else:
+            self.fail(error)
+
+    def _told(self, what: str, text: str, patience: float = _LONG) -> list[str]:
+        """What each process gives under this name, in order."""
+        self._rounds += 1
+        key = f"jrope/{what}/{self._rounds}"
+        self._store.key_value_set(f"{key}/{self.index}", text or " ")
+        self._barrier(key, patience)
+        every = [
+            self._store.blocking_key_value_get(f"{key}/{i}", HEARTBEAT * 1000)
+            for i in range(self.count)
+        ]
+        self._barrier(f"{key}/read", patience)
+        return [text.strip() for text in every]
+
+    def _barrier(self, name: str, patience: float) -> None:
+        self._store.wait_at_barrier(f"jrope/{name}", int(patience * 1000))
+
+    def _watch(self) -> None:
+        """End this process when another one has failed or is gone."""
+        everyone = list(range(self.count))
+        while not self._over.is_set():
+            try:
+                alive = self._store.get_live_nodes(everyone)  # each asks, or is dead
+                if gone := [i for i in everyone if i not in alive]:
+                    self._end_with(self._gone(gone), [*alive])
+                line = self._store.blocking_key_value_get("jrope/failed", 1000)
+                self._end_with(line, everyone)
+            except Exception as error:  # of XLA: its kinds differ between versions
+                if "DEADLINE_EXCEEDED" not in str(error) and not self._over.is_set():
+                    self._lost()
+
+    def _lost(self) -> None:
+        """End where the store is not there any more, or XLA gives up."""
+        line = f"{self.name()}: XLA's runtime aborted it (JROPE_DEBUG=1 shows its log)"
+        self._end_with(self._gone([0]) if self.index else line)
+
+    def _gone(self, gone: list[int]) -> str:
+        names = ", ".join(map(self.name, gone))
+        return f"{names} is gone: killed, or its host is; see what it printed last"
+
+    def _end_with(self, line: str, others: Sequence[int] = ()) -> None:
+        if self._last_word.acquire(timeout=HEARTBEAT) and not self._over.is_set():
+            _briefly(self._linger, others)
+            _end(line)
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(Exception):  # another one has failed, too
+            self._store.key_value_set("jrope/failed", line)
+        self._linger(range(self.count))
+
+    def _linger(self, others: Sequence[int]) -> None:
+        """Process 0 keeps the store until the others have heard what is in it."""
+        with contextlib.suppress(Exception):
+            if self.index and others:
+                self._store.key_value_set(f"jrope/heard/{self.index}", "yes")
+            while not self.index and self._heard() < len(others) - 1:
+                time.sleep(0.05)
+
+    def _heard(self) -> int:
+        return len(self._store.key_value_dir_get("jrope/heard/"))
+
+    def _leave(self) -> None:
+        """At the interpreter's end: after a failure nobody can be waited for."""
+        if self._failed:
+            _flush()
+            os._exit(1)
+        with contextlib.suppress(Exception):
+            self.stop()
+
+
+def _difference(given: Mapping[str, str], usual: Mapping[str, str]) -> str:
+    names = [n for n in {**usual, **given} if given.get(n) != usual.get(n)]
+    return ", ".join(
+        f"{n} {given.get(n, 'nothing')[:80]} (not {usual.get(n, 'nothing')[:80]})"
+        for n in names
+    )
