@@ -37,7 +37,8 @@ ARROWS = {
     "plan": "errors model weights generation bench sharding",
     "lab": "errors tree rope sharding model generation",
     "batch": "errors numerics tree sharding model hf generation",
-    "cli": "errors tree rope model weights hf generation parity bench plan lab batch",
+    "cli": "errors tree rope sharding model weights hf generation parity bench plan "
+    "lab batch",
 }
 
 

@@ -9,6 +9,7 @@ import argparse
 import importlib
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -26,6 +27,7 @@ COMMANDS = {
     "plan": "predict memory and speed on devices that are not here",
 }
 _COMPILING = ("generate", "parity", "evaluate")
+_TOGETHER = ("generate", "evaluate")  # where several processes may be one command
 _TORCHLESS = ("generate", "evaluate")  # of transformers they need the tokenizers only
 _LONGEST = 2000  # characters of an error line
 
@@ -85,6 +87,7 @@ def _dispatch(words: list[str]) -> int:
         parser.print_help(sys.stderr)
         return 2
     name = words[0]
+    _check_together(name, words)
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # errors are ours to tell
     module: Any = importlib.import_module(f"jrope.cli.{name}")
     text = COMMANDS[name]
@@ -100,7 +103,20 @@ def _dispatch(words: list[str]) -> int:
         from jrope.cli.common import enable_compile_cache
 
         enable_compile_cache()
+    if name in _TOGETHER:
+        from jrope.cli.together import are_together, run_together
+
+        if are_together(args):
+            return run_together(args, words, module.run)
     return module.run(args)
+
+
+def _check_together(name: str, words: Sequence[str]) -> None:
+    """Raise where several processes are asked of a command for one."""
+    asked = [word for word in words if re.match("--(distributed|coordinator)", word)]
+    if asked and name not in _TOGETHER:
+        known = " and ".join(_TOGETHER)
+        raise JropeError(f"{asked[0]}: {name} runs in one process; {known} in several")
 
 
 def _top_parser() -> argparse.ArgumentParser:

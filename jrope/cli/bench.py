@@ -90,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
     bench_batch.add_arguments(parser)
+    add("--mesh", help=argparse.SUPPRESS)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{bench_batch.EPILOG}\n{parser.epilog}"
 
@@ -105,6 +106,11 @@ def run(args: argparse.Namespace) -> int:
         raise JropeError("bench batch: has no --versus; static batches are beside it")
     if (args.folder is None) == (args.shape is None):
         raise JropeError("bench: give either a FOLDER or --shape NAME")
+    if args.mesh is not None:
+        raise JropeError(
+            "--mesh: bench measures one device against its own limits; `jrope plan` "
+            "predicts meshes, and `jrope generate --mesh` tells its tokens/s"
+        )
     plan, busy = _plan(args), host_load()
     _prepare_memory(args.versus is not None)
     config, dtype = _model(args)

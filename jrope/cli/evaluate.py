@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jrope.bench.device import describe_device
 from jrope.cli.common import (
@@ -42,6 +43,7 @@ from jrope.cli.evaluate_plan import (
 from jrope.cli.evaluate_runs import Laboratory
 from jrope.cli.evaluate_table import tables
 from jrope.cli.terminal import Progress, duration_text
+from jrope.cli.together import add_mesh_arguments, mesh_of, shared
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import (
     READERS,
@@ -55,6 +57,7 @@ from jrope.lab.journal import Journal, current
 from jrope.lab.memory import check_weights
 from jrope.lab.passkey import NEW
 from jrope.model.config import LlamaConfig
+from jrope.model.placed import layout_on
 from jrope.model.with_rope import with_rope
 from jrope.weights.int8 import quantize
 
@@ -110,6 +113,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "cast the weights (default: as the file has them)"
     add("--dtype", choices=DTYPES, help=text)
     add_quantize_argument(parser)
+    add_mesh_arguments(parser)
     add("--buckets", action="store_true", help="also print perplexity by position")
     text = (
         "keep records as JSON lines; a run that was killed goes on with the same file"
@@ -125,6 +129,10 @@ def run(args: argparse.Namespace) -> int:
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # JAX starts below
     args.context = tuple(sorted(args.context))
     check_settings(args)
+    group = shared(args)
+    first = group is None or group.index == 0  # which alone writes
+    if not first:
+        args.out = args.report = args.figures = None
     check_outputs(args.report, args.figures)
     folder = find_folder(args.folder, None)
     config = with_rope(read_llama_config(folder), precision=args.precision)
@@ -134,14 +142,20 @@ def run(args: argparse.Namespace) -> int:
         contents = read_texts(args.text, reflowed=args.reflow)
         tokenizer = tokenizer_for(folder, config)
         texts = tokenize(tokenizer, contents, max(args.context), args)
+    mesh = mesh_of(args)
+    if group is not None:
+        group.agree({f"--text {text.name}": text.sha256[:12] for text in texts})
     with Journal(args.out, _header(args, folder, config, texts)) as journal:
+        if group is not None:
+            journal.know(group.share(journal.known()))
         if journal.resumed:
             print(f"{args.out}: {journal.resumed} records kept", file=sys.stderr)
         laboratory = Laboratory(args, config, texts, tokenizer, journal)
         laboratory.check()
-        laboratory.measure(_weights(folder, args), methods, refused)
+        laboratory.measure(_weights(folder, args, mesh), methods, refused)
         records = current(journal.records)
-    _finish(args, records)
+    if first:
+        _finish(args, records)
     return 1 if any(r["kind"] == "failure" for r in records) else 0
 
 
@@ -204,8 +218,8 @@ def _dtype(folder: Path) -> str:
     return ", ".join(names.get(code, code) for code in codes)
 
 
-def _weights(folder: Path, args: argparse.Namespace) -> Any:
-    plain, _ = load_shapes(folder, args.dtype)
+def _weights(folder: Path, args: argparse.Namespace, mesh: Mesh | None) -> Any:
+    plain, config = load_shapes(folder, args.dtype)
     arriving = sorted(array_bytes(plain))
     held = sum(arriving)
     if args.quantize:  # each wide tensor goes when its integers are there
@@ -213,9 +227,15 @@ def _weights(folder: Path, args: argparse.Namespace) -> Any:
         held = sum(array_bytes(jax.eval_shape(quantize, plain))) + sum(
             arriving[-at_once:]
         )
+    if mesh is not None:  # on a CPU the devices of a process share its memory
+        layout_on(mesh, config)
+        own = mesh.local_devices if jax.default_backend() == "cpu" else [None]
+        held = held * len(own) // mesh.size
     check_weights(held)
     with Progress("loading", sum(arriving)) as progress:
-        params, _ = load(folder, args.dtype, quantize=args.quantize, progress=progress)
+        how: dict[str, Any] = {"quantize": args.quantize, "mesh": mesh}
+        how["progress"] = progress
+        params, _ = load(folder, args.dtype, **how)
     return params
 
 

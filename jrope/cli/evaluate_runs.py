@@ -16,6 +16,7 @@ from jrope.cli.common import trained_length
 from jrope.cli.evaluate_plan import OWN, Text, cost
 from jrope.cli.evaluate_table import failure_line
 from jrope.cli.terminal import TimeLeft
+from jrope.cli.together import shared
 from jrope.errors import JropeError
 from jrope.lab import distance, passkey, perplexity
 from jrope.lab.journal import Journal
@@ -94,8 +95,12 @@ class Laboratory:
         try:
             result = work.measure(progress)
         except JropeError as error:
+            if shared(self.args) is not None:  # whose others may not have failed
+                raise
             self._fail(bar, work.record, str(error))
         except (JaxRuntimeError, MemoryError) as error:
+            if shared(self.args) is not None:
+                raise
             self._fail(bar, work.record, _reason(error))
         else:
             self.journal.add({**work.record, **result})

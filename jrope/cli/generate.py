@@ -33,14 +33,17 @@ from jrope.cli.text import (
     read_prompts,
     vocabulary,
 )
+from jrope.cli.together import add_mesh_arguments, mesh_of, shared
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
 from jrope.generation.request import Options, prepare
 from jrope.generation.run import Stream, stream
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.fingerprints import fingerprint
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
+from jrope.model.placed import layout_on
 
 _LIMIT = 256
 _LIMIT_HELP = f"at most this many ({_LIMIT}, less where the model's length ends)"
@@ -65,23 +68,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_mesh_arguments(parser)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
 
 def run(args: argparse.Namespace) -> int:
     """Check everything and compile while the weights are loaded, then generate."""
-    prompts = read_prompts(args.prompt, args.file)
+    prompts = _prompts(args)
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
     sampler = make_sampler(args, folder)
-    with Loading(folder, args.dtype, args.quantize) as loading:
+    mesh = mesh_of(args)
+    layout = None if mesh is None else layout_on(mesh, config)
+    with Loading(folder, args.dtype, args.quantize, mesh) as loading:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)
         new = _new(args, prompt, config)
         options = _options(args, sampler, new)
-        prepare(prompt, lengths, config, **options)  # finds what is wrong with them
+        prepare(
+            prompt, lengths, config, layout, **options
+        )  # finds what is wrong with them
         _warn(tokenizer, prompt.shape[1] + new, config)
         loading.show()
         if new:
@@ -99,6 +107,19 @@ def run(args: argparse.Namespace) -> int:
             print_texts(prompts, answers)
         print_figures(lengths, answers, timing, config.rope)
     return tell_not_finite(answers, params["model"]["norm"]["weight"].dtype.name)
+
+
+def _prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts, the same in every process."""
+    if (group := shared(args)) is None:
+        return read_prompts(args.prompt, args.file)
+    if not args.prompt and args.file in (None, "-"):
+        raise JropeError(
+            "standard input reaches one process: give prompts as arguments or --file"
+        )
+    prompts = read_prompts(args.prompt, args.file)
+    group.agree({"prompts": fingerprint(repr(prompts).encode())})
+    return prompts
 
 
 def _pad(ids: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:

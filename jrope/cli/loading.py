@@ -6,11 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
 from jrope.hf.checkpoint import load, load_shapes
+from jrope.model.placed import shard
 from jrope.weights import int8
 from jrope.weights.int8 import Quantization
 
@@ -27,17 +29,24 @@ class Loading:
     """
 
     def __init__(
-        self, folder: Path, dtype: str | None, quantize: Quantization | None = None
+        self,
+        folder: Path,
+        dtype: str | None,
+        quantize: Quantization | None = None,
+        mesh: Mesh | None = None,
     ) -> None:
-        plain, _ = load_shapes(folder, dtype)  # finds what headers can tell
+        plain, config = load_shapes(folder, dtype)  # finds what headers can tell
         self.shapes = (
             plain if quantize is None else jax.eval_shape(int8.quantize, plain)
         )
+        if mesh is not None:
+            self.shapes = shard(self.shapes, mesh, config)
+        self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
         jax.devices()  # starts the backend here, not in two threads at once
         self._bar, self._shown = Progress("loading", sum(array_bytes(plain))), False
         self._unwanted = False
         self._pool = ThreadPoolExecutor(1)
-        self._future = self._pool.submit(self._load, folder, dtype, quantize)
+        self._future = self._pool.submit(self._load, folder)
 
     def show(self) -> None:
         """Draw a bar from now on: nothing else may be printed until `wait` is over.
@@ -56,13 +65,9 @@ class Loading:
         finally:
             self._hide()
 
-    def _load(
-        self, folder: Path, dtype: str | None, quantize: Quantization | None
-    ) -> tuple[Any, Timing]:
+    def _load(self, folder: Path) -> tuple[Any, Timing]:
         start = time.perf_counter()
-        params, _ = load(
-            folder, dtype, quantize=quantize, check_finite=True, progress=self._count
-        )
+        params, _ = load(folder, **self._how, check_finite=True, progress=self._count)
         return params, Timing(load=time.perf_counter() - start)
 
     def _count(self, name: str, nbytes: int) -> None:

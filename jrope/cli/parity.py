@@ -8,6 +8,7 @@ from pathlib import Path
 
 from jrope.cli.common import add_rope_arguments, parse_rope, whole
 from jrope.cli.text import load_tokenizer
+from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
 from jrope.parity import DTYPES, compare
 from jrope.parity.report import Report
@@ -24,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=DTYPES,
         help="one comparison for each (float32 bfloat16)",
     )
+    add_mesh_arguments(parser, together=False)
     add_rope_arguments(parser, precision=False)
     parser.epilog = f"exit status: 0 equal, 1 not, 2 bad input\n\n{parser.epilog}"
     add(
@@ -62,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
             condense=args.condense,
             positions=positions,
             threshold=args.threshold,
+            mesh=mesh_of(args),
         )
         if not args.json:
             print(report.table(), end="\n\n", flush=True)

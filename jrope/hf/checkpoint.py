@@ -113,10 +113,12 @@ def load(
         kept = keep(name, array)
         return kept if there is None else there.place(kept, specs_of(kept, there.axes))
 
+    # Of several processes each runs the same programs in the same order.
+    ordered = jax.process_count() > 1 and (check_finite or quantize is not None)
     put = partial(_to_device if there is None else partial(to_mesh, there), tensors)
     params: dict[str, jax.Array] = {}
     for name, (kept, size) in zip(
-        names, _arrivals(put, names, wanted, arrived), strict=True
+        names, _arrivals(put, names, wanted, arrived, ordered), strict=True
     ):
         params |= kept
         if progress is not None:
@@ -174,10 +176,11 @@ def _arrivals(
     names: Sequence[str],
     dtype: np.dtype[Any] | None,
     keep: Callable[[str, jax.Array], dict[str, jax.Array]],
+    ordered: bool,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """What is kept of every tensor, on the device, in order; and the bytes it had.
 
-    Before an accelerator several are read, copied and reduced at once.
+    Before an accelerator several are read, copied and reduced at once, unless ordered.
     """
 
     def fetch(name: str) -> tuple[dict[str, jax.Array], int]:
@@ -185,7 +188,7 @@ def _arrivals(
         jax.device_put(np.zeros(0, np.int8))  # now JAX drops the last host buffer
         return keep(name, array), array.nbytes
 
-    if jax.default_backend() == "cpu":  # where the arrays stay
+    if ordered or jax.default_backend() == "cpu":  # where the arrays stay
         yield from map(fetch, names)
         return
     with ThreadPoolExecutor(READERS) as pool:

@@ -29,7 +29,7 @@ from jrope.model.llama import embed
 from jrope.model.placed import share_of
 from jrope.rope import Rope, table
 from jrope.sharding.axes import ONE, Axes, entry
-from jrope.sharding.meshes import Layout, layout_of
+from jrope.sharding.meshes import Layout, layout_of, readable, stand_whole
 from jrope.tree import Params
 
 
@@ -68,18 +68,17 @@ def mean_queries_and_keys(
         got = max((len(text) for text in texts), default=0)
         raise JropeError(f"text: got {got} tokens, want at least {context}")
     picked = np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))
-    cos, sin = table(config.rope, np.arange(context)[None, :], length=context)
+    layout = layout_of(params)
+    tables = table(config.rope, np.arange(context)[None, :], length=context)
     shape = jax.ShapeDtypeStruct((1, context), jnp.int32)
     what = f"distance at context {context}"
-    layout = layout_of(params)
-    place = partial(_everywhere, layout)
-    args = (params, *place(shape, cos, sin))
-    how = {"config": config, "layout": layout}
+    (cos, sin), shape = stand_whole((tables, shape), layout)
+    args, how = (params, shape, cos, sin), {"config": config, "layout": layout}
     program = compile_fitting(_queries_and_keys, what, *args, **how)
     total: Means | None = None
     for i in picked:
-        given = place(jnp.asarray(rows[i])[None], cos, sin)
-        sums = program.call(params, *given)
+        tokens = stand_whole(jnp.asarray(rows[i])[None], layout)
+        sums = readable(program.call(params, tokens, cos, sin))
         wide = Means(*(np.asarray(x, np.float64) for x in sums))
         if total is not None:
             wide = Means(total.queries + wide.queries, total.keys + wide.keys)
@@ -87,11 +86,6 @@ def mean_queries_and_keys(
     if total is None:
         raise JropeError(f"most: got {most}, want at least 1 window")
     return Means(total.queries / len(picked), total.keys / len(picked))
-
-
-def _everywhere(layout: Layout | None, *arrays: Any) -> Any:
-    """The arrays as all devices of a mesh have them."""
-    return arrays if layout is None else layout.place(arrays, (PartitionSpec(),) * 3)
 
 
 @partial(jax.jit, static_argnames=("config", "axes", "layout"))
@@ -107,14 +101,14 @@ def _queries_and_keys(
 ) -> tuple[jax.Array, jax.Array]:
     """The window's mean queries [L, N, H] and keys [L, K, H], before they are rotated.
 
-    Tokens are int32 [1, T].
+    Tokens are int32 [1, T]; on a mesh each group of rows reads the same ones.
     """
     if layout is not None:
         how = {"config": share_of(config, layout), "axes": layout.axes}
-        given = layout.params(params), *(PartitionSpec(),) * 3
-        both = layout.axes.tensor, layout.axes.kv_heads
-        found = tuple(PartitionSpec(None, entry(names)) for names in both)
-        run = layout.map(partial(_queries_and_keys, **how), given, found)
+        whole, heads = PartitionSpec(), (layout.axes.tensor, layout.axes.kv_heads)
+        given = layout.params(params), whole, whole, whole
+        means = tuple(PartitionSpec(None, entry(names)) for names in heads)
+        run = layout.map(partial(_queries_and_keys, **how), given, means)
         return run(params, tokens, cos, sin)
     model, count = params["model"], tokens.shape[1]
     widths = [n * config.head_dim for n in _heads(config)]
@@ -122,16 +116,15 @@ def _queries_and_keys(
     queries: list[jax.Array] = []
     keys: list[jax.Array] = []
     for i in range(config.num_hidden_layers):
-        weights = model["layers"][str(i)]
-        whole = gathered(weights, axes)
-        norm = whole["input_layernorm"]["weight"], config.rms_norm_eps
-        q, k, _ = linears(whole["self_attn"], "self_attn", x, norm, widths)
+        weights = gathered(model["layers"][str(i)], axes)
+        norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
+        q, k, _ = linears(weights["self_attn"], "self_attn", x, norm, widths)
         for found, y in ((queries, q), (keys, k)):
             mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
             found.append(mean.reshape(-1, config.head_dim))
         step = Step(cos=cos, sin=sin)
-        how = {"config": config, "capacity": count, "axes": axes}
-        x, _ = decoder_layer(weights, x, step, **how)
+        weights = model["layers"][str(i)]
+        x, _ = decoder_layer(weights, x, step, config=config, capacity=count, axes=axes)
     return jnp.stack(queries), jnp.stack(keys)
 
 

@@ -91,6 +91,16 @@ class Journal:
         """Whether there is a record of this kind with this method, context, ..."""
         return key_of(record) in self._known
 
+    def known(self) -> str:
+        """What `has` answers by, as text."""
+        return json.dumps([_named(record) for record in self.records])
+
+    def know(self, text: str) -> None:
+        """Answer as the journal whose `known` this is; what it holds is not told."""
+        told: list[Record] = json.loads(text)
+        self.records += [r for r in told if key_of(r) not in self._known]
+        self._known |= {key_of(record) for record in told}
+
     def _write(self, record: Mapping[str, Any]) -> None:
         if self._file is not None:
             text = json.dumps(record, allow_nan=False, ensure_ascii=False)
@@ -134,6 +144,11 @@ def current(records: Sequence[Record]) -> list[Record]:
             kept.append(record)
         later.add(work)
     return kept[::-1]
+
+
+def _named(record: Mapping[str, Any]) -> Record:
+    names = ("kind", *KEYS[record["kind"]])
+    return {name: record.get(name) for name in names}
 
 
 def key_of(record: Mapping[str, Any]) -> Key:

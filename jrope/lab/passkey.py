@@ -9,7 +9,7 @@ more.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 import jax
 import jax.numpy as jnp
@@ -21,8 +21,7 @@ from jrope.generation.request import bucket
 from jrope.generation.run import generate
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
-from jrope.model.placed import row_specs
-from jrope.sharding.meshes import layout_of
+from jrope.sharding.meshes import layout_of, stand_in_rows
 from jrope.tree import Params
 
 NEW = 16  # tokens that an answer may take
@@ -145,9 +144,10 @@ def answer_passkeys(
     prompts = passkeys.prompts
     total, width = prompts.shape
     most = max(1, (tokens_at_once or 0) // (width + NEW))
-    rows = -(-total // -(-total // most))
-    if (layout := layout_of(params)) is not None:
-        rows = layout.whole_rows(rows)
+    layout = layout_of(params)
+    shares = 1 if layout is None else layout.size(layout.axes.batch)
+    rows = -(-total // -(-total // (most * shares)))
+    rows = -(-rows // shares) * shares
     check_memory(params, config, rows, width)
     found: list[bool] = []
     for at in range(0, total, rows):
@@ -177,15 +177,13 @@ def check_memory(params: Params, config: LlamaConfig, rows: int, width: int) -> 
     The compiled prefill is the one that `generate` will run.
     """
     padded, layout = bucket(width), layout_of(params)
-    ints = jnp.zeros(rows, jnp.int32)
-    given: Any = jax.ShapeDtypeStruct((rows, padded + 1), jnp.int32), ints, ints
-    if layout is not None:
-        given = layout.place(given, row_specs(layout, given))
+    ints = stand_in_rows(jnp.zeros(rows, jnp.int32), layout)
     compile_fitting(
         prefill,
         f"passkey at {width + NEW} with {rows} prompts at once",
         params,
-        *(*given, None, None),
+        stand_in_rows(jax.ShapeDtypeStruct((rows, padded + 1), jnp.int32), layout),
+        *(ints, ints, None, None),
         config=config,
         capacity=padded + bucket(NEW),
         scored=False,

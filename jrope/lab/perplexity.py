@@ -36,7 +36,13 @@ from jrope.model.placed import share_of
 from jrope.model.scores import token_logprobs
 from jrope.rope import table
 from jrope.sharding.axes import ONE, Axes
-from jrope.sharding.meshes import Layout, layout_of
+from jrope.sharding.meshes import (
+    Layout,
+    layout_of,
+    readable,
+    stand_in_rows,
+    stand_whole,
+)
 from jrope.tree import Params
 
 FIRST_BUCKET = 256
@@ -160,16 +166,16 @@ def perplexity(
         for window in windows(len(text), context, stride)
     ]
     layout = layout_of(params)
-    rows = _rows(len(jobs), context, tokens_at_once)
-    if layout is not None:  # each device needs as many
-        rows = layout.whole_rows(rows)
-    cos, sin = table(config.rope, np.arange(context)[None, :], length=context)
-    shape = jax.ShapeDtypeStruct((rows, context), jnp.int32)
+    shares = 1 if layout is None else layout.size(layout.axes.batch)
+    rows = _rows(len(jobs), context, tokens_at_once, shares)
+    tables = table(config.rope, np.arange(context)[None, :], length=context)
+    cos, sin = stand_whole(tables, layout)
     program = compile_fitting(
         _window_nll,
         f"context {context}",
         params,
-        *_placed(layout, shape, cos, sin),
+        stand_in_rows(jax.ShapeDtypeStruct((rows, context), jnp.int32), layout),
+        *(cos, sin),
         config=_unstretched(config),
         layout=layout,
     )
@@ -180,8 +186,8 @@ def perplexity(
         tokens = np.zeros((rows, context), np.int32)
         for row, (i, window) in enumerate(batch):
             tokens[row] = texts[i][window.start : window.start + context]
-        given = _placed(layout, jnp.asarray(tokens), cos, sin)
-        scores = np.asarray(program.call(params, *given))
+        given = stand_in_rows(jnp.asarray(tokens), layout)
+        scores = np.asarray(readable(program.call(params, given, cos, sin)))
         nll += [scores[row, w.scored - 1 :] for row, (_, w) in enumerate(batch)]
         if progress is not None:
             progress(len(batch) * context)
@@ -248,27 +254,20 @@ def _fields(interval: Interval | None) -> dict[str, Any]:
     }
 
 
-def _rows(jobs: int, context: int, tokens_at_once: int | None) -> int:
-    """Windows in a batch: as many as may be, spread evenly over the batches."""
-    most = max(1, (tokens_at_once or 0) // context)
+def _rows(jobs: int, context: int, tokens_at_once: int | None, shares: int) -> int:
+    """Windows in a batch: as many as may be, spread evenly over the batches.
+
+    Of a mesh that splits rows each share has as many as a device alone.
+    """
+    most = shares * max(1, (tokens_at_once or 0) // context)
     batches = -(-jobs // most)
-    return -(-jobs // batches)
+    return -(-jobs // batches // shares) * shares
 
 
 def _unstretched(config: LlamaConfig) -> LlamaConfig:
     """The configuration without its rotary method: one compiled pass serves all."""
     rope = dataclasses.replace(config.rope, scaling=None, condense=1.0)
     return dataclasses.replace(config, rope=rope)
-
-
-def _placed(layout: Layout | None, tokens: Any, cos: Any, sin: Any) -> Any:
-    """The rows as a mesh splits them, and the tables, which all devices have."""
-    given = tokens, cos, sin
-    return given if layout is None else layout.place(given, _specs(layout))
-
-
-def _specs(layout: Layout) -> Any:
-    return layout.rows(), PartitionSpec(), PartitionSpec()
 
 
 @partial(jax.jit, static_argnames=("config", "axes", "layout"))
@@ -288,8 +287,9 @@ def _window_nll(
     """
     if layout is not None:
         how = {"config": share_of(config, layout), "axes": layout.axes}
-        given = layout.params(params), *_specs(layout)
-        run = layout.map(partial(_window_nll, **how), given, layout.rows())
+        whole, rows = PartitionSpec(), layout.rows()
+        given = layout.params(params), rows, whole, whole
+        run = layout.map(partial(_window_nll, **how), given, rows)
         return run(params, tokens, cos, sin)
     model, (batch, count) = params["model"], tokens.shape
     share = context_share(tokens, None, axes)

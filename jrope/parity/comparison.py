@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
@@ -31,7 +31,7 @@ from jrope.parity.torch_side import (
 )
 from jrope.rope import Method, Rope, describe, table
 from jrope.sharding.axes import ONE, Axes, entry
-from jrope.sharding.meshes import layout_of
+from jrope.sharding.meshes import layout_of, readable
 from jrope.tree import Params
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +51,7 @@ def compare(
     condense: float | None = None,
     positions: Sequence[int | str] | None = None,
     threshold: float = 2e-5,
+    mesh: Mesh | None = None,
 ) -> Report:
     """Run a Hugging Face folder through transformers and jrope.
 
@@ -68,6 +69,7 @@ def compare(
         the others (trained models may be chaotic there: float32 noise times 100).
         None: 0, at and past the trained length, and up to 131071.
       threshold: see the package.
+      mesh: where jrope runs, as in `load`; PyTorch runs where it does without.
 
     Raises:
       JropeError: an argument makes no sense, `load` refuses the folder, transformers
@@ -78,7 +80,7 @@ def compare(
     if dtype not in DTYPES:
         raise JropeError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     torch, transformers = import_peers()
-    params, config = load(folder, dtype)
+    params, config = load(folder, dtype, mesh=mesh)
     name, fields = rope if isinstance(rope, tuple) else (rope, {})
     config = with_rope(config, name, condense=condense, **fields)
     trained = config.rope.trained_length or config.max_position_embeddings
@@ -162,7 +164,7 @@ def jrope_stages(
         given = layout.params(params), whole, whole
         run = jax.jit(layout.map(partial(_stages, **how), given, found))
         tokens, positions = layout.place((tokens, positions), (whole, whole))
-    seen, logits = run(params, tokens, positions)
+    seen, logits = readable(run(params, tokens, positions))
     seen["logits"] = logits
     return {name: np.asarray(y).astype(np.float32) for name, y in seen.items()}
 

@@ -1,4 +1,4 @@
-"""A last word where XLA ends the process by `abort`: it does when coordination fails."""
+"""A last word where XLA ends the process by `abort`, which lost coordination does."""
 
 import ctypes
 import os

@@ -171,7 +171,7 @@ def _is_global(x: Any) -> bool:
 
 
 def _from_host(x: Any, sharding: NamedSharding) -> jax.Array:
-    """An array that no process holds alone; `device_put` would compare it on them all."""
+    """An array that no process holds alone; `device_put` would first compare them."""
     x = jnp.asarray(x)
     if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         data = _from_host(jax.random.key_data(x), sharding)
@@ -253,6 +253,20 @@ def layout_of(params: Params) -> Layout | None:
 def stand(params: Tree, layout: Layout | None) -> Tree:
     """Parameters that were computed from some on a mesh, placed as these were."""
     return params if layout is None else layout.place(params, layout.params(params))
+
+
+def stand_in_rows(tree: Any, layout: Layout | None) -> Any:
+    """Arrays or shapes whose first axis is the batch, where the mesh has its rows."""
+    return tree if layout is None else _all(tree, layout, layout.rows())
+
+
+def stand_whole(tree: Any, layout: Layout | None) -> Any:
+    """Arrays or shapes, on every device of the mesh."""
+    return tree if layout is None else _all(tree, layout, PartitionSpec())
+
+
+def _all(tree: Any, layout: Layout, spec: PartitionSpec) -> Any:
+    return jax.tree.map(lambda x: _put(x, layout.sharding(spec)), tree)
 
 
 def _sharding(x: Any) -> NamedSharding | None:

@@ -16,16 +16,16 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, final
+from typing import Any, TextIO, final
 
 import jax
 
 from jrope.errors import JropeError
-from jrope.sharding.aborts import Undo, on_abort
+from jrope.sharding.aborts import on_abort
 
 HEARTBEAT = 10  # seconds without a sign of life, after which a process counts as dead
 PATIENCE = 120.0  # seconds that processes wait for each other when they start
-_STATUS = 2  # of a process that another one's end ends
+_STATUS = 2  # of a process that ends after a failure, its own or another's
 _LONG = 7 * 24 * 3600.0  # waits that the end of a process cuts short
 
 
@@ -74,7 +74,7 @@ def processes(
         who = host
     jax.config.update("jax_enable_recoverability", True)  # or XLA aborts with the dead
     twice = "could not join; is each process started once, with an index of its own?"
-    undo = on_abort(lambda: _end(f"{who}: {twice}"))
+    undo = on_abort(lambda: _end(f"{who}: {twice}", sys.stderr))
     late = threading.Timer(patience, _nobody, (who, coordinator, index, patience))
     late.daemon = True
     late.start()
@@ -123,7 +123,9 @@ def _why(error: Exception) -> str:
     return f"processes: {error}"
 
 
-def _nobody(who: str, coordinator: str | None, index: int | None, waited: float) -> None:
+def _nobody(
+    who: str, coordinator: str | None, index: int | None, waited: float
+) -> None:
     """End a process whose others did not come."""
     line = f"not all processes were there within {waited:g} s; start each once"
     if coordinator is not None and index != 0:
@@ -134,16 +136,14 @@ def _nobody(who: str, coordinator: str | None, index: int | None, waited: float)
             why = error.strerror or error
             line = f"no coordinator at {coordinator} within {waited:g} s ({why}); is "
             line += "process 0 running there, and may this host connect to it?"
-    _end(f"{who}: {line}")
+    _end(f"{who}: {line}", sys.stderr)
 
 
-def _end(line: str) -> None:
+def _end(line: str, stream: TextIO) -> None:
     """Leave at once, whatever other threads do."""
     _briefly(_flush)  # or it would wait for a pipe that nobody reads
-    text = f"jrope: error: {' '.join(line.split())}\n"
     with contextlib.suppress(OSError, ValueError):
-        stream = sys.__stderr__ if sys.__stderr__ is not None else sys.stderr
-        stream.write(text)
+        stream.write(f"jrope: error: {' '.join(line.split())}\n")
         stream.flush()
     os._exit(_STATUS)
 
@@ -176,6 +176,7 @@ class Processes:
 
         state: Any = distributed.global_state
         self._store: Any = state.client
+        self._errors = sys.stderr  # which the caller may yet redirect
         self.index, self.count = int(state.process_id), int(state.num_processes)
         self._rounds, self._failed = 0, False
         self._over, self._last_word = threading.Event(), threading.Lock()
@@ -200,7 +201,9 @@ class Processes:
         Raises:
           Disagreement: in every process, naming those that differ from most, and what.
         """
-        every = [json.loads(text) for text in self._told("facts", json.dumps({**facts}))]
+        every = [
+            json.loads(text) for text in self._told("facts", json.dumps({**facts}))
+        ]
         values = [json.dumps(given, sort_keys=True) for given in every]
         usual = values.index(Counter(values).most_common(1)[0][0])
         odd = [i for i, value in enumerate(values) if value != values[usual]]
@@ -225,7 +228,10 @@ class Processes:
         self._barrier("stop", _LONG)
         self._over.set()
         self._watcher.join(HEARTBEAT)
-        while self.index == 0 and len(self._store.get_live_nodes([*range(self.count)])) > 1:
+        while (
+            self.index == 0
+            and len(self._store.get_live_nodes([*range(self.count)])) > 1
+        ):
             pass  # until the others have left the store, which goes with this process
         jax.distributed.shutdown()
         self._undo()
@@ -302,7 +308,7 @@ class Processes:
     def _end_with(self, line: str, others: Sequence[int] = ()) -> None:
         if self._last_word.acquire(timeout=HEARTBEAT) and not self._over.is_set():
             _briefly(self._linger, others)
-            _end(line)
+            _end(line, self._errors)
 
     def _tell(self, line: str) -> None:
         with contextlib.suppress(Exception):  # another one has failed, too
@@ -324,7 +330,7 @@ class Processes:
         """At the interpreter's end: after a failure nobody can be waited for."""
         if self._failed:
             _flush()
-            os._exit(1)
+            os._exit(_STATUS)
         with contextlib.suppress(Exception):
             self.stop()
 
