@@ -164,7 +164,7 @@ def peak_memory() -> int | None:
 
 
 def _memory_stats() -> dict[str, int]:
-    return jax.devices()[0].memory_stats() or {}
+    return jax.local_devices()[0].memory_stats() or {}
 
 
 def host_load() -> float | None:

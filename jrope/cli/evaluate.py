@@ -209,6 +209,7 @@ def _header(
         ],
         "started": now.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "plan": plan_of(args, NEW),
+        **({} if args.mesh is None else {"mesh": args.mesh}),
     }
 
 

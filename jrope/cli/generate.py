@@ -19,6 +19,7 @@ from jrope.cli.common import (
 from jrope.cli.loading import Loading
 from jrope.cli.report import (
     Timing,
+    device_text,
     print_figures,
     print_json,
     print_texts,
@@ -100,12 +101,14 @@ def run(args: argparse.Namespace) -> int:
     blocks = stream(params, prompt, lengths, config=config, **options)
     live = len(prompts) == 1 and not args.json
     _follow(blocks, answers, timing, live=live)
+    device = device_text(mesh)
     if args.json:
-        print_json(args.folder, prompts, lengths, answers, timing, config.rope, sampler)
+        told = prompts, lengths, answers, timing, config.rope, sampler, device
+        print_json(args.folder, *told)
     else:
         if not live:
             print_texts(prompts, answers)
-        print_figures(lengths, answers, timing, config.rope)
+        print_figures(lengths, answers, timing, config.rope, device)
     return tell_not_finite(answers, params["model"]["norm"]["weight"].dtype.name)
 
 

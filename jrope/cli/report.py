@@ -8,11 +8,13 @@ from dataclasses import asdict, dataclass
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from jrope.cli.terminal import warn
 from jrope.cli.text import Answer
 from jrope.generation.sample import Sampler
 from jrope.rope import Rope, describe
+from jrope.sharding.meshes import mesh_text
 
 
 @dataclass
@@ -39,7 +41,11 @@ def print_texts(prompts: Sequence[str], answers: Sequence[Answer]) -> None:
 
 
 def print_figures(
-    lengths: np.ndarray, answers: Sequence[Answer], timing: Timing, rope: Rope
+    lengths: np.ndarray,
+    answers: Sequence[Answer],
+    timing: Timing,
+    rope: Rope,
+    device: str,
 ) -> None:
     """One line on standard error: how much, how fast, with which rope, on what."""
     new = sum(answer.count for answer in answers)
@@ -51,15 +57,16 @@ def print_figures(
         "" if rate is None else f"then {rate:.1f} tokens/s",
         f"weights loaded in {timing.load:.2f} s",
         f"rope {describe(rope)}",
-        _device(),
+        device,
     ]
     print(f"[{', '.join(part for part in parts if part)}]", file=sys.stderr)
 
 
-def _device() -> str:
-    """Such as "NVIDIA H100" or "cpu (2 cores)"."""
+def device_text(mesh: Mesh | None) -> str:
+    """Such as "NVIDIA H100", "cpu (2 cores)" or "NVIDIA H100, mesh model=4"."""
     kind = jax.devices()[0].device_kind
-    return f"{kind} ({os.cpu_count()} cores)" if kind == "cpu" else kind
+    kind = f"{kind} ({os.cpu_count()} cores)" if kind == "cpu" else kind
+    return kind if mesh is None else f"{kind}, mesh {mesh_text(mesh.shape)}"
 
 
 def print_json(
@@ -70,12 +77,13 @@ def print_json(
     timing: Timing,
     rope: Rope,
     sampler: Sampler,
+    device: str,
 ) -> None:
     """Everything as one JSON object on standard output."""
     rows = zip(prompts, lengths.tolist(), answers, strict=True)
     report = {
         "model": folder,
-        "device": _device(),
+        "device": device,
         "rope": describe(rope),
         "sampler": asdict(sampler),
         "answers": [

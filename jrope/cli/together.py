@@ -20,7 +20,7 @@ from jrope.hf.folders import find_folder
 from jrope.sharding.meshes import mesh
 from jrope.sharding.processes import Processes, processes
 
-_OWN = "--process"  # what each process is given otherwise
+_OWN = ("--process", "--coordinator")  # which processes may spell differently
 
 
 def add_mesh_arguments(
@@ -37,7 +37,7 @@ def add_mesh_arguments(
     text = "the same by hand: where process 0 listens, on a free port"
     add("--coordinator", metavar="HOST:PORT", help=text)
     add("--processes", metavar="N", type=whole(1), help="how many there are")
-    add(_OWN, metavar="I", type=whole(0), help="which one this is, from 0")
+    add("--process", metavar="I", type=whole(0), help="which one this is, from 0")
 
 
 def mesh_of(args: argparse.Namespace) -> Mesh | None:
@@ -103,7 +103,7 @@ def shared(args: argparse.Namespace) -> "Processes | None":
 
 def _facts(args: argparse.Namespace, words: Sequence[str]) -> dict[str, str]:
     """What has to be the same everywhere."""
-    own = [i for i, word in enumerate(words) if word.split("=")[0] == _OWN]
+    own = [i for i, word in enumerate(words) if word.split("=")[0] in _OWN]
     left = {i + n for i in own for n in range(1 if "=" in words[i] else 2)}
     facts = {name: version(name) for name in ("jrope", "jax")}
     kept = [word for i, word in enumerate(words) if i not in left]

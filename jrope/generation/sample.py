@@ -63,6 +63,8 @@ class Sampler:
             value, (off, low, high, words) = getattr(self, f.name), _RANGES[f.name]
             if isinstance(value, Tracer) or not isinstance(value, _CHECKED):
                 continue  # tree transformations put all sorts of things into leaves
+            if isinstance(value, Array) and not value.is_fully_addressable:
+                continue  # of several processes, checked before it was placed
             x, kind = np.asarray(value), int if f.name == "top_k" else float
             whole = kind is float or np.issubdtype(x.dtype, np.integer)
             good = whole & ((x == off) | ((x >= low) & (x <= high)))

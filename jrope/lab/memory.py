@@ -77,7 +77,7 @@ def check_weights(size: int) -> None:
 
 def free_bytes() -> int | None:
     """Bytes that programs may still allocate; None where nobody tells."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = jax.local_devices()[0].memory_stats() or {}
     if "bytes_limit" in stats:
         return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
     if jax.default_backend() != "cpu":

@@ -210,7 +210,6 @@ class Processes:
         if not odd:
             return
         self._last_word.acquire()  # what the others do now is no news
-        self._barrier("disagreement", HEARTBEAT)
         told = [_difference(every[i], every[usual]) for i in odd]
         names = "; ".join(
             f"{self.name(i)} has {t}" for i, t in zip(odd, told, strict=True)
@@ -248,6 +247,7 @@ class Processes:
             time.sleep(HEARTBEAT + 3)  # of a dead process, heartbeats tell until then
         self._failed = True
         if isinstance(error, Disagreement):
+            _briefly(self._linger, range(self.count))
             return
         self._last_word.acquire()
         what = str(error) or type(error).__name__
@@ -337,7 +337,13 @@ class Processes:
 
 def _difference(given: Mapping[str, str], usual: Mapping[str, str]) -> str:
     names = [n for n in {**usual, **given} if given.get(n) != usual.get(n)]
-    return ", ".join(
-        f"{n} {given.get(n, 'nothing')[:80]} (not {usual.get(n, 'nothing')[:80]})"
-        for n in names
-    )
+    return ", ".join(f"{n} {_apart(given.get(n), usual.get(n))}" for n in names)
+
+
+def _apart(value: str | None, usual: str | None) -> str:
+    """Both, long ones from a little before they part."""
+    texts = [text or "none" for text in (value, usual)]
+    parted = (i for i, (a, b) in enumerate(zip(*texts, strict=False)) if a != b)
+    start = max(next(parted, 0) - 20, 0) if max(map(len, texts)) > 60 else 0
+    one, other = ("..." * (start > 0) + text[start : start + 60] for text in texts)
+    return f"{one!r}, not {other!r}"
