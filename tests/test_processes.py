@@ -5,12 +5,14 @@ They cost seconds each to start, so that each set of them shows several things.
 
 import json
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from cli_helpers import byte_tokenizer, write_tokenizer_config
+from jax._src import xla_bridge
 from processes_helpers import HOST, ends, error_line, greedy, measured, start
 
 import jrope
@@ -130,6 +132,33 @@ def test_a_file_that_one_host_lacks_is_told_on_all(
     for ended in ends(start("command", 2, tmp_path, *words, cwd=hosts)):
         line = error_line(ended)
         assert f"process 1 ({HOST}): " in line and lacking.name in line
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("host", 2, 0), "coordinator: got 'host', want HOST:PORT"),
+        (("host:0", 2, 0), "coordinator: got 'host:0', want HOST:PORT"),
+        (("host:1", 2, 2), "process: got 2 of 2, want 0 to 1"),
+        (("host:1", 2, None), "processes: index missing; give all three"),
+        ((), "found neither SLURM, Open MPI, Kubernetes nor a TPU pod; give the coord"),
+    ],
+)
+def test_processes_that_cannot_join_are_refused(
+    given: tuple[Any, ...], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
+    with pytest.raises(JropeError, match=message):
+        jrope.processes(*given)
+
+
+def test_a_port_that_is_taken_is_refused() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(JropeError, match=f"port {port} of this host, .* in use"):
+            jrope.processes(f"127.0.0.1:{port}", 2, 0)
 
 
 def test_a_dead_process_is_named_though_nothing_waits_for_it(tmp_path: Path) -> None:

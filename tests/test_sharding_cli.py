@@ -49,11 +49,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_generate_prints_what_one_device_does(folder: Path, capsys: Any) -> None:
     words = ["generate", folder, "ab", "a longer one", "--max-new-tokens", 5, "--json"]
     one = json.loads(succeed(capsys, *words)[0])
-    more = ["--mesh", MESH, "--quantize", "int8"]
-    many = json.loads(succeed(capsys, *words, *more[:2])[0])
+    many = json.loads(succeed(capsys, *words, "--mesh", MESH)[0])
     assert many["answers"] == one["answers"]
     assert many["device"].endswith(f", mesh {MESH}")
-    assert succeed(capsys, *words, *more)[0]
 
 
 def test_evaluate_measures_what_one_device_does(
@@ -76,10 +74,9 @@ def test_evaluate_measures_what_one_device_does(
         assert [a.get(n) for n in keys] == [b.get(n) for n in keys]
 
 
-@pytest.mark.parametrize("text", ["fsdp=2,model=4", "data=4,model=2"])
-def test_measures_are_one_devices_for_rows_that_do_not_divide(text: str) -> None:
+def test_measures_are_one_devices_for_rows_that_do_not_divide() -> None:
     config, params = with_rope("dynamic"), make_params()
-    placed = jrope.shard(params, jrope.mesh(text), config)
+    placed = jrope.shard(params, jrope.mesh("fsdp=2,model=4"), config)
     tokens = [TOKENS.reshape(-1)[:45]]
     how: dict[str, Any] = {"stride": 8, "tokens_at_once": 24}
     got, want = (perplexity(p, config, tokens, 12, **how).nll for p in (placed, params))
@@ -94,10 +91,9 @@ def test_measures_are_one_devices_for_rows_that_do_not_divide(text: str) -> None
     assert seen[:3] == seen[3:]
 
 
-@pytest.mark.parametrize("text", ["fsdp=2,model=4", "data=4,model=2"])
-def test_every_stage_of_parity_is_one_devices(text: str) -> None:
+def test_every_stage_of_parity_is_one_devices() -> None:
     config, params = with_rope("longrope"), make_params()
-    placed = jrope.shard(params, jrope.mesh(text), config)
+    placed = jrope.shard(params, jrope.mesh("fsdp=2,model=4"), config)
     places = np.broadcast_to(np.arange(12, dtype=np.int32), (3, 12))
     got, want = (jrope_stages(p, config, TOKENS[:3], places) for p in (placed, params))
     assert {*got} == {*want} == {"embeddings", "layer 0", "final norm", "logits"}
@@ -138,11 +134,10 @@ def test_parity_loads_onto_the_mesh(
         ),
         (
             ["parity", "--coordinator", "a:1"],
-            "--coordinator: parity runs in one process",
+            "--coordinator: parity runs in one",
         ),
         (["generate", "ab", "--processes", "2"], "needs --coordinator, --process, too"),
         (["generate", "ab", "--distributed", "--process", "1"], "leave --process out"),
-        (["generate", "ab", "--distributed"], "found neither SLURM, .* nor a TPU pod"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -150,6 +150,9 @@ def own_streams() -> Generator[None]:
                 stream.flush()
             os.dup2(stream.fileno(), number)
         sys.stdout, sys.stderr = before
+        for stream in kept:
+            with contextlib.suppress(OSError, ValueError):
+                stream.close()
 
 
 def _copy(stream: TextIO, number: int) -> TextIO:
