@@ -133,12 +133,24 @@ def _loaded(index: int, count: int, port: str, folder: str) -> Any:
     return group, params, config, read[0]
 
 
+def _refused(act: Any) -> str:
+    try:
+        act()
+    except ValueError as error:
+        return str(error)
+    return "done"
+
+
 def _four(index: int, count: int, port: str, out: Path, words: list[str]) -> None:
     """Tokens of all, and a common end."""
+    import jrope
+
     group, params, config, read = _loaded(index, count, port, *words)
     with group:
         found = {"read": read, "hosts": group.hosts, **greedy(params, config)}
         assert group.share(f"of {index}") == "of 0"
+        found["small mesh"] = _refused(lambda: jrope.mesh("model=2"))
+        found["saving"] = _refused(lambda: jrope.save(out / "copy", params, config))
         (out / f"{index}.json").write_text(json.dumps(found))
 
 

@@ -17,6 +17,7 @@ from processes_helpers import HOST, ends, error_line, greedy, measured, start
 
 import jrope
 from jrope.cli import main
+from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.hf.checkpoint import write_folder
 from jrope.hf.tensors import open_tensors
@@ -59,6 +60,10 @@ def check_results(out: Path, count: int, folder: Path, want: dict[str, Any]) -> 
     for index in range(count):
         got = json.loads((out / f"{index}.json").read_text())
         assert got.pop("hosts") == [HOST] * count
+        if count == 4:
+            few, saving = got.pop("small mesh"), got.pop("saving")
+            assert "model=2 has 2 devices, 4 processes have 4" in few
+            assert "cannot save" in saving and "several processes hold them" in saving
         # Each process reads for its own devices; where these are all shares, all.
         part = got.pop("read") / stored(folder)
         assert 0.5 <= part < 0.51 if count == 4 else part == 1

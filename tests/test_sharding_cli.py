@@ -13,8 +13,8 @@ from sharding_helpers import CONFIG, TOKENS, make_params, with_rope
 import jrope
 from jrope.hf import config_to_hf
 from jrope.hf.checkpoint import write_folder
+from jrope.lab import passkey
 from jrope.lab.distance import mean_queries_and_keys
-from jrope.lab.passkey import Passkeys, answer_passkeys
 from jrope.lab.perplexity import perplexity
 from jrope.model.config import parameter_shapes
 from jrope.parity import jrope_stages
@@ -84,11 +84,22 @@ def test_measures_are_one_devices_for_rows_that_do_not_divide() -> None:
     got, want = (mean_queries_and_keys(p, config, tokens, 12) for p in (placed, params))
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=2e-5, atol=2e-5)
-    keys = Passkeys(prompts=TOKENS[:3], keys=("1", "2", "3"))
+
+
+def test_passkeys_fill_the_rows_that_a_mesh_divides(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     seen: list[Any] = []
-    for p in (placed, params):
-        answer_passkeys(p, config, keys, lambda ids: seen.append(ids) or "")
-    assert seen[:3] == seen[3:]
+
+    def generated(params: Any, batch: Any, **_: Any) -> Any:
+        seen.append(batch)
+        return jrope.Generation(batch, np.full(len(batch), 2), *[None] * 3)
+
+    monkeypatch.setattr(passkey, "generate", generated)
+    placed = jrope.shard(make_params(), jrope.mesh("data=2,model=4"), CONFIG)
+    keys = passkey.Passkeys(prompts=TOKENS[:3], keys=("1", "2", "3"))
+    found = passkey.answer_passkeys(placed, CONFIG, keys, lambda _: "")
+    assert [len(batch) for batch in seen] == [2, 2] and len(found) == 3
 
 
 def test_every_stage_of_parity_is_one_devices() -> None:

@@ -48,7 +48,7 @@ def mesh_of(args: argparse.Namespace) -> Mesh | None:
     """
     if args.mesh is not None:
         return mesh(args.mesh)
-    if (group := shared(args)) is not None:
+    if (group := shared(args)) is not None and group.count > 1:
         devices = jax.device_count()
         raise JropeError(
             f"--mesh: {group.count} processes have {devices} devices; say how they "

@@ -114,7 +114,7 @@ def stream(
 
     Returns:
       An iterator of int32 [B, n], the next n tokens of every row; it ends when every
-      row has stopped.
+      row has stopped.  Of several processes each gets all rows, and each has to go on.
 
     Raises:
       JropeError: as `generate`, at the call, not at the first block.

@@ -230,6 +230,9 @@ def save(
         hint = "`jrope.dequantize` them first; what rounding lost stays lost"
         raise JropeError(f"cannot save {folder}: int8 parameters; {hint}")
     flat = flatten(params)
+    if not all(getattr(x, "is_fully_addressable", True) for x in flat.values()):
+        hint = "load them in one process to save them"
+        raise JropeError(f"cannot save {folder}: several processes hold them; {hint}")
     shapes = {name: tuple(np.shape(array)) for name, array in flat.items()}
     dtypes = {name: np.dtype(array.dtype) for name, array in flat.items()}
     codes = {name: CODES.get(d, str(d)) for name, d in dtypes.items()}

@@ -180,10 +180,10 @@ class Processes:
         self.index, self.count = int(state.process_id), int(state.num_processes)
         self._rounds, self._failed = 0, False
         self._over, self._last_word = threading.Event(), threading.Lock()
-        self.hosts: tuple[str, ...] = (socket.gethostname(),) * self.count
+        self.hosts: tuple[str, ...] = ("host unknown",) * self.count
+        self._undo = on_abort(self._lost)
         self.hosts = tuple(self._told("host", socket.gethostname(), patience))
         atexit.register(self._leave)
-        self._undo = on_abort(self._lost)
         self._watcher = threading.Thread(target=self._watch, daemon=True)
         self._watcher.start()
 
@@ -261,7 +261,7 @@ class Processes:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: Any
     ) -> None:
-        if error is None:
+        if error is None or (isinstance(error, SystemExit) and not error.code):
             self.stop()
         else:
             self.fail(error)
@@ -270,14 +270,11 @@ class Processes:
         """What each process gives under this name, in order."""
         self._rounds += 1
         key = f"jrope/{what}/{self._rounds}"
-        self._store.key_value_set(f"{key}/{self.index}", text or " ")
+        self._store.key_value_set(f"{key}/{self.index}", f"={text}")  # none is empty
         self._barrier(key, patience)
-        every = [
-            self._store.blocking_key_value_get(f"{key}/{i}", HEARTBEAT * 1000)
-            for i in range(self.count)
-        ]
+        told = dict(self._store.key_value_dir_get(f"{key}/"))
         self._barrier(f"{key}/read", patience)
-        return [text.strip() for text in every]
+        return [told[f"{key}/{i}"][1:] for i in range(self.count)]
 
     def _barrier(self, name: str, patience: float) -> None:
         self._store.wait_at_barrier(f"jrope/{name}", int(patience * 1000))
