@@ -29,7 +29,9 @@ def test_casts_round_as_reduced_precision_does():
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (1, 1)])
 @pytest.mark.parametrize("window", [None, 3])
 def test_a_decode_step_sees_its_own_heads_and_slots(heads, window):
-    q, k, v = (random(3, n, h, 8) for n, h in zip((1, 16, 16), (*heads, heads[1])))
+    q, k, v = (
+        random(3, n, h, 8) for n, h in zip((1, 16, 16), (*heads, heads[1]), strict=True)
+    )
     slots = jnp.asarray([[0], [3], [15]], jnp.int32)
     queries = attention._Queries(slots=slots, segments=None, window=window)
     got = jax.jit(attention._one_query_on_tpu)(q, k, v, queries)
@@ -52,4 +54,3 @@ def test_the_tpu_kernel_is_causal_attention_of_grouped_heads():
 
 def test_the_tpu_kernel_is_traced_for_a_tpu_alone():
     assert not attention._flash_takes(random(1, 512, 2, 128, dtype="bfloat16"))
-

@@ -1,6 +1,7 @@
 """Temporaries as libtpu's compiler tells them, of a TPU that need not be here."""
 
 from importlib import metadata
+from typing import Any
 
 import jax
 import numpy as np
@@ -47,5 +48,5 @@ def compiled_temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
         )
     finally:
         jax.config.update(EFFORT, before)
-    sizes = (program.memory_analysis() for program in programs.values())
+    sizes: list[Any] = [program.memory_analysis() for program in programs.values()]
     return max(size.temp_size_in_bytes for size in sizes)

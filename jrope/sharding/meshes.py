@@ -105,11 +105,6 @@ class Layout:
         """The product of these axes' sizes."""
         return math.prod(self.mesh.shape[name] for name in names)
 
-    def whole_rows(self, count: int) -> int:
-        """At least so many rows, and as many for every device."""
-        size = self.size(self.axes.batch)
-        return -(-count // size) * size
-
     def rows(self) -> PartitionSpec:
         """Of an array whose first axis is the batch."""
         return PartitionSpec(entry(self.axes.batch))

@@ -227,11 +227,10 @@ class Processes:
         self._barrier("stop", _LONG)
         self._over.set()
         self._watcher.join(HEARTBEAT)
-        while (
-            self.index == 0
-            and len(self._store.get_live_nodes([*range(self.count)])) > 1
-        ):
-            pass  # until the others have left the store, which goes with this process
+        everyone = [*range(self.count)]
+        # process 0 takes the store with it when it ends: the others leave first
+        while self.index == 0 and len(self._store.get_live_nodes(everyone)) > 1:
+            time.sleep(0.05)
         jax.distributed.shutdown()
         self._undo()
 
