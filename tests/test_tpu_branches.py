@@ -33,7 +33,7 @@ def test_a_decode_step_sees_its_own_heads_and_slots(heads, window):
         random(3, n, h, 8) for n, h in zip((1, 16, 16), (*heads, heads[1]), strict=True)
     )
     slots = jnp.asarray([[0], [3], [15]], jnp.int32)
-    queries = attention._Queries(slots=slots, segments=None, window=window)
+    queries = attention.Queries(slots=slots, segments=None, window=window)
     got = jax.jit(attention._one_query_on_tpu)(q, k, v, queries)
     want = jax.jit(attention._one_query)(q, k, v, queries)
     np.testing.assert_allclose(got, want, atol=2e-6)
