@@ -27,6 +27,13 @@ def check_model(params: Params, config: LlamaConfig) -> None:
         )
 
 
+def check_windows(config: LlamaConfig, capacity: int) -> None:
+    """Raise a JropeError where a layer's slots would go round: rows enter in pieces."""
+    shortest = min((w for w in config.windows or () if w is not None), default=capacity)
+    wanted = f"at most the shortest window, {shortest}; `generate` takes more"
+    check(capacity <= shortest, "capacity", capacity, wanted)
+
+
 def check_work(work: Work, config: LlamaConfig, capacity: int, logprobs: bool) -> None:
     """Raise a JropeError that says why a row cannot be run, naming its key."""
     try:

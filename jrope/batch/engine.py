@@ -12,7 +12,7 @@ from typing import final
 
 import jax
 
-from jrope.batch.admission import check_model, check_work
+from jrope.batch.admission import check_model, check_windows, check_work
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import Programs, compile_programs, names
 from jrope.batch.room import free_memory, slots_for
@@ -65,6 +65,7 @@ class Engine:
         check_model(params, config)
         check_count("capacity", capacity, 2)
         capacity = -(-capacity // ROUND) * ROUND
+        check_windows(config, capacity)
         if slots is None:
             slots = slots_for(params, config, capacity, free_memory())
         for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece)):

@@ -24,7 +24,14 @@ from jax.sharding import PartitionSpec
 from jrope.errors import JropeError
 from jrope.lab.memory import compile_fitting
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import Step, decoder_layer, gathered, linears
+from jrope.model.layers import (
+    Step,
+    decoder_layer,
+    gathered,
+    layer_kind,
+    local_table,
+    queries_keys_values,
+)
 from jrope.model.llama import embed
 from jrope.model.placed import share_of
 from jrope.rope import Rope, table
@@ -111,26 +118,19 @@ def _queries_and_keys(
         run = layout.map(partial(_queries_and_keys, **how), given, means)
         return run(params, tokens, cos, sin)
     model, count = params["model"], tokens.shape[1]
-    widths = [n * config.head_dim for n in _heads(config)]
-    x = embed(model, tokens, axes)
+    x = embed(model, tokens, config=config, axes=axes)
+    places = jnp.arange(count, dtype=jnp.int32)[None]
+    step = Step(cos=cos, sin=sin, local=local_table(config, places))
     queries: list[jax.Array] = []
     keys: list[jax.Array] = []
+    layer = partial(decoder_layer, config=config, capacity=count, axes=axes)
     for i in range(config.num_hidden_layers):
-        weights = gathered(model["layers"][str(i)], axes)
-        norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
-        q, k, _ = linears(weights["self_attn"], "self_attn", x, norm, widths)
+        weights, kind = model["layers"][str(i)], layer_kind(config, i, count)
+        q, k, _ = queries_keys_values(gathered(weights, axes), x, config)
         for found, y in ((queries, q), (keys, k)):
-            mean = jnp.mean(y.astype(jnp.float32), axis=(0, 1))
-            found.append(mean.reshape(-1, config.head_dim))
-        step = Step(cos=cos, sin=sin)
-        weights = model["layers"][str(i)]
-        x, _ = decoder_layer(weights, x, step, config=config, capacity=count, axes=axes)
+            found.append(jnp.mean(y.astype(jnp.float32), axis=(0, 1)))
+        x, _ = layer(weights, x, step, **kind)
     return jnp.stack(queries), jnp.stack(keys)
-
-
-def _heads(config: LlamaConfig) -> tuple[int, int, int]:
-    kv_heads = config.num_key_value_heads
-    return config.num_attention_heads, kv_heads, kv_heads
 
 
 def scores_at(

@@ -30,7 +30,14 @@ from jrope.lab.memory import compile_fitting
 from jrope.lab.statistics import Interval, block_bootstrap
 from jrope.model.config import LlamaConfig
 from jrope.model.context import context_share
-from jrope.model.layers import Step, decoder_layer, rms_norm
+from jrope.model.layers import (
+    Step,
+    decoder_layer,
+    layer_kind,
+    local_table,
+    norm_of,
+    rms_norm,
+)
 from jrope.model.llama import embed
 from jrope.model.placed import share_of
 from jrope.model.scores import token_logprobs
@@ -294,15 +301,17 @@ def _window_nll(
     model, (batch, count) = params["model"], tokens.shape
     share = context_share(tokens, None, axes)
     cos, sin = (jnp.broadcast_to(a, (batch, *a.shape[1:])) for a in (cos, sin))
-    own = tokens
+    places = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32), (batch, count))
+    own, local = tokens, local_table(config, places)
     if share is not None:
         own, cos, sin = share.take(tokens), share.take(cos), share.take(sin)
-    x, step = embed(model, own, axes), Step(cos=cos, sin=sin, share=share)
+    x = embed(model, own, config=config, axes=axes)
+    step = Step(cos=cos, sin=sin, local=local, share=share)
     for i in range(config.num_hidden_layers):
-        weights = model["layers"][str(i)]
+        weights, kind = model["layers"][str(i)], layer_kind(config, i, count)
         how = {"config": config, "capacity": x.shape[1], "axes": axes}
-        x, _ = decoder_layer(weights, x, step, **how)
-    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+        x, _ = decoder_layer(weights, x, step, **how, **kind)
+    x = rms_norm(x, *norm_of(model["norm"], config))
     score = partial(token_logprobs, params, config=config, axes=axes)
     if share is not None:
         targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))

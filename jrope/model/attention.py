@@ -40,6 +40,8 @@ def attend(
     window: int | None = None,
     segments: jax.Array | None = None,
     slots: jax.Array | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Causal attention of T new tokens over S slots.
 
@@ -47,19 +49,26 @@ def attend(
       q: [B, T, N, H], rotated.
       k, v: [B, S, K, H]; slots past a row's last query may hold anything finite.
       starts: int32 [B], the slot of each row's first query; None: 0 for all, T = S.
-      window: a query sees this many slots up to its own; None: all of them.
+      window: a query sees this many slots up to its own, as many as there are or more
+        being all of them; None: all of them.
       segments: int32 [B, S], without `starts`: a query sees its own segment only.
       slots: int32 [B, T], the slot of every query, where they do not follow each other.
+      scale: of the scores; None: 1 / sqrt(H).
+      cap: scores become cap * tanh(score / cap); None: they stay.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
-    plain = window is None and segments is None and slots is None
-    if plain and starts is None and _flash_takes(q):
+    if window is not None and window >= k.shape[1]:
+        window = None
+    # cuDNN has windows, too (local_window_size), which no GPU has shown here yet.
+    plain = window is None and segments is None and slots is None and cap is None
+    if plain and starts is None and scale is None and _flash_takes(q):
         return jax.lax.platform_dependent(q, k, v, tpu=_flash, default=_causal)
     if plain and _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
-        return jax.lax.platform_dependent(q, k, v, starts, cuda=_cudnn, default=_xla)
-    return _xla(q, k, v, starts, window=window, segments=segments, slots=slots)
+        cudnn, xla = partial(_cudnn, scale=scale), partial(_xla, scale=scale)
+        return jax.lax.platform_dependent(q, k, v, starts, cuda=cudnn, default=xla)
+    return _xla(q, k, v, starts, window, segments, slots, scale, cap)
 
 
 def _xla(
@@ -70,6 +79,8 @@ def _xla(
     window: int | None = None,
     segments: jax.Array | None = None,
     slots: jax.Array | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Plain XLA, for every platform."""
     own = segments
@@ -77,7 +88,7 @@ def _xla(
         slots = _slots(q, starts)
     elif segments is not None:
         own = jnp.take_along_axis(segments, slots, axis=1, mode="clip")
-    queries = Queries(slots=slots, segments=own, window=window)
+    queries = Queries(slots=slots, segments=own, window=window, scale=scale, cap=cap)
     if q.shape[1] == 1:
         given = q, k, v, queries, segments
         how = {"tpu": _one_query_on_tpu, "default": one_query}
@@ -90,15 +101,25 @@ def _xla(
 @partial(
     jax.tree_util.register_dataclass,
     data_fields=("slots", "segments"),
-    meta_fields=("window",),
+    meta_fields=("window", "scale", "cap"),
 )
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Where queries stand, int32 [B, T], and what that lets them see."""
+    """Where queries stand, int32 [B, T], what they see, and how they score it."""
 
     slots: jax.Array
     segments: jax.Array | None
     window: int | None
+    scale: float | None = None
+    cap: float | None = None
+
+    def scores(self, q: jax.Array, products: jax.Array) -> jax.Array:
+        """Of products of queries [..., H] and keys, float32."""
+        scale = scale_of(q) if self.scale is None else np.float32(self.scale)
+        scores = products * scale
+        if self.cap is None:
+            return scores
+        return jnp.tanh(scores / np.float32(self.cap)) * np.float32(self.cap)
 
     def hidden(self, keys: jax.Array, key_segments: jax.Array | None) -> jax.Array:
         """Which keys, in slots [S] and segments [B, S], they may not see: [B, T, S]."""
@@ -119,10 +140,15 @@ def _cudnn_takes(q: jax.Array) -> bool:
 
 
 def _cudnn(
-    q: jax.Array, k: jax.Array, v: jax.Array, starts: jax.Array | None
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    scale: float | None,
 ) -> jax.Array:
     """cuDNN's flash attention; in decode it reads only the filled slots."""
-    attention = partial(jax.nn.dot_product_attention, implementation="cudnn")
+    attention = jax.nn.dot_product_attention
+    attention = partial(attention, implementation="cudnn", scale=scale)
     if starts is None:
         return attention(q, k, v, is_causal=True)
     return attention(q, k, v, key_value_seq_lengths=starts + 1)
@@ -175,7 +201,7 @@ def steps(count: int) -> jax.Array:
 
 
 def scale_of(q: jax.Array) -> np.float32:
-    """What scores are multiplied by."""
+    """What scores are multiplied by, unless a model says otherwise."""
     return np.float32(1 / math.sqrt(q.shape[-1]))
 
 
@@ -189,7 +215,7 @@ def _whole(
     """All T x S scores at once: short prompts."""
     batch, tokens, _, head_dim = q.shape
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
-    scores = einsum("BTKGH,BSKH->BKGTS", grouped, k) * scale_of(q)
+    scores = queries.scores(q, einsum("BTKGH,BSKH->BKGTS", grouped, k))
     hidden = queries.hidden(steps(k.shape[1]), segments)
     scores = jnp.where(hidden[:, None, None], -jnp.inf, scores)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
@@ -220,7 +246,7 @@ def one_query(
     spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
-    scores = einsum("BNX,BSX->BNS", spread, k) * scale_of(q)
+    scores = queries.scores(q, einsum("BNX,BSX->BNS", spread, k))
     hidden = queries.hidden(stripes.slots(k.shape[1], axes), segments)
     if axes.context:
         scores = jnp.where(hidden, LOWEST, scores)
@@ -257,7 +283,7 @@ def _one_query_on_tpu(
     k, v = (x.reshape(batch, slots * kv_heads, head_dim) for x in (k, v))
     # Of one head XLA would make sums, which want all slots in another order.
     rows = jnp.pad(q[:, 0], ((0, 0), (0, 7 if heads == 1 else 0), (0, 0)))
-    scores = einsum("BNH,BXH->BNX", rows, k) * scale_of(q)
+    scores = queries.scores(q, einsum("BNH,BXH->BNX", rows, k))
     at, own = steps(slots * kv_heads), steps(rows.shape[1]) // group
     hidden = queries.hidden(at // kv_heads, None)
     if kv_heads > 1:
@@ -390,7 +416,7 @@ def see_block(
         segments = keys.segments
         if segments is not None:
             segments = part(segments, slice_size=BLOCK, axis=1)
-        scores = einsum("BKXH,BKHS->BKXS", q, k) * scale_of(q)
+        scores = queries.scores(q, einsum("BKXH,BKHS->BKXS", q, k))
         hidden = queries.hidden(part(keys.slots, slice_size=BLOCK), segments)
         scores = jnp.where(hidden[:, None], LOWEST, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))

@@ -2,9 +2,11 @@
 
 Slot s of a row holds the key and value of that row's token at position s, so rows of
 different lengths are exact without masks: a query sees the slots up to its own, and
-what lies beyond is overwritten before it is ever seen.
+what lies beyond is overwritten before it is ever seen.  A layer with a window has no
+more slots than that, which go round: see `rolling`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeAlias, final
 
@@ -26,8 +28,9 @@ class KVCache:
     """Keys and values of L layers, and where each row stands.
 
     Args:
-      keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.  Where
-        a mesh splits the slots they stand in stripes, see `sharding.stripes`.
+      keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.  A
+        layer with a window W has min(S, W) slots instead of S.  Where a mesh splits the
+        slots they stand in stripes, see `sharding.stripes`.
       lengths: int32 [B], filled slots.
       rope_lengths: int32 [B], read by the methods whose frequencies depend on the
         length: the planned total that the keys were rotated for; with "hf" lengths what
@@ -41,8 +44,8 @@ class KVCache:
 
     @property
     def capacity(self) -> int:
-        """S, the slots of a row."""
-        return self.keys[0].shape[1]
+        """S, the slots of a row; W where every layer has a window of W < S."""
+        return max(k.shape[1] for k in self.keys)
 
     @classmethod
     def empty(
@@ -61,14 +64,26 @@ class KVCache:
             remembers = config.rope.lengths == "hf"
             trained = config.rope.trained_length or 0
             rope_lengths = trained if remembers else capacity
-        shape = (batch, capacity, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
+        heads = (config.num_key_value_heads, config.head_dim)
+        slots = layer_slots(config, capacity)
         return cls(
-            keys=tuple(jnp.zeros(shape, dtype) for _ in layers),
-            values=tuple(jnp.zeros(shape, dtype) for _ in layers),
+            keys=tuple(jnp.zeros((batch, n, *heads), dtype) for n in slots),
+            values=tuple(jnp.zeros((batch, n, *heads), dtype) for n in slots),
             lengths=jnp.zeros(batch, jnp.int32),
             rope_lengths=per_row(rope_lengths, batch),
         )
+
+
+def layer_slots(config: LlamaConfig, capacity: int) -> list[int]:
+    """The slots of every layer for a text of `capacity` tokens."""
+    windows = config.windows or (None,) * config.num_hidden_layers
+    return [capacity if w is None else min(w, capacity) for w in windows]
+
+
+def all_roll(config: LlamaConfig, keys: Sequence[jax.Array]) -> bool:
+    """Whether every layer has as many slots as its window, so that none overflows."""
+    windows = config.windows or (None,)
+    return all(k.shape[1] == w for k, w in zip(keys, windows, strict=False))
 
 
 def per_row(value: ArrayLike, batch: int) -> jax.Array:

@@ -10,6 +10,7 @@ rotates them for the row's current length.  A full pass does the same for each q
 past the trained length; up to it one table serves all, and longrope has only two.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
@@ -61,6 +62,8 @@ def attend_growing(
     sin: jax.Array,
     rope: Rope,
     window: int | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
     at: jax.Array | None = None,
 ) -> jax.Array:
     """`attend` for q and k as projected; a query past the trained length costs O(S).
@@ -72,14 +75,14 @@ def attend_growing(
       cos, sin: of the slots, [B, S, R]; for a single query that has a start those of
         its own length, else those of the trained length.
       rope: the embedding.
-      window: as in `attend`.
+      window, scale, cap: as in `attend`.
       at: int32 [B, T], the slot of every query, instead of `starts`.
 
     Returns:
       [B, T, N, H] in q's dtype.
     """
     count, slots, trained = q.shape[1], k.shape[1], rope.trained_length or 0
-    own = {"rope": rope, "window": window}
+    own = {"rope": rope, "how": partial(attend, window=window, scale=scale, cap=cap)}
     see = partial(_see, tables=(cos[:, :slots], sin[:, :slots]), **own)
     late = partial(_late, **own)
     single = count == 1 and starts is not None
@@ -114,21 +117,19 @@ def _see(
     tables: tuple[jax.Array, jax.Array],
     *,
     rope: Rope,
-    window: int | None,
+    how: Callable[..., jax.Array],
 ) -> jax.Array:
     """One table for all queries, and for the keys that they see."""
     turn = partial(rotate, layout=rope.layout, precision=rope.precision)
     k = turn(k, *(x[:, : k.shape[1]] for x in tables))
     if at is None:
-        return attend(
-            turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v, window=window
-        )
+        return how(turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v)
     rows = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in tables)
     of = partial(jnp.take_along_axis, indices=at[..., None], axis=1, mode="clip")
     q = turn(q, *map(of, rows))
     if q.shape[1] == 1:
-        return attend(q, k, v, at[:, 0], window=window)
-    return attend(q, k, v, window=window, slots=at)
+        return how(q, k, v, at[:, 0])
+    return how(q, k, v, slots=at)
 
 
 def _late(
@@ -138,10 +139,10 @@ def _late(
     at: jax.Array,
     *,
     rope: Rope,
-    window: int | None,
+    how: Callable[..., jax.Array],
 ) -> jax.Array:
     """Queries past the trained length: one after the other, each with its own table."""
-    slots, see = k.shape[1], partial(_see, rope=rope, window=window)
+    slots, see = k.shape[1], partial(_see, rope=rope, how=how)
     if isinstance(rope.scaling, LongRope):  # the second table and the last
         tables = slot_table(rope, slots, rope.scaling.original_length + 1)
         return see(q, k, v, at, tables)

@@ -13,6 +13,7 @@ from jrope.model.cache import KVCache, per_row
 from jrope.model.config import LlamaConfig
 from jrope.model.context import Share
 from jrope.model.growing import slot_table
+from jrope.model.layers import Step, local_table
 from jrope.rope import LongRope, table
 from jrope.rope.frequencies import Length
 from jrope.sharding import stripes
@@ -137,7 +138,7 @@ def rotary_table(
     capacity: int | None,
     axes: Axes = ONE,
     share: Share | None = None,
-) -> tuple[jax.Array, jax.Array, ArrayLike]:
+) -> tuple[Step, ArrayLike]:
     """cos, sin [B, T, R], once for all layers, and the lengths they were made for.
 
     For growing lengths of the slots, [B, S, R]: see `growing.attend_growing`.
@@ -175,7 +176,8 @@ def rotary_table(
         else:
             positions = positions if share is None else share.take(positions)
             cos, sin = table(config.rope, positions, length=cast(Length, rope_lengths))
-    return cos, sin, rope_lengths
+        local = local_table(config, positions)
+    return Step(cos=cos, sin=sin, local=local), rope_lengths
 
 
 def _remembered(

@@ -7,6 +7,7 @@ Sources: RMSNorm, Zhang and Sennrich 2019 (arXiv:1910.07467); SwiGLU, Shazeer 20
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +17,24 @@ from jrope.errors import JropeError
 from jrope.model.activations import ACTIVATIONS
 from jrope.model.attention import attend
 from jrope.model.cache import Slots, grow, write
-from jrope.model.config import LlamaConfig
+from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
 from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
+from jrope.model.rolling import extend, keep_last
 from jrope.numerics import with_rank
-from jrope.rope import rotate
+from jrope.rope import rotate, table
 from jrope.sharding.axes import ONE, Axes
-from jrope.tree import LayerParams, Params, flatten, nest
+from jrope.tree import LayerParams, LinearParams, Params, flatten, nest
 
 # block: (name when joined by `fuse`, the projections in it)
 FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "self_attn": ("qkv_proj", ("q_proj", "k_proj", "v_proj")),
     "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
+
+
+Norm: TypeAlias = tuple[jax.Array, float, NormKind]
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +48,8 @@ class Step:
       starts: int32 [B], filled slots of each row, given with `slots`.
       segments: int32 [B, T], equal for tokens of one sequence; None: a row is one.
       share: where a mesh splits the sequence, what this device computes of it.
+      local: cos and sin of the layers with a rotary embedding of their own.
+      counts: int32 [B], valid tokens of each row, read where slots go round; None: T.
     """
 
     cos: jax.Array
@@ -51,6 +58,8 @@ class Step:
     starts: jax.Array | None = None
     segments: jax.Array | None = None
     share: Share | None = None
+    local: tuple[jax.Array, jax.Array] | None = None
+    counts: jax.Array | None = None
 
 
 def attention(
@@ -62,25 +71,23 @@ def attention(
     capacity: int,
     window: int | None,
     rotary: bool,
+    local: bool = False,
     axes: Axes = ONE,
 ) -> tuple[jax.Array, Slots]:
     """Norm, project, rotate, remember, attend, project back; see `decoder_layer`."""
     batch, count, _ = x.shape
-    heads = (batch, count, -1, config.head_dim)
-    width, kv_width = (
-        n * config.head_dim
-        for n in (config.num_attention_heads, config.num_key_value_heads)
-    )
-    sizes = (width, kv_width, kv_width)
-    norm = weights["input_layernorm"]["weight"], config.rms_norm_eps
-    projected = linears(weights["self_attn"], "self_attn", x, norm, sizes)
-    q, k, v = (y.reshape(heads) for y in projected)
-    rope, tables = config.rope, {"cos": step.cos, "sin": step.sin}
-    see = partial(attend, window=window, segments=step.segments)
+    q, k, v = queries_keys_values(weights, x, config)
+    rope, (cos, sin) = config.rope, (step.cos, step.sin)
+    if local and config.local_rope is not None and step.local is not None:
+        rope, (cos, sin) = config.local_rope, step.local
+    tables = {"cos": cos, "sin": sin}
+    how = {"scale": config.attention_scale, "cap": config.score_cap}
+    see = partial(attend, window=window, segments=step.segments, **how)
     if rotary and rope.lengths == "growing":  # keys are cached as they are
-        see = partial(attend_growing, **tables, rope=rope, window=window)
+        see = partial(attend_growing, **tables, rope=rope, window=window, **how)
     elif rotary:
-        turn = partial(rotate, **tables, layout=rope.layout, precision=rope.precision)
+        precision = "accurate" if config.wide_rotation else rope.precision
+        turn = partial(rotate, **tables, layout=rope.layout, precision=precision)
         q, k = turn(q), turn(k)
     if step.share is not None:
         slots = remember(step.slots, (k, v), step.share, capacity)
@@ -92,7 +99,12 @@ def attention(
         y = see(q, seen, step.share, window=window)
     elif step.slots is None or step.starts is None:
         y = see(q, k, v)
-        slots = grow(k, capacity), grow(v, capacity)
+        keep = partial(grow, capacity=capacity)
+        if window is not None and window <= capacity:
+            keep = partial(keep_last, window=window, counts=step.counts)
+        slots = keep(k), keep(v)
+    elif window == step.slots[0].shape[1]:
+        y, slots = extend(see, q, (k, v), step.slots, step.starts, step.counts)
     else:
         keys, values = step.slots
         slots = write(keys, k, step.starts), write(values, v, step.starts)
@@ -101,11 +113,40 @@ def attention(
     return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
 
 
+def queries_keys_values(
+    weights: LayerParams, x: jax.Array, config: LlamaConfig
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What attention turns and compares, as yet not rotated: [B, T, N or K, H]."""
+    heads = (*x.shape[:2], -1, config.head_dim)
+    width, kv_width = (
+        n * config.head_dim
+        for n in (config.num_attention_heads, config.num_key_value_heads)
+    )
+    block, sizes = weights["self_attn"], (width, kv_width, kv_width)
+    norm = norm_before(weights, config, "input_layernorm")
+    q, k, v = linears(block, "self_attn", x, norm, sizes)
+    if config.qk_norm == "whole":
+        q, k = _qk_norm(block, q, k, config)
+    q, k, v = (y.reshape(heads) for y in (q, k, v))
+    if config.qk_norm == "head":
+        q, k = _qk_norm(block, q, k, config)
+    return q, k, v
+
+
+def _qk_norm(
+    block: Params, q: jax.Array, k: jax.Array, config: LlamaConfig
+) -> tuple[jax.Array, jax.Array]:
+    q = rms_norm(q, *norm_of(block["q_norm"], config))
+    return q, rms_norm(k, *norm_of(block["k_norm"], config))
+
+
 def mlp(
     weights: LayerParams, x: jax.Array, *, config: LlamaConfig, axes: Axes = ONE
 ) -> jax.Array:
     """down(act(gate(h)) * up(h)), h = norm(x)."""
-    norm = weights["post_attention_layernorm"]["weight"], config.rms_norm_eps
+    pre = config.norm_at == "pre"
+    name = "post_attention_layernorm" if pre else "pre_feedforward_layernorm"
+    norm = norm_before(weights, config, name)
     sizes = (config.intermediate_size, config.intermediate_size)
     gate, up = linears(weights["mlp"], "mlp", x, norm, sizes)
     inner = ACTIVATIONS[config.hidden_act](gate) * up
@@ -119,6 +160,7 @@ def mlp(
         "capacity",
         "window",
         "rotary",
+        "local",
         "attention",
         "mlp",
         "axes",
@@ -133,11 +175,12 @@ def decoder_layer(
     capacity: int,
     window: int | None = None,
     rotary: bool = True,
+    local: bool = False,
     attention: Callable[..., tuple[jax.Array, Slots]] = attention,
     mlp: Callable[..., jax.Array] = mlp,
     axes: Axes = ONE,
 ) -> tuple[jax.Array, Slots]:
-    """One layer: x + attention(norm(x)), then x + mlp(norm(x)).
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x)), norms as configured.
 
     Args:
       weights: the layer's subtree.
@@ -145,8 +188,10 @@ def decoder_layer(
       step: rotary tables, cache and segments.
       config: the model's.
       capacity: S.
-      window: a query sees this many keys up to its own; None: all of them.
+      window: a query sees this many keys up to its own; None: all of them.  Where S is
+        not less, the layer has so many slots, see `rolling`.
       rotary: whether queries and keys are rotated.
+      local: whether by `config.local_rope`.
       attention, mlp: what computes the two halves, called as those of this module.
       axes: of the mesh, where this is a device's share of the layer.
 
@@ -156,15 +201,49 @@ def decoder_layer(
     weights = gathered(weights, axes)
     with jax.named_scope("attention"):
         how = {"capacity": capacity, "window": window, "rotary": rotary}
+        how |= {"local": True} if local else {}
         y, slots = attention(weights, x, step, config=config, axes=axes, **how)
-        x = x + y
+        y = _after(weights, y, config, "post_attention_layernorm")
+        x = x + times(y, config.residual_multiplier)
     with jax.named_scope("mlp"):
-        x = x + mlp(weights, x, config=config, axes=axes)
+        y = mlp(weights, x, config=config, axes=axes)
+        y = _after(weights, y, config, "post_feedforward_layernorm")
+        x = x + times(y, config.residual_multiplier)
     if x.shape[1] > 1:
         # Without it XLA (GPU, jax 0.11) puts the cache writes of all layers off to the
         # end of a prompt, and keeps their inputs until then.
         x, slots = jax.lax.optimization_barrier((x, slots))
     return x, slots
+
+
+def layer_kind(config: LlamaConfig, layer: int, capacity: int) -> dict[str, Any]:
+    """What `decoder_layer` is told of a layer where it is not LLaMA's.
+
+    A window that S slots do not exceed is none: programs and caches are then shared.
+    """
+    window = None if config.windows is None else config.windows[layer]
+    kind: dict[str, Any]
+    kind = {} if window is None or window > capacity else {"window": window}
+    if config.rotary is not None and not config.rotary[layer]:
+        kind["rotary"] = False
+    if config.local_rope is not None and config.windows and config.windows[layer]:
+        kind["local"] = True
+    return kind
+
+
+def local_table(
+    config: LlamaConfig, positions: jax.Array
+) -> tuple[jax.Array, jax.Array] | None:
+    """cos and sin of `local_rope`, where there is one."""
+    local = config.local_rope
+    return None if local is None else table(local, positions)
+
+
+def times(x: jax.Array, factor: float) -> jax.Array:
+    """x times a number, multiplied in float32 and rounded to x's dtype."""
+    if factor == 1:
+        return x
+    return (x.astype(jnp.float32) * np.float32(factor)).astype(x.dtype)
 
 
 def gathered(weights: Params, axes: Axes) -> Params:
@@ -174,20 +253,46 @@ def gathered(weights: Params, axes: Axes) -> Params:
     return nest({n: axes.gathered(n, x) for n, x in flatten(weights).items()})
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """weight * x / sqrt(mean(x^2) + eps), float32 inside, rounded before the weight."""
-    normed = (x.astype(jnp.float32) * _inverse_rms(x, eps)).astype(x.dtype)
-    return normed * with_rank(weight, x.ndim)
+def norm_before(weights: LayerParams, config: LlamaConfig, name: str) -> Norm | None:
+    """The norm of a block's input, where there is one."""
+    return None if config.norm_at == "post" else norm_of(weights[name], config)
+
+
+def norm_of(leaves: LinearParams, config: LlamaConfig) -> Norm:
+    """A norm's weight, what it adds to the mean square, and its arithmetic."""
+    return leaves["weight"], config.rms_norm_eps, config.norm
+
+
+def _after(
+    weights: LayerParams, y: jax.Array, config: LlamaConfig, name: str
+) -> jax.Array:
+    """What a block gives, normed where norms stand behind blocks."""
+    return (
+        y if config.norm_at == "pre" else rms_norm(y, *norm_of(weights[name], config))
+    )
+
+
+def rms_norm(
+    x: jax.Array, weight: jax.Array, eps: float, kind: NormKind = "llama"
+) -> jax.Array:
+    """weight * x / sqrt(mean(x^2) + eps), float32 inside; `kind` as in LlamaConfig."""
+    normed = x.astype(jnp.float32) * _inverse_rms(x, eps)
+    if kind == "llama":
+        return normed.astype(x.dtype) * with_rank(weight, x.ndim)
+    wide = with_rank(weight, x.ndim).astype(jnp.float32)
+    return (normed * (1 + wide if kind == "gemma" else wide)).astype(x.dtype)
 
 
 def linears(
     weights: Params,
     block: str,
     x: jax.Array,
-    norm: tuple[jax.Array, float],
+    norm: Norm | None,
     sizes: Sequence[int],
 ) -> list[jax.Array]:
     """The block's projections of norm(x), in one product where `fuse` joined them.
+
+    Without a norm they are those of x.
 
     For a single token in bfloat16 the factor 1 / rms comes after the sum, where it is
     free: a kernel less and a rounding less than the norm by itself.  (In float16 the
@@ -198,10 +303,17 @@ def linears(
     if any(leaf.ndim > 2 for leaf in parts[0].values()):
         hint = "`unfuse` them on that mesh before you take them off it"
         raise JropeError(f"{joined}: joined in shares, for a mesh; {hint}")
-    if x.dtype == jnp.bfloat16 and all(is_row(part, x) for part in parts):
+    factor = None
+    if norm is None:
+        pass
+    elif (
+        norm[2] == "llama"
+        and x.dtype == jnp.bfloat16
+        and all(is_row(part, x) for part in parts)
+    ):
         x, factor = x * with_rank(norm[0], x.ndim), _inverse_rms(x, norm[1])
     else:
-        x, factor = rms_norm(x, *norm), None
+        x = rms_norm(x, *norm)
     ys = [linear(part, x, factor=factor) for part in parts]
     if joined not in weights:
         return ys

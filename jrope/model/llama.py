@@ -9,6 +9,8 @@ and called L times: a scan over stacked weights would copy a layer's weights eac
 Source: Touvron et al. 2023 (arXiv:2302.13971, 2307.09288).
 """
 
+import functools
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, Never
@@ -19,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jrope.model.cache import KVCache, per_row
+from jrope.model.cache import KVCache, all_roll, per_row
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.context import Share, context_share
 from jrope.model.inputs import (
@@ -29,7 +31,14 @@ from jrope.model.inputs import (
     rotary_table,
     segment_positions,
 )
-from jrope.model.layers import Step, decoder_layer, gathered, rms_norm
+from jrope.model.layers import (
+    decoder_layer,
+    gathered,
+    layer_kind,
+    norm_of,
+    rms_norm,
+    times,
+)
 from jrope.model.placed import cache_specs, logit_specs, on_mesh
 from jrope.model.products import linear
 from jrope.numerics import cpu_barrier
@@ -152,31 +161,43 @@ def hidden_states(
         check_segment_rope(config, rope_lengths)
         positions = segment_positions(segments) if positions is None else positions
     share = context_share(tokens, cache, axes)
-    cos, sin, rope_lengths = rotary_table(
+    step, rope_lengths = rotary_table(
         config, tokens, positions, cache, lengths, rope_lengths, capacity, axes, share
     )
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
-    x = embed(model, tokens if share is None else share.take(tokens), axes)
+    own_tokens = tokens if share is None else share.take(tokens)
+    x = embed(model, own_tokens, config=config, axes=axes)
     starts = None if cache is None else cache.lengths
     capacity = count if capacity is None else capacity
     own = stripes.share(capacity, axes) if cache is None else cache.capacity
     capacity = own * stripes.count(axes)
     keys, values = [], []
-    layer = partial(decoder_layer, config=config, capacity=own, axes=axes)
-    layer = jax.checkpoint(layer) if remat else layer
-    step = Step(cos=cos, sin=sin, starts=starts, segments=segments, share=share)
+
+    @functools.cache  # layers of a kind are traced once
+    def layer_of(**kind: Any) -> Callable[..., Any]:
+        how = {"config": config, "capacity": own, "axes": axes}
+        layer = partial(decoder_layer, **how, **kind)
+        return jax.checkpoint(layer) if remat else layer
+
+    step = replace(step, starts=starts, segments=segments, share=share)
+    if config.windows is not None and lengths is not None:
+        step = replace(step, counts=per_row(lengths, batch))
     for i in range(config.num_hidden_layers):
         if cache is not None:
             step = replace(step, slots=(cache.keys[i], cache.values[i]))
+        slots = capacity if cache is None else cache.keys[i].shape[1]
+        layer = layer_of(**layer_kind(config, i, slots))
         x, (k, v) = layer(model["layers"][str(i)], x, step)
         keys.append(k)
         values.append(v)
-    x = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    x = rms_norm(x, *norm_of(model["norm"], config))
     filled = per_row(count if lengths is None else lengths, batch)
     filled = filled if starts is None else starts + filled
-    x = jnp.where((filled > capacity)[:, None, None], jnp.asarray(jnp.nan, x.dtype), x)
+    if not all_roll(config, keys):
+        full = (filled > capacity)[:, None, None]
+        x = jnp.where(full, jnp.asarray(jnp.nan, x.dtype), x)
     cache = KVCache(tuple(keys), tuple(values), filled, per_row(rope_lengths, batch))
     return x, cache
 
@@ -195,11 +216,20 @@ def _every_state(
     return x if share is None else share.whole(x), after
 
 
-def embed(model: Params, tokens: jax.Array, axes: Axes = ONE) -> jax.Array:
+def embed(
+    model: Params, tokens: jax.Array, *, config: LlamaConfig, axes: Axes = ONE
+) -> jax.Array:
     """Rows of the embedding [V, D] for tokens [B, T]; NaN for ids outside it.
 
     They are in the embedding's dtype; of a quantised one, in that of the norms.
     """
+    x, factor = _embedded(model, tokens, axes), config.embedding_multiplier
+    if config.norm == "gemma":
+        factor = float(np.asarray(factor, x.dtype))
+    return times(x, factor)
+
+
+def _embedded(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
     leaves = gathered({"embed_tokens": model["embed_tokens"]}, axes)["embed_tokens"]
     if axes.tensor:
         return _embed_share(leaves, tokens, model["norm"]["weight"].dtype, axes)
@@ -258,19 +288,25 @@ def unembed(
     head = params["model"]["embed_tokens"] if tied else params["lm_head"]
     head = gathered({"lm_head": head}, axes)["lm_head"]
     with jax.named_scope("lm_head"):
-        return linear(head, x, dtype=jnp.float32)
+        logits = linear(head, x, dtype=jnp.float32)
+    if config.logits_divisor != 1:
+        logits = logits / np.float32(config.logits_divisor)
+    if (cap := config.logit_cap) is not None:
+        logits = jnp.tanh(logits / np.float32(cap)) * np.float32(cap)
+    return logits
 
 
 def init_params(
     key: jax.Array, config: LlamaConfig, dtype: DTypeLike = jnp.float32
 ) -> Tree:
-    """Fresh weights: normal(0, initializer_range), norms one, biases zero."""
+    """Fresh weights: normal(0, initializer_range), norms those of 1, biases zero."""
     flat: dict[str, jax.Array] = {}
     for i, (name, shape) in enumerate(parameter_shapes(config).items()):
         if name.endswith("bias"):
             flat[name] = jnp.zeros(shape, dtype)
         elif len(shape) == 1:
-            flat[name] = jnp.ones(shape, dtype)
+            ones = jnp.zeros if config.norm == "gemma" else jnp.ones
+            flat[name] = ones(shape, dtype)
         else:
             noise = jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32)
             flat[name] = (noise * np.float32(config.initializer_range)).astype(dtype)

@@ -18,6 +18,8 @@ from jrope.sharding.axes import Axes, Names, entry, is_joined
 from jrope.sharding.meshes import Layout, layout, mesh_text, stands
 from jrope.tree import Params, Tree, flatten
 
+_WHOLE_ONLY = ("windows", "attention_scale", "score_cap")  # attention of all the text
+
 
 def shard(
     params: Params, mesh: Mesh, config: LlamaConfig, axes: Axes | None = None
@@ -86,6 +88,17 @@ def check_divides(config: LlamaConfig, layout: Layout) -> None:
         ]
         nearest = _nearest(config, layout, wrong)
         raise JropeError(f"mesh: does not divide {', '.join(told)}; {nearest}")
+    if config.qk_norm == "whole" and axes.tensor:
+        raise JropeError(
+            f"mesh: got {_sizes(layout, axes.tensor)}, but qk_norm 'whole' is a mean "
+            "over all heads; split rows alone, by data or fsdp"
+        )
+    lost = [name for name in _WHOLE_ONLY if getattr(config, name) is not None]
+    if axes.context and lost:
+        raise JropeError(
+            f"mesh: got {_sizes(layout, axes.context)}, which splits the sequence, but "
+            f"the model has {', '.join(lost)}; split rows or heads instead"
+        )
     heads = config.num_key_value_heads
     if axes.tensor != axes.kv_heads and heads > size(axes.kv_heads):
         raise JropeError(

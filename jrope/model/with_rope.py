@@ -21,7 +21,8 @@ def with_rope(
 
     A method replaces the whole embedding that the configuration has: positions are
     divided by nothing unless `condense` says so, and lengths are "planned" unless
-    `lengths` says otherwise.  Without a method, only what is given changes.
+    `lengths` says otherwise.  Without a method, only what is given changes.  Layers
+    with an embedding of their own (`local_rope`) keep it.
 
     Args:
       config: any configuration.
@@ -59,5 +60,7 @@ def with_rope(
         changes["scaling"] = method
     given = {"condense": condense, "precision": precision, "lengths": lengths}
     changes |= {name: value for name, value in given.items() if value is not None}
-    rope = dataclasses.replace(config.rope, **changes)
-    return dataclasses.replace(config, rope=rope)
+    rope, local = dataclasses.replace(config.rope, **changes), config.local_rope
+    if local is not None and precision is not None:
+        local = dataclasses.replace(local, precision=precision)
+    return dataclasses.replace(config, rope=rope, local_rope=local)
