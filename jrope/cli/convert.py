@@ -19,11 +19,10 @@ from jrope.hf import config_from_hf, config_to_hf
 from jrope.hf.checkpoint import (
     SHARD_SIZE,
     Tensors,
-    open_tensors,
     read_config,
     write_folder,
 )
-from jrope.hf.checks import checked_names
+from jrope.hf.checks import open_checked
 from jrope.hf.folders import companions, find_folder
 from jrope.hf.tensors import DTYPES
 from jrope.rope import describe
@@ -64,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
     except JropeError as error:
         raise JropeError(f"{source / 'config.json'}: {error}") from None
     config = apply_rope(config, args)
-    tensors = open_tensors(source)
-    names = checked_names(source, tensors, config)
+    tensors, names = open_checked(source, config)
     kinds = {args.dtype or DTYPES[tensors.dtypes[name]].name for name in names}
     dtype = kinds.pop() if len(kinds) == 1 else None
     written = config_to_hf(config, dtype=dtype or "float32")

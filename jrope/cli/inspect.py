@@ -17,8 +17,8 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.cli.terminal import bytes_text
-from jrope.hf.checkpoint import Tensors, open_tensors, read_llama_config
-from jrope.hf.checks import checked_names
+from jrope.hf.checkpoint import Tensors, read_llama_config
+from jrope.hf.checks import open_checked
 from jrope.hf.folders import find_folder
 from jrope.hf.tensors import DTYPES
 from jrope.model.config import LlamaConfig, parameter_shapes
@@ -46,8 +46,7 @@ def run(args: argparse.Namespace) -> int:
     """Describe the folder, once its headers agree with its configuration."""
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
-    tensors = open_tensors(folder)
-    names = checked_names(folder, tensors, config)
+    tensors, names = open_checked(folder, config)
     facts = {
         "folder": str(folder),
         "config": _model(config),
@@ -61,7 +60,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _model(config: LlamaConfig) -> Facts:
     fields = dataclasses.fields(config)
-    return {f.name: getattr(config, f.name) for f in fields if f.name != "rope"}
+    names = {f.name for f in fields} - {"rope", "local_rope"}
+    facts = {f.name: getattr(config, f.name) for f in fields if f.name in names}
+    local = config.local_rope
+    told = None if local is None else f"{describe(local)}, theta {local.theta:g}"
+    return {**facts, "local_rope": told}
 
 
 def _weights(tensors: Tensors, names: list[str], config: LlamaConfig) -> Facts:
@@ -142,12 +145,16 @@ def _as_text(facts: Facts) -> str:
     model, weights, rope = facts["config"], facts["weights"], facts["rope"]
     heads, per_token = model["num_attention_heads"], facts["kv_cache_bytes_per_token"]
     longest = model["max_position_embeddings"]
-    whole_cache = bytes_text(per_token * longest)
+    windows = [w or longest for w in model["windows"] or [longest]]
+    slots = sum(min(w, longest) for w in windows) / len(windows)
+    whole_cache = bytes_text(int(per_token * slots))
     files = len(weights["files"])
     biases = [n for n in ("attention_bias", "mlp_bias") if model[n]]
+    family = f"{model['model_type']}, " * (model["model_type"] != "llama")
     rows = {
         "folder": facts["folder"],
-        "model": f"{model['num_hidden_layers']} layers, hidden {model['hidden_size']}, "
+        "model": f"{family}{model['num_hidden_layers']} layers, "
+        f"hidden {model['hidden_size']}, "
         f"MLP {model['intermediate_size']} ({model['hidden_act']}), "
         f"vocabulary {model['vocab_size']:,}"
         + ", tied" * model["tie_word_embeddings"]
@@ -160,10 +167,23 @@ def _as_text(facts: Facts) -> str:
         "parameters": f"{weights['parameters']:,}",
         "weights": f"{', '.join(weights['dtypes'])}, {bytes_text(weights['bytes'])}, "
         f"{weights['tensors']} tensors in {files} file{'s' * (files > 1)}",
+        **_window_rows(model),
         "kv cache": f"{bytes_text(per_token)} a token, {whole_cache} at {longest:,}",
         **_rope_rows(rope),
     }
     return "\n".join(f"{name:<11} {value}" for name, value in rows.items())
+
+
+def _window_rows(model: Facts) -> Facts:
+    """How many layers have which window, and how they rotate, where any has one."""
+    given = [w for w in model["windows"] or () if w is not None]
+    if not given:
+        return {}
+    sizes = ", ".join(f"{w:,}" for w in sorted({*given}))
+    local = model["local_rope"]
+    own = "" if local is None else f"; rope {local}"
+    layers = model["num_hidden_layers"]
+    return {"window": f"{sizes} tokens in {len(given)} of {layers} layers{own}"}
 
 
 def _rope_rows(rope: Facts) -> Facts:

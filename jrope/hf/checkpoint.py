@@ -22,7 +22,7 @@ from jax.typing import DTypeLike
 
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf, config_to_hf
-from jrope.hf.checks import check_tensors, checked_names, totals
+from jrope.hf.checks import check_tensors, open_checked, totals
 from jrope.hf.folders import (
     CONFIG,
     GENERATION,
@@ -33,6 +33,7 @@ from jrope.hf.folders import (
     read_json,
     some,
 )
+from jrope.hf.joined import join, split_shapes
 from jrope.hf.placing import to_mesh
 from jrope.hf.replacing import replacing
 from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
@@ -102,9 +103,10 @@ def load(
     """
     wanted = _dtype(dtype)
     folder = find_folder(path_or_repo, revision)
-    config, tensors = read_llama_config(folder), open_tensors(folder)
+    config = read_llama_config(folder)
     there = None if mesh is None else layout_on(mesh, config, axes)
-    names, keep = checked_names(folder, tensors, config), keeper(config, quantize)
+    tensors, names = open_checked(folder, config)
+    keep = keeper(config, quantize)
     finite: dict[str, jax.Array] = {}
 
     def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:
@@ -147,10 +149,11 @@ def load_shapes(
     Reads and checks headers only: to compile, or to plan memory, before the weights.
     """
     wanted, folder = _dtype(dtype), find_folder(path_or_repo, revision)
-    config, tensors = read_llama_config(folder), open_tensors(folder)
+    config = read_llama_config(folder)
+    tensors, names = open_checked(folder, config, data=False)
     keep = keeper(config, quantize)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    for name in checked_names(folder, tensors, config, data=False):
+    for name in names:
         slot = tensors.slots[name]
         plain = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
         shapes |= jax.eval_shape(partial(keep, name), plain)
@@ -264,8 +267,8 @@ def write_folder(
     Args:
       folder, max_shard_size, extra_files, progress: as in `save`.
       config_json: the config.json, which must describe a LLaMA that we can read.
-      tensors: Hugging Face's names and float32, float16 or bfloat16 arrays, in any
-        order.
+      tensors: names of `parameter_shapes` and float32, float16 or bfloat16 arrays, in
+        any order.
       nbytes: of all tensors together, to know before the first whether the disk has
         room; None: at least two bytes for each of their elements.
 
@@ -290,12 +293,13 @@ def write_folder(
         replacing(target, needed) as fresh,
         ShardWriter(fresh, max_shard_size) as writer,
     ):
-        for name, array in tensors:
+        for name, array in join(tensors, config):
             writer.add(name, array)
             if progress is not None:
                 progress(name, array.nbytes)
             del array  # before the next one is made
-        check_tensors(f"cannot write {target}", config, writer.shapes)
+        shapes = split_shapes(writer.shapes, config)
+        check_tensors(f"cannot write {target}", config, shapes)
         writer.finish()
         write_json(fresh / CONFIG, config_json)
         for path in extras:

@@ -1,6 +1,5 @@
 """Whether a folder's tensors are those that its configuration asks for."""
 
-import dataclasses
 import json
 import math
 import re
@@ -9,14 +8,16 @@ from pathlib import Path
 
 from jrope.errors import JropeError
 from jrope.hf.folders import TABLES, differences
-from jrope.hf.tensors import DTYPES, Tensors
+from jrope.hf.joined import split
+from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
 _FEW = 1000  # layers beyond the tensors there are, whose shapes are still listed
 _QUERY, _KEY = "self_attn.q_proj.weight", "self_attn.k_proj.weight"
 _BIASES = {  # field -> what has a bias then, in every layer
-    "attention_bias": [f"self_attn.{name}_proj" for name in "qkvo"],
+    "attention_bias": [f"self_attn.{name}_proj" for name in "qkv"],
+    "o_bias": ["self_attn.o_proj"],
     "mlp_bias": [f"mlp.{name}_proj" for name in ("gate", "up", "down")],
 }
 _SIZES = {  # field -> the matrix and its axis that have this size
@@ -26,17 +27,19 @@ _SIZES = {  # field -> the matrix and its axis that have this size
 }
 
 
-def checked_names(
-    folder: Path, tensors: Tensors, config: LlamaConfig, *, data: bool = True
-) -> list[str]:
-    """The tensors to load from a folder, once its headers agree with `config`.
+def open_checked(
+    folder: Path, config: LlamaConfig, *, data: bool = True
+) -> tuple[Tensors, list[str]]:
+    """A folder's tensors, and which of them to load, once they agree with `config`.
 
+    They have the names of `parameter_shapes`, of which a file may hold some as one.
     Left out are tables of rotary frequencies, and the head of a tied checkpoint, which
     must equal the embedding: that alone is data, and is not looked at unless `data`.
 
     Raises:
       JropeError: tensors missing, left over, of wrong shape or dtype, all at once.
     """
+    tensors = split(open_tensors(folder), config)
     shapes, codes = tensors.shapes, tensors.dtypes
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
         if data and not tensors.same(EMBEDDING, HEAD):
@@ -46,7 +49,7 @@ def checked_names(
         del shapes[HEAD]
     shapes = {n: shape for n, shape in shapes.items() if not TABLES.fullmatch(n)}
     check_tensors(str(folder), config, shapes, codes)
-    return [*shapes]
+    return tensors, [*shapes]
 
 
 def not_tied(
@@ -109,7 +112,7 @@ def check_tensors(
 
 def totals(config: LlamaConfig) -> tuple[int, int]:
     """How many tensors a configuration asks for, and how many elements they have."""
-    one = parameter_shapes(dataclasses.replace(config, num_hidden_layers=1))
+    one = parameter_shapes(config, layers=1)
     layer = {name: shape for name, shape in one.items() if _LAYER.match(name)}
     more = config.num_hidden_layers - 1
     elements = sum(map(math.prod, one.values()))
@@ -133,7 +136,10 @@ def fitting(
         fits["num_hidden_layers"] = len(layers)
     if EMBEDDING in shapes:
         fits["tie_word_embeddings"] = HEAD not in shapes
-    for field, names in _BIASES.items():
+    biases = dict(_BIASES)
+    if config.o_bias is None:  # then attention_bias speaks for o, too
+        biases["attention_bias"] = biases["attention_bias"] + biases.pop("o_bias")
+    for field, names in biases.items():
         given = [f"{name}.bias" in found for name in names]
         if layers and (all(given) or not any(given)):
             fits[field] = all(given)

@@ -11,10 +11,13 @@ that leave the model as it is.  Every other key raises, all named at once.
 Tensor names need no table: the parameter tree is the tensor's name split at the dots.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from jrope.errors import JropeError, check, did_you_mean
+from jrope.hf.families import FAMILIES, Family
+from jrope.hf.others import refusal
 from jrope.hf.rope import (
     ORIGINAL,
     PARTIAL,
@@ -33,26 +36,19 @@ REQUIRED = (
     "num_attention_heads",
 )
 
-# What an absent key means to transformers' LlamaConfig.
-DEFAULTS: dict[str, Any] = {
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-6,
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "tie_word_embeddings": False,
-    "initializer_range": 0.02,
-    "bos_token_id": 1,
+_FIELDS = {  # name -> default, where LLaMA has one
+    field.name: field.default
+    for field in dataclasses.fields(LlamaConfig)
+    if field.name not in ("rope", "local_rope")
 }
 
 HANDLED = {
     *REQUIRED,
-    *DEFAULTS,
     *SCHEMAS,
-    *("model_type", "architectures", "num_key_value_heads", "head_dim"),
+    *("model_type", "architectures"),
     *("rope_theta", "rope_condense_ratio", ORIGINAL, PARTIAL),
-    *("eos_token_id", "pad_token_id"),
 }
+"""What is read of every family, beside the keys of its `defaults`."""
 
 _WHY: dict[str, str] = {
     "_name_or_path name_or_path _commit_hash transformers_version is_llama_config "
@@ -61,7 +57,8 @@ _WHY: dict[str, str] = {
     "use_cache gradient_checkpointing use_reentrant _attn_implementation "
     "_attn_implementation_autoset attn_implementation _flash_attn_2_enabled "
     "torchscript return_dict output_attentions output_hidden_states is_decoder "
-    "use_bfloat16": "how transformers runs the model, not what it computes",
+    "use_bfloat16 cache_implementation": "how transformers runs the model, not what it "
+    "computes",
     "id2label label2id num_labels problem_type finetuning_task": "classifiers only",
     "do_sample temperature top_k top_p typical_p min_length max_length max_new_tokens "
     "num_beams num_beam_groups num_return_sequences early_stopping length_penalty "
@@ -73,7 +70,8 @@ _WHY: dict[str, str] = {
     "`generate` takes a Sampler",
     "auto_map": "remote code, never run: model_type says that LLaMA is meant",
     "max_sequence_length": "an old double of max_position_embeddings",
-    "attention_dropout": "training only, and `score` does without",
+    "attention_dropout residual_dropout resid_pdrop embd_pdrop": "training only, and "
+    "`score` does without",
     "pretraining_tp": "products in slices, summed again: the weights are the same",
     "chunk_size_feed_forward": "rows in slices: the weights are the same",
     "tokenizer_class": "the tokenizer has files of its own",
@@ -82,13 +80,21 @@ _WHY: dict[str, str] = {
 IGNORED = {key: why for keys, why in _WHY.items() for key in keys.split()}
 
 # Keys that change the model unless they hold the first value (null where listed too).
+# They do not stand here for the families that read them.
 HARMLESS: dict[str, tuple[tuple[Any, ...], str]] = {
     "quantization_config": ((None,), "dequantize the weights first"),
     "compression_config": ((None,), "dequantize the weights first"),
+    "attention_bias": ((False,), "this architecture does not read it"),
+    "mlp_bias": ((False,), "this architecture does not read it"),
     "sliding_window": ((None,), "windowed attention is another architecture"),
     "use_sliding_window": ((False,), "windowed attention is another architecture"),
     "layer_types": ((None,), "layers of several kinds are another architecture"),
     "per_layer_config": ((None, {}), "layers of several kinds are not supported"),
+    "lm_head_bias": ((False,), "a bias of the head is not supported"),
+    "use_mrope": ((False,), "positions in three axes are not supported"),
+    "full_attn_mod": ((1,), "no Phi-3 that transformers knows reads it"),
+    "interpolate_factor": ((1,), "no Phi-3 that transformers knows reads it"),
+    "use_bidirectional_attention": ((False, None), "only decoders are supported"),
     "pruned_heads": (({}, None), "layers of several kinds are not supported"),
     "rope_interleaved": ((False, None), "permute q and k to the half layout first"),
     "is_encoder_decoder": ((False,), "only decoders are supported"),
@@ -110,26 +116,36 @@ def config_from_hf(config: Mapping[str, Any]) -> LlamaConfig:
       JropeError: keys that are unknown, unsupported or missing, all at once; or a value
         out of range; or a rotary embedding that readers would disagree about.
     """
-    if problems := [*_architecture(config), *_unread(config)]:
+    if problems := [*_architecture(config)]:
         raise JropeError("; ".join(problems))
-    heads = positive_integer(config, "num_attention_heads")
-    if (head_dim := config.get("head_dim")) is None:
-        hidden = positive_integer(config, "hidden_size")
+    family = FAMILIES[config.get("model_type", "llama")]
+    given = {**family.defaults, **config}
+    fields = _fields(given, family)
+    how: dict[str, Any] = {"partial": family.partial, "theta": family.theta}
+    rope = rope_from_hf(family.rope(given), fields["head_dim"], **how)
+    if family.local is not None and fields["windows"] is not None:
+        local = rope_from_hf(family.local(given), fields["head_dim"], **how)
+        fields["local_rope"] = None if local == rope else local
+    return LlamaConfig(**fields, rope=rope)
+
+
+def _fields(given: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """All fields but the rotary embedding, of a file with its family's defaults."""
+    heads = positive_integer(given, "num_attention_heads")
+    fields = {key: given.get(key) for key in (*REQUIRED, *family.defaults)}
+    fields = {key: value for key, value in fields.items() if key in _FIELDS}
+    if given["head_dim"] is None:
+        hidden = positive_integer(given, "hidden_size")
         wanted = f"a multiple of num_attention_heads {heads}, as no head_dim is given"
         check(hidden % heads == 0, "hidden_size", hidden, wanted)
-        head_dim = hidden // heads
-    kv_heads, given = config.get("num_key_value_heads"), {**DEFAULTS, **config}
-    fields: dict[str, Any]
-    fields = {key: given.get(key) for key in (*REQUIRED, *DEFAULTS, "pad_token_id")}
+        fields["head_dim"] = hidden // heads
+    if given["num_key_value_heads"] is None:
+        fields["num_key_value_heads"] = heads
     for key in ("bos_token_id", "pad_token_id"):
         fields[key] = None if fields[key] == -1 else fields[key]
-    return LlamaConfig(
-        **fields,
-        num_key_value_heads=heads if kv_heads is None else kv_heads,
-        head_dim=head_dim,
-        rope=rope_from_hf(given, head_dim),
-        eos_token_id=token_ids(config.get("eos_token_id", 2)),
-    )
+    fields["eos_token_id"] = token_ids(given["eos_token_id"])
+    kind = given.get("model_type", "llama")
+    return {**fields, "model_type": kind, **family.read(given)}
 
 
 def config_to_hf(config: LlamaConfig, *, dtype: str | None = None) -> dict[str, Any]:
@@ -145,20 +161,51 @@ def config_to_hf(config: LlamaConfig, *, dtype: str | None = None) -> dict[str, 
     Raises:
       JropeError: partial rotary, interleaved layout, condense with a scaling method.
     """
-    wanted = f"head_dim ({config.head_dim}): LLaMA rotates whole heads there"
+    if config.model_type not in FAMILIES:
+        raise JropeError(refusal(config.model_type))
+    family = FAMILIES[config.model_type]
     rotary = config.rope.rotary_dim
-    check(rotary == config.head_dim, "rope.rotary_dim", rotary, wanted)
-    copied = (*REQUIRED, *DEFAULTS, "num_key_value_heads", "head_dim", "pad_token_id")
+    wanted = f"head_dim ({config.head_dim}): {family.architecture} rotates whole heads"
+    good = family.partial or rotary == config.head_dim
+    check(good, "rope.rotary_dim", rotary, wanted)
     eos = config.eos_token_id
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        **{key: getattr(config, key) for key in copied},
+    written: dict[str, Any] = {
+        "architectures": [family.architecture],
+        "model_type": config.model_type,
+        **{
+            key: getattr(config, key)
+            for key in (*REQUIRED, *family.defaults)
+            if key in _FIELDS
+        },
         "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+    }
+    own = family.write(config)
+    _check_told(config, {**written, **own}, family)
+    return {
+        **written,
         **rope_to_hf(config.rope),
+        **own,
         # transformers 4's word, and 5's
         **({} if dtype is None else {"torch_dtype": dtype, "dtype": dtype}),
     }
+
+
+def _check_told(
+    config: LlamaConfig, written: Mapping[str, Any], family: Family
+) -> None:
+    """Raise a JropeError for fields that the family's file has no words for."""
+    read = _fields({**family.defaults, **written}, family)
+    lost = [
+        f"{name} ({getattr(config, name)!r})"
+        for name, default in _FIELDS.items()
+        if getattr(config, name) != read.get(name, default)
+    ]
+    lost += ["local_rope"] * (config.local_rope is not None and family.local is None)
+    if lost:
+        raise JropeError(
+            f"config.json of model_type {config.model_type!r} has no words for "
+            f"{', '.join(lost)}; another model_type may have"
+        )
 
 
 def token_ids(value: Any) -> tuple[int, ...]:
@@ -170,22 +217,28 @@ def token_ids(value: Any) -> tuple[int, ...]:
 
 
 def _architecture(config: Mapping[str, Any]) -> Iterator[str]:
-    if (kind := config.get("model_type", "llama")) != "llama":
-        yield f"model_type is {kind!r}, want 'llama': other models are not supported"
-    names = config.get("architectures")
-    if names not in (None, ["LlamaForCausalLM"], ["LLaMAForCausalLM"]):  # older: LLaMA
-        yield f"architectures is {names!r}, want ['LlamaForCausalLM']"
+    kind = config.get("model_type", "llama")
+    if not isinstance(kind, str) or kind not in FAMILIES:
+        yield refusal(kind)
+        return
+    family, names = FAMILIES[kind], config.get("architectures")
+    good = (None, [family.architecture], *([alias] for alias in family.aliases))
+    if names not in good:
+        yield f"architectures is {names!r}, want [{family.architecture!r}]"
     if missing := [key for key in REQUIRED if key not in config]:
         yield f"missing {', '.join(missing)}"
+    yield from _unread(config, {*HANDLED, *family.defaults, *family.ignored})
 
 
-def _unread(config: Mapping[str, Any]) -> Iterator[str]:
+def _unread(config: Mapping[str, Any], handled: set[str]) -> Iterator[str]:
     for key, (values, advice) in HARMLESS.items():
+        if key in handled:
+            continue
         got = config.get(key, values[0])
         boolean = isinstance(got, bool)
         if not any(got == v and isinstance(v, bool) is boolean for v in values):
             yield f"{key} is {repr(got)[:80]}, want {values[0]!r}: {advice}"
-    known = {*HANDLED, *IGNORED, *HARMLESS}
+    known = {*handled, *IGNORED, *HARMLESS}
     if unknown := [key for key in config if key not in known]:
         names = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)
         yield (

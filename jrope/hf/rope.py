@@ -48,12 +48,21 @@ _SILENT = {
 }
 
 
-def rope_from_hf(config: Mapping[str, Any], head_dim: int) -> Rope:
+def rope_from_hf(
+    config: Mapping[str, Any],
+    head_dim: int,
+    *,
+    theta: float = 10000.0,
+    partial: bool = False,
+) -> Rope:
     """Resolve the rotary embedding of a config.json of either schema.
 
     Args:
       config: the whole JSON object; absent keys have transformers' defaults.
-      head_dim: channels of a head, all of which are rotated.
+      head_dim: channels of a head.
+      theta: what an absent rope_theta means.
+      partial: whether partial_rotary_factor says how many of them are rotated; else
+        all are.
 
     Raises:
       JropeError: see the module.
@@ -61,10 +70,12 @@ def rope_from_hf(config: Mapping[str, Any], head_dim: int) -> Rope:
     for where in SCHEMAS:
         good = isinstance(config.get(where), dict | None)
         check(good, where, config.get(where), "an object or null")
+    if partial:
+        config, head_dim = _rotated(config, head_dim)
     found: dict[str, dict[str, Any]]
     found = {where: config[where] for where in SCHEMAS if config.get(where)}
     ropes = [
-        _read(where, values, config, head_dim)
+        _read(where, values, config, head_dim, theta)
         for where, values in (found or {SCHEMAS[1]: {}}).items()
     ]
     if len({*ropes}) > 1:
@@ -73,6 +84,21 @@ def rope_from_hf(config: Mapping[str, Any], head_dim: int) -> Rope:
             "make them the same, with rope_theta at the top level, or remove one"
         )
     return ropes[0]
+
+
+def _rotated(config: Mapping[str, Any], head_dim: int) -> tuple[dict[str, Any], int]:
+    """The file without its partial_rotary_factor, and the channels that this leaves."""
+    found = {k: x for k, x in config.items() if k != PARTIAL}
+    parts: list[Any] = [config.get(PARTIAL)]
+    for where in SCHEMAS:
+        rope = dict(config.get(where) or {})
+        parts.append(rope.pop(PARTIAL, None))
+        found[where] = rope
+    given = [part for part in parts if part not in (None, 1)]
+    part: Any = given[0] if given else 1
+    good = is_positive(part) and part <= 1 and all(p == part for p in given)
+    check(good, PARTIAL, parts, "one number, above 0 and at most 1")
+    return found, int(head_dim * part)
 
 
 def rope_to_hf(rope: Rope) -> dict[str, Any]:
@@ -138,10 +164,14 @@ def _written(scaling: Any) -> tuple[str, dict[str, Any]]:
 
 
 def _read(
-    where: str, values: dict[str, Any], config: Mapping[str, Any], head_dim: int
+    where: str,
+    values: dict[str, Any],
+    config: Mapping[str, Any],
+    head_dim: int,
+    theta: float,
 ) -> Rope:
     kind = _kind(where, values)
-    outer = config.get("rope_theta", 10000.0)
+    outer = config.get("rope_theta", theta)
     theta = values.get("rope_theta", outer)
     wanted = f"{outer!r}, as at the top level: versions differ in which one they read"
     good = config.get("rope_theta") is None or theta is outer or theta == outer

@@ -87,10 +87,10 @@ def unfuse(params: Params, config: LlamaConfig) -> Tree:
 
 
 def _turn(leaves: Mapping[str, Any], old: str, new: str) -> Tree:
-    """Transpose the matrix called `old` and call it `new`; biases stay."""
+    """Transpose the matrix called `old` and call it `new`; biases and norms stay."""
+    if old not in leaves or leaves[old].ndim < 2:
+        return dict(leaves)
     turned = {name: leaf for name, leaf in leaves.items() if name != old}
-    if old not in leaves:
-        return turned
     return turned | {new: jnp.swapaxes(leaves[old], -1, -2)}
 
 
