@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
+from jrope.model.cache import layer_slots
 from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
 from jrope.rope import Rope
 from jrope.tree import Params, Tree, nest
@@ -146,10 +147,12 @@ def weight_count(config: LlamaConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def cache_bytes(config: LlamaConfig, slots: int, itemsize: int) -> int:
-    """Bytes of keys and values in `slots` slots, of all rows together."""
+def cache_bytes(config: LlamaConfig, slots: int, itemsize: int, rows: int = 1) -> int:
+    """Bytes of keys and values in `slots` slots of each row, windows cut off."""
     width = config.num_key_value_heads * config.head_dim
-    return 2 * config.num_hidden_layers * width * slots * itemsize
+    if config.windows is None:
+        return 2 * config.num_hidden_layers * width * slots * rows * itemsize
+    return 2 * sum(layer_slots(config, slots)) * width * rows * itemsize
 
 
 def read_bytes(
@@ -166,9 +169,11 @@ def step_bytes(
     filled: int,
     itemsize: int,
     quantize: Quantization | None = None,
+    rows: int = 1,
 ) -> int:
     """Bytes a decode step must read: weights, and the filled slots of all rows."""
-    slots = cache_bytes(config, filled, itemsize)
+    rows = 1 if config.windows is None else rows
+    slots = cache_bytes(config, filled // rows, itemsize, rows)
     return read_bytes(config, itemsize, quantize) + slots
 
 

@@ -174,7 +174,8 @@ class Bench:
             counted = prefill_flops(self.config, row.batch, row.context)
         else:
             filled = row.batch * row.context + row.batch * row.new // 2
-            counted = step_bytes(self.config, filled, self.itemsize, self.quantize)
+            how = (self.itemsize, self.quantize, row.batch)
+            counted = step_bytes(self.config, filled, *how)
         best = self.ceilings.matmul if prompt else self.ceilings.read
         return replace(
             row,
@@ -238,6 +239,6 @@ class Bench:
         copies = 1 if self.peer is None or task.order == "none" else 2
         sizes = weight_bytes(self.config, self.itemsize, self.quantize)
         weights = copies * sum(sizes.values())
-        cache = cache_bytes(self.config, task.batch * capacity, self.itemsize)
+        cache = cache_bytes(self.config, capacity, self.itemsize, task.batch)
         text = f"weights {weights / 1e9:.2f} + cache {cache / 1e9:.2f} GB are"
         check_fits(weights + cache, text)

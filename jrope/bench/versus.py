@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jrope.errors import JropeError
+from jrope.errors import JropeError, check
 from jrope.generation.sample import Sampler
 from jrope.hf import config_to_hf
 from jrope.model.config import LlamaConfig
@@ -49,6 +49,8 @@ class Peer:
     """
 
     def __init__(self, params: Params, config: LlamaConfig) -> None:
+        kind, wanted = config.model_type, "'llama', whose class runs over these arrays"
+        check(kind == "llama", "--versus: model_type", kind, wanted)
         self.torch, self.transformers = import_peers()
         self.config = config
         self.criteria = self.transformers.StoppingCriteriaList

@@ -15,7 +15,14 @@ from jax.sharding import Mesh, PartitionSpec
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import Step, decoder_layer, rms_norm
+from jrope.model.layers import (
+    Step,
+    decoder_layer,
+    layer_kind,
+    local_table,
+    norm_of,
+    rms_norm,
+)
 from jrope.model.llama import embed, forward
 from jrope.model.placed import share_of
 from jrope.model.with_rope import with_rope
@@ -92,9 +99,10 @@ def compare(
     ours = jrope_stages(params, config, ids, places)
     del params  # one model in memory at a time
     with quiet(transformers):
-        model = transformers.LlamaForCausalLM.from_pretrained(
+        kind = getattr(transformers, wanted["architectures"][0])
+        model = kind.from_pretrained(
             folder,
-            config=transformers.LlamaConfig(**wanted),
+            config=kind.config_class(**wanted),
             dtype=getattr(torch, dtype),
         )
     frequencies, inv_freq = _frequencies(config.rope, model, places)
@@ -181,13 +189,16 @@ def _stages(
     lengths = jnp.max(positions, axis=1) + 1
     cos, sin = table(config.rope, positions, length=lengths)
     model = params["model"]
-    x = embed(model, tokens, axes)
+    x = embed(model, tokens, config=config, axes=axes)
     seen = {"embeddings": x}
-    layer = partial(decoder_layer, config=config, capacity=tokens.shape[1], axes=axes)
+    count, local = tokens.shape[1], local_table(config, positions)
+    step = Step(cos=cos, sin=sin, local=local)
+    layer = partial(decoder_layer, config=config, capacity=count, axes=axes)
     for i in range(config.num_hidden_layers):
-        x, _ = layer(model["layers"][str(i)], x, Step(cos=cos, sin=sin))
+        kind = layer_kind(config, i, count)
+        x, _ = layer(model["layers"][str(i)], x, step, **kind)
         seen[f"layer {i}"] = x
-    seen["final norm"] = rms_norm(x, model["norm"]["weight"], config.rms_norm_eps)
+    seen["final norm"] = rms_norm(x, *norm_of(model["norm"], config))
     logits, _ = _forward(params, tokens, positions, config=config, axes=axes)
     return seen, logits
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
+from jrope.hf.layer_types import FULL
 from jrope.model.config import LlamaConfig
 from jrope.rope import DynamicYarn
 
@@ -24,16 +25,16 @@ def torch_stages(
     condense: float = 1.0,
     inv_freq: np.ndarray | None = None,
 ) -> Stages:
-    """Every stage of a transformers Llama as float32 [B, T, ...], row by row.
+    """Every stage of a transformers model as float32 [B, T, ...], row by row.
 
     `condense` divides the positions as FastChat does: in float32, before the product
     with the frequencies.  `inv_freq` [B, R] are frequencies to take instead of its own.
     """
     torch, inner = import_module("torch"), model.model
-    parts = {"embeddings": inner.embed_tokens}
-    parts |= {f"layer {i}": layer for i, layer in enumerate(inner.layers)}
-    parts |= {"final norm": inner.norm, "logits": model.lm_head}
-    seen: dict[str, list[np.ndarray]] = {name: [] for name in parts}
+    parts = {f"layer {i}": layer for i, layer in enumerate(inner.layers)}
+    parts |= {"final norm": inner.norm}
+    names = ["embeddings", *parts, "logits"]
+    seen: dict[str, list[np.ndarray]] = {name: [] for name in names}
 
     def keep(name: str) -> Any:
         def hook(_module: Any, _inputs: Any, output: Any) -> None:
@@ -42,7 +43,12 @@ def torch_stages(
 
         return hook
 
+    def enter(_module: Any, inputs: tuple[Any, ...]) -> None:
+        seen["embeddings"].append(inputs[0].float().numpy(force=True))
+
     hooks = [part.register_forward_hook(keep(name)) for name, part in parts.items()]
+    # What the first layer gets, and what the model gives: with multipliers and caps.
+    hooks.append(inner.layers[0].register_forward_pre_hook(enter))
     device = model.device
     for i, (row, steps) in enumerate(zip(ids, places, strict=True)):
         tokens = torch.tensor(row[None], dtype=torch.long, device=device)
@@ -51,27 +57,49 @@ def torch_stages(
             at = at.float() / condense
         inner.rotary_emb = _new_rotary(model)
         if inv_freq is not None:
-            inner.rotary_emb.rope_type = "default"  # or it would replace them
             given = torch.tensor(inv_freq[i], device=device)
-            inner.rotary_emb.register_buffer("inv_freq", given, persistent=False)
+            _take_frequencies(inner.rotary_emb, given)
         with torch.no_grad():
             # The mask says that gaps between positions do not part sequences.
             mask = torch.ones_like(tokens)
-            model(tokens, position_ids=at, attention_mask=mask, use_cache=False)
+            how = {"attention_mask": mask, "use_cache": False}
+            logits = model(tokens, position_ids=at, **how).logits
+        seen["logits"].append(logits.float().numpy(force=True))
     for hook in hooks:
         hook.remove()
     return {name: np.concatenate(rows) for name, rows in seen.items()}
 
 
 def torch_frequencies(model: Any, places: np.ndarray) -> np.ndarray:
-    """The float32 frequencies that it rotates each row [B, T] with: [B, R]."""
+    """The float32 frequencies that it rotates each row [B, T] with: [B, R].
+
+    Of layers of two kinds those without a window, whose frequencies may be scaled.
+    """
     torch = import_module("torch")
     rows: list[np.ndarray] = []
     for steps in places:
         at, rotary = torch.tensor(steps[None], dtype=torch.long), _new_rotary(model)
-        rotary(torch.zeros(1, device=model.device), at.to(model.device))
-        rows.append(rotary.inv_freq.float().numpy(force=True))
+        kind = (FULL,) if _has_kinds(rotary) else ()
+        rotary(torch.zeros(1, device=model.device), at.to(model.device), *kind)
+        rows.append(getattr(rotary, _name(rotary)).float().numpy(force=True))
     return np.stack(rows)
+
+
+def _has_kinds(rotary: Any) -> bool:
+    return hasattr(rotary, f"{FULL}_inv_freq")
+
+
+def _name(rotary: Any) -> str:
+    return f"{FULL}_inv_freq" if _has_kinds(rotary) else "inv_freq"
+
+
+def _take_frequencies(rotary: Any, inv_freq: Any) -> None:
+    """Make a module rotate with these, and not replace them by its method."""
+    if _has_kinds(rotary):
+        rotary.rope_type[FULL] = "default"
+    else:
+        rotary.rope_type = "default"
+    rotary.register_buffer(_name(rotary), inv_freq, persistent=False)
 
 
 def _new_rotary(model: Any) -> Any:

@@ -170,7 +170,7 @@ def read_shards(work: Work, mesh: Mesh) -> int:
 def cache_shard(work: Work, mesh: Mesh, slots: int) -> int:
     """Bytes of `slots` slots of a device's rows and key/value heads."""
     rows = work.batch // mesh.data
-    return cache_bytes(work.config, rows * slots, work.itemsize) // mesh.model
+    return cache_bytes(work.config, slots, work.itemsize, rows) // mesh.model
 
 
 def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
@@ -203,7 +203,8 @@ def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
 def has_cudnn(work: Work, cluster: Cluster) -> bool:
     """Whether attention is cuDNN's, in decode and for prompts in one chunk."""
     head_dim, short = work.config.head_dim, work.dtype != "float32"
-    fits = head_dim % 8 == 0 and head_dim <= 128
+    fits = head_dim % 8 == 0 and head_dim <= 128 and work.config.score_cap is None
+    fits = fits and work.config.windows is None
     return cluster.device.kind == "gpu" and short and fits
 
 
