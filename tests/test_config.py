@@ -72,16 +72,71 @@ FLAGS = ["attention_bias", "mlp_bias", "tie_word_embeddings"]
 NUMBERS = ["rms_norm_eps", "initializer_range"]
 SINGLE_IDS = ["bos_token_id", "pad_token_id"]
 
+SWITCHES: dict[str, tuple[Any, str]] = {  # a value that is refused, and the words
+    "model_type": (3, "model_type is 3, want a name"),
+    "o_bias": (1, "o_bias is 1, want null, true or false"),
+    "windows": ((1,), "windows is .1,., want 2 of null or an integer"),
+    "rotary": ((True,), "rotary is .True,., want 2 of true or false"),
+    "attention_scale": (0, "attention_scale is 0, want null or a number > 0"),
+    "embedding_multiplier": (0, "embedding_multiplier is 0, want a number > 0"),
+    "residual_multiplier": (None, "residual_multiplier is None, want a number > 0"),
+    "logits_divisor": (-1.0, "logits_divisor is -1.0, want a number > 0"),
+    "score_cap": (0.0, "score_cap is 0.0, want null or a number > 0"),
+    "logit_cap": ("30", "logit_cap is '30', want null or a number > 0"),
+    "qk_norm": ("heads", "qk_norm is 'heads', want one of None, head, whole"),
+    "norm": (None, "norm is None, want one of llama, wide, gemma"),
+    "norm_at": ("peri", "norm_at is 'peri', want one of pre, post, sandwich"),
+    "wide_rotation": (1, "wide_rotation is 1, want true or false"),
+    "local_rope": (Rope(theta=1e3, rotary_dim=16), "local_rope is given, want windows"),
+}
+
+
+@pytest.mark.parametrize("name", SWITCHES)
+def test_bad_switches(name: str) -> None:
+    value, message = SWITCHES[name]
+    with pytest.raises(JropeError, match=message):
+        make(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("rope", "message"),
+    [
+        (Rope(theta=1e3, rotary_dim=8), "local_rope and rope differ in rotary_dim"),
+        (
+            Rope(
+                theta=1e3,
+                rotary_dim=16,
+                scaling=DynamicNTK(factor=2, original_length=8),
+            ),
+            "local_rope is .*, want a Rope that needs no length",
+        ),
+        ("plain", "local_rope is 'plain', want a Rope"),
+    ],
+)
+def test_bad_local_rope(rope: Any, message: str) -> None:
+    with pytest.raises(JropeError, match=message):
+        make(windows=(5, None), local_rope=rope)
+
+
+def test_precision_is_that_of_both_ropes() -> None:
+    local = Rope(theta=1e3, rotary_dim=16)
+    config = make(windows=(5, None), local_rope=local)
+    changed = with_rope(config, "linear", factor=2, precision="accurate")
+    assert changed.local_rope == dataclasses.replace(local, precision="accurate")
+    assert with_rope(config, "linear", factor=2).local_rope == local
+
 
 def test_every_field_is_in_a_table() -> None:
-    others = {"hidden_act", "rope", "eos_token_id"}
+    others = {"hidden_act", "rope", "eos_token_id", *SWITCHES}
     named = {*COUNTS, *FLAGS, *NUMBERS, *SINGLE_IDS, *others}
     assert {f.name for f in dataclasses.fields(LlamaConfig)} == named
 
 
-def test_nothing_has_a_default() -> None:
+def test_nothing_of_a_llama_has_a_default() -> None:
     for field in dataclasses.fields(LlamaConfig):
-        assert field.default is dataclasses.MISSING is field.default_factory
+        switch = field.name in SWITCHES
+        assert (field.default is not dataclasses.MISSING) is switch
+        assert field.default_factory is dataclasses.MISSING
     with pytest.raises(TypeError, match="'vocab_size', 'hidden_size', 'intermediate"):
         LlamaConfig()  # pyright: ignore
 

@@ -10,6 +10,7 @@ import pytest
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf, config_to_hf
 from jrope.hf.config import HANDLED, HARMLESS, IGNORED
+from jrope.hf.families import FAMILIES
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
 from jrope.rope import (
@@ -110,8 +111,11 @@ def test_every_method_is_covered() -> None:
     assert {*METHODS} == {"default", *ROPE_TYPES} - {"ntk"}  # ntk: as another theta
 
 
-def test_key_tables_do_not_overlap() -> None:
-    assert not HANDLED & {*IGNORED} and not HANDLED & {*HARMLESS}
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=FAMILIES)
+def test_key_tables_do_not_overlap(family: Any) -> None:
+    handled = {*HANDLED, *family.defaults, *family.ignored}
+    assert not handled & {*IGNORED} and not HANDLED & {*HARMLESS}
+    assert not {*family.ignored} & {*family.defaults}
     assert not {*IGNORED} & {*HARMLESS}
 
 
@@ -450,7 +454,14 @@ def test_all_problems_at_once() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "mistral"}, "model_type is 'mistral', want 'llama'"),
+        (
+            {"model_type": "mixtral"},
+            r"'mixtral' \(a mixture of experts\), which is not",
+        ),
+        (
+            {"model_type": "mistrall"},
+            "did you mean 'mistral'.*want one of llama, qwen2",
+        ),
         ({"architectures": ["LlamaModel"]}, "architectures is .*LlamaForCausalLM"),
         ({"quantization_config": {"bits": 4}}, "quantization_config.*dequantize"),
         ({"sliding_window": 4096}, "sliding_window is 4096, want None"),

@@ -13,6 +13,7 @@ from model_helpers import make as make
 
 from jrope.errors import JropeError
 from jrope.generation.run import generate
+from jrope.hf import config_to_hf
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.llama import forward, init_params
 from jrope.model.with_rope import with_rope
@@ -77,6 +78,19 @@ def is_read_by_request(model: Model, other: LlamaConfig) -> None:
         generate(model.params, np.array([[1]]), [0], config=other)
 
 
+def is_read_by_save(_: Model, other: LlamaConfig) -> None:
+    with pytest.raises(JropeError, match=f"model_type is '{other.model_type}'"):
+        config_to_hf(other)
+
+
+def is_read_in_bfloat16(model: Model, other: LlamaConfig) -> None:
+    params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+    model = model._replace(params=params)
+    tokens = tokens_of(model.config, 1, 40)
+    got, plain = logits_of(model, tokens, config=other), logits_of(model, tokens)
+    assert np.abs(got - plain).max() > 1e-3
+
+
 # field: another value, and who reads it
 READERS: dict[str, tuple[Any, Callable[[Model, LlamaConfig], None]]] = {
     "vocab_size": (60, is_read_by_shapes),
@@ -97,6 +111,21 @@ READERS: dict[str, tuple[Any, Callable[[Model, LlamaConfig], None]]] = {
     "bos_token_id": (7, is_read_by_request),
     "eos_token_id": ((7,), is_read_by_generate_as_end),
     "pad_token_id": (7, is_read_by_generate_as_padding),
+    "model_type": ("elephant", is_read_by_save),
+    "o_bias": (True, is_read_by_shapes),
+    "windows": ((5, None), is_read_by_forward),
+    "rotary": ((True, False), is_read_by_forward),
+    "attention_scale": (0.5, is_read_by_forward),
+    "embedding_multiplier": (1.5, is_read_by_forward),
+    "residual_multiplier": (0.5, is_read_by_forward),
+    "logits_divisor": (2.0, is_read_by_forward),
+    "score_cap": (0.5, is_read_by_forward),
+    "logit_cap": (2.0, is_read_by_forward),
+    "qk_norm": ("head", is_read_by_shapes),
+    "norm": ("gemma", is_read_by_forward),
+    "norm_at": ("sandwich", is_read_by_shapes),
+    "wide_rotation": (True, is_read_in_bfloat16),
+    "local_rope": (PLAIN(theta=100.0), is_read_by_forward),
 }
 
 
@@ -109,6 +138,8 @@ def test_fields_are_read(make: Any, field: str) -> None:
     model = make()
     value, check = READERS[field]
     assert value != getattr(model.config, field)
+    if field == "local_rope":
+        model = model._replace(config=changed(model.config, windows=(5, None)))
     check(model, changed(model.config, **{field: value}))
 
 

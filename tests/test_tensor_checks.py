@@ -112,9 +112,11 @@ def test_absurd_numbers_of_layers_are_counted_not_listed(
     listed: list[int] = []
     table = tensor_checks.parameter_shapes
 
-    def spy(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
-        listed.append(config.num_hidden_layers)
-        return table(config)
+    def spy(
+        config: LlamaConfig, layers: int | None = None
+    ) -> dict[str, tuple[int, ...]]:
+        listed.append(layers or config.num_hidden_layers)
+        return table(config, layers)
 
     monkeypatch.setattr(tensor_checks, "parameter_shapes", spy)
     set_config(folder, num_hidden_layers=10**7)
