@@ -31,8 +31,8 @@ from jrope.model.scores import score as score
 from jrope.model.with_rope import with_rope as with_rope
 from jrope.rope import Rope as Rope
 from jrope.sharding.axes import Axes as Axes
+from jrope.sharding.group import Processes as Processes
 from jrope.sharding.meshes import mesh as mesh
-from jrope.sharding.processes import Processes as Processes
 from jrope.sharding.processes import processes as processes
 from jrope.weights.int8 import dequantize as dequantize
 from jrope.weights.int8 import quantize as quantize

@@ -17,8 +17,9 @@ from jrope.cli.common import whole
 from jrope.errors import JropeError
 from jrope.hf.fingerprints import fingerprints
 from jrope.hf.folders import find_folder
+from jrope.sharding.group import Processes
 from jrope.sharding.meshes import mesh
-from jrope.sharding.processes import Processes, processes
+from jrope.sharding.processes import processes
 
 _OWN = ("--process", "--coordinator")  # which processes may spell differently
 
