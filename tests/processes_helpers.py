@@ -75,17 +75,8 @@ def error_line(ended: Ended) -> str:
     return ended.err.strip()
 
 
-def greedy(params: Any, config: Any) -> dict[str, Any]:
-    """What every array of `generate` holds."""
-    import jrope
-
-    how: dict[str, Any] = {"config": config, "max_new_tokens": NEW}
-    found = vars(jrope.generate(params, TOKENS, LENGTHS, logprobs=True, **how))
-    return {name: np.asarray(x).tolist() for name, x in found.items()}
-
-
-def measured(params: Any, config: Any) -> dict[str, Any]:
-    """A stream of tokens, half of them drawn, and what `jrope evaluate` measures."""
+def results(params: Any, config: Any, *, measured: bool = True) -> dict[str, Any]:
+    """Tokens, half of them drawn, and what `jrope evaluate` measures."""
     import jax
 
     import jrope
@@ -94,14 +85,19 @@ def measured(params: Any, config: Any) -> dict[str, Any]:
 
     hot = jrope.Sampler(temperature=np.array([0, 1.2] * 2, np.float32), top_k=9)
     how: dict[str, Any] = {"config": config, "max_new_tokens": NEW, "sampler": hot}
-    blocks = jrope.stream(params, TOKENS, LENGTHS, key=jax.random.key(2), **how)
-    scores = perplexity(params, config, [TEXT], 16, stride=8, tokens_at_once=32)
+    how["key"] = jax.random.key(2)
+    out = jrope.generate(params, TOKENS, LENGTHS, **how)
+    blocks = jrope.stream(params, TOKENS, LENGTHS, **how)
     found = {
-        "tokens": np.concatenate([*blocks], axis=1),
-        "finite": blocks.finite,
-        "nll": scores.nll,
-        "queries": mean_queries_and_keys(params, config, [TEXT], 16, most=2).queries,
+        "tokens": out.tokens,
+        "lengths": out.lengths,
+        "stream": np.concatenate([*blocks], axis=1),
+        "finite": blocks.finite & out.finite,
     }
+    if measured:
+        scores = perplexity(params, config, [TEXT], 16, stride=8, tokens_at_once=32)
+        found["nll"] = scores.nll
+        found["queries"] = mean_queries_and_keys(params, config, [TEXT], 16).queries
     return {name: np.asarray(x).tolist() for name, x in found.items()}
 
 
@@ -147,7 +143,11 @@ def _four(index: int, count: int, port: str, out: Path, words: list[str]) -> Non
 
     group, params, config, read = _loaded(index, count, port, *words)
     with group:
-        found = {"read": read, "hosts": group.hosts, **greedy(params, config)}
+        found = {
+            "read": read,
+            "hosts": group.hosts,
+            **results(params, config, measured=False),
+        }
         assert group.share(f"of {index}") == "of 0"
         found["small mesh"] = _refused(lambda: jrope.mesh("model=2"))
         found["saving"] = _refused(lambda: jrope.save(out / "copy", params, config))
@@ -160,7 +160,7 @@ def _two(index: int, count: int, port: str, out: Path, words: list[str]) -> None
 
     group, params, config, read = _loaded(index, count, port, *words)
     with group:
-        found = {"read": read, "hosts": group.hosts, **measured(params, config)}
+        found = {"read": read, "hosts": group.hosts, **results(params, config)}
         (out / f"{index}.json").write_text(json.dumps(found))
         weight = params["lm_head"]["weight"]
         for step in itertools.count():

@@ -217,13 +217,9 @@ class Processes:
 
     def _leave(self) -> None:
         """At the interpreter's end: after a failure nobody can be waited for."""
-        error = getattr(sys, "last_value", None)  # what ended a script, if it was one
-        if (
-            isinstance(error, Exception)
-            and not self._failed
-            and not self._over.is_set()
-        ):
-            self.fail(error)
+        uncaught = getattr(sys, "last_value", None)
+        if uncaught is not None and not self._failed and not self._over.is_set():
+            self.fail(uncaught)
         if self._failed:
             _flush()
             os._exit(_STATUS)
