@@ -75,30 +75,33 @@ def error_line(ended: Ended) -> str:
     return ended.err.strip()
 
 
-def results(params: Any, config: Any, *, measured: bool = True) -> dict[str, Any]:
-    """Tokens, half of them drawn, and what `jrope evaluate` measures."""
+def tokens(params: Any, config: Any) -> dict[str, Any]:
+    """What `generate` and `stream` give, half of it drawn."""
     import jax
 
     import jrope
-    from jrope.lab.distance import mean_queries_and_keys
-    from jrope.lab.perplexity import perplexity
 
     hot = jrope.Sampler(temperature=np.array([0, 1.2] * 2, np.float32), top_k=9)
     how: dict[str, Any] = {"config": config, "max_new_tokens": NEW, "sampler": hot}
     how["key"] = jax.random.key(2)
     out = jrope.generate(params, TOKENS, LENGTHS, **how)
     blocks = jrope.stream(params, TOKENS, LENGTHS, **how)
-    found = {
-        "tokens": out.tokens,
-        "lengths": out.lengths,
-        "stream": np.concatenate([*blocks], axis=1),
-        "finite": blocks.finite & out.finite,
+    return {
+        "tokens": np.asarray(out.tokens).tolist(),
+        "lengths": np.asarray(out.lengths).tolist(),
+        "stream": np.concatenate([*blocks], axis=1).tolist(),
+        "finite": (blocks.finite & out.finite).tolist(),
     }
-    if measured:
-        scores = perplexity(params, config, [TEXT], 16, stride=8, tokens_at_once=32)
-        found["nll"] = scores.nll
-        found["queries"] = mean_queries_and_keys(params, config, [TEXT], 16).queries
-    return {name: np.asarray(x).tolist() for name, x in found.items()}
+
+
+def measures(params: Any, config: Any) -> dict[str, Any]:
+    """What `jrope evaluate` measures."""
+    from jrope.lab.distance import mean_queries_and_keys
+    from jrope.lab.perplexity import perplexity
+
+    scores = perplexity(params, config, [TEXT], 16, stride=8, tokens_at_once=32)
+    queries = mean_queries_and_keys(params, config, [TEXT], 16).queries
+    return {"nll": scores.nll.tolist(), "queries": queries.tolist()}
 
 
 def _count_bytes() -> list[int]:
@@ -125,7 +128,7 @@ def _loaded(index: int, count: int, port: str, folder: str) -> Any:
     group = jrope.processes(f"127.0.0.1:{port}", count, index)
     group.agree({"what": "the same"})
     mesh = jrope.mesh("data=2,model=2")
-    params, config = jrope.load(folder, mesh=mesh, check_finite=True)
+    params, config = jrope.load(folder, mesh=mesh)
     return group, params, config, read[0]
 
 
@@ -146,7 +149,7 @@ def _four(index: int, count: int, port: str, out: Path, words: list[str]) -> Non
         found = {
             "read": read,
             "hosts": group.hosts,
-            **results(params, config, measured=False),
+            **tokens(params, config),
         }
         assert group.share(f"of {index}") == "of 0"
         found["small mesh"] = _refused(lambda: jrope.mesh("model=2"))
@@ -160,7 +163,7 @@ def _two(index: int, count: int, port: str, out: Path, words: list[str]) -> None
 
     group, params, config, read = _loaded(index, count, port, *words)
     with group:
-        found = {"read": read, "hosts": group.hosts, **results(params, config)}
+        found = {"read": read, "hosts": group.hosts, **measures(params, config)}
         (out / f"{index}.json").write_text(json.dumps(found))
         weight = params["lm_head"]["weight"]
         for step in itertools.count():

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from cli_helpers import byte_tokenizer, write_tokenizer_config
 from jax._src import xla_bridge
-from processes_helpers import HOST, ends, error_line, results, start
+from processes_helpers import HOST, ends, error_line, measures, start, tokens
 
 import jrope
 from jrope.cli import main
@@ -41,20 +41,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model in two files, with a tokenizer."""
     random, folder = np.random.default_rng(0), tmp_path_factory.mktemp("p") / "model"
     shapes = parameter_shapes(config_from_hf(CONFIG))
-    tensors = {
+    arrays = {
         name: (0.3 * random.standard_normal(shape)).astype(np.float32)
         for name, shape in shapes.items()
     }
-    write_folder(folder, CONFIG, tensors.items(), max_shard_size=50_000)
+    write_folder(folder, CONFIG, arrays.items(), max_shard_size=50_000)
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     write_tokenizer_config(folder)
     return folder
-
-
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> dict[str, Any]:
-    """What one process and one device make of it."""
-    return results(*jrope.load(folder))
 
 
 def stored(folder: Path) -> int:
@@ -73,31 +67,33 @@ def check_results(out: Path, count: int, folder: Path, want: dict[str, Any]) -> 
         # Each process reads for its own devices; where these are all shares, all.
         part = got.pop("read") / stored(folder)
         assert 0.5 <= part < 0.51 if count == 4 else part == 1
-        assert {*want} - {*got} == ({"nll", "queries"} if count == 4 else set())
-        for name, value in got.items():
-            exact = name not in ("nll", "queries")
-            near = {"rtol": 0, "atol": 0} if exact else {"rtol": 2e-5, "atol": 2e-5}
-            np.testing.assert_allclose(value, want[name], **near, err_msg=name)
+        assert {*got} == {*want}
+        for name, value in want.items():
+            allowed = 2e-5 if name in ("nll", "queries") else 0
+            near = {"rtol": allowed, "atol": allowed, "err_msg": name}
+            np.testing.assert_allclose(got[name], value, **near)
 
 
 def test_four_processes_generate_what_one_does_each_from_its_share(
-    folder: Path, alone: dict[str, Any], tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
     running = start("four", 4, tmp_path, folder)
+    want = tokens(*jrope.load(folder))
     for ended in ends(running):
         assert ended.status == 0, ended
-    check_results(tmp_path, 4, folder, alone)
+    check_results(tmp_path, 4, folder, want)
 
 
 def test_two_processes_measure_what_one_does_and_the_second_misses_the_first(
-    folder: Path, alone: dict[str, Any], tmp_path: Path
+    folder: Path, tmp_path: Path
 ) -> None:
     running = start("two", 2, tmp_path, folder, devices=2)
+    want = measures(*jrope.load(folder))
     first, second = ends(running)
     assert first.status == -signal.SIGKILL, first.err
     assert second.status == 2, second
     assert f"jrope: error: process 0 ({HOST}) is gone" in second.err, second.err
-    check_results(tmp_path, 2, folder, alone)
+    check_results(tmp_path, 2, folder, want)
 
 
 def test_the_command_prints_in_one_process_what_one_process_prints(
