@@ -87,8 +87,6 @@ def run_together(
     Raises:
       JropeError: of this process, or where processes were given different things.
     """
-    if hasattr(jax.config, "jax_enable_preemption_service"):
-        jax.config.update("jax_enable_preemption_service", False)  # SIGTERM ends us
     with own_streams():
         group = processes(args.coordinator, args.processes, args.process)
         args.group = group

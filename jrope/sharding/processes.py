@@ -50,6 +50,7 @@ def processes(
     elif len(lacking) < len(given):
         raise JropeError(f"processes: {', '.join(lacking)} missing; give all three")
     jax.config.update("jax_enable_recoverability", True)  # or XLA aborts with the dead
+    jax.config.update("jax_enable_preemption_service", False)  # which ignores SIGTERM
     twice = "could not join; is each process started once, with an index of its own?"
     undo = on_abort(lambda: end(f"{who}: {twice}", sys.stderr))
     late = threading.Timer(patience, _nobody, (who, coordinator, index, patience))
