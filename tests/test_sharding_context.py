@@ -92,25 +92,14 @@ def test_attention_in_a_ring_and_gathered(width, masked, monkeypatch):
     assert ("collective-permute" in kinds) == (width == 8)
 
 
-def generated(params, config, **options):
-    sampler = jrope.Sampler(temperature=np.array([0, 1.3] * 4, np.float32), top_p=0.9)
-    how = {"sampler": sampler, "key": jax.random.key(3), "stop_ids": [5], **options}
-    return jrope.generate(
-        params, TOKENS, LENGTHS, config=config, max_new_tokens=12, logprobs=True, **how
+def test_tokens_and_scores_are_one_devices_in_chunks_of_a_prompt():
+    config, params = with_rope("longrope"), make_params()
+    placed = jrope.shard(params, explicit("context=4,model=2"), config)
+    how = {"config": config, "prefill_chunk": 5, "stop_ids": [5], "logprobs": True}
+    got, want = (
+        jrope.generate(tree, TOKENS, LENGTHS, max_new_tokens=12, **how)
+        for tree in (placed, params)
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "rope", "options"),
-    [
-        ("context=8", "plain", {"sampler": None}),
-        ("context=4,model=2", "longrope", {"prefill_chunk": 5}),
-    ],
-)
-def test_tokens_are_one_devices(text, rope, options):
-    config, params = with_rope(rope), make_params()
-    placed = jrope.shard(params, explicit(text), config)
-    got, want = (generated(p, config, **options) for p in (placed, params))
     np.testing.assert_array_equal(got.tokens, want.tokens)
     np.testing.assert_array_equal(got.lengths, want.lengths)
     assert_close(got.logprobs, want.logprobs)
@@ -118,23 +107,21 @@ def test_tokens_are_one_devices(text, rope, options):
 
 
 def test_a_single_token_is_a_prompt():
-    params = make_params()
+    params, tokens = make_params(), jnp.asarray(TOKENS[:, :1])
     placed = jrope.shard(params, jrope.mesh("context=8"), CONFIG)
-    run = partial(
-        jrope.generate, prompt=TOKENS[:1, :1], config=CONFIG, max_new_tokens=9
-    )
-    np.testing.assert_array_equal(run(placed).tokens, run(params).tokens)
+    run = partial(jrope.forward, config=CONFIG, logits="last")
+    assert_close(run(placed, tokens)[0], jax.jit(run)(params, tokens)[0])
 
 
 def test_a_step_sends_the_same_whatever_the_cache_holds():
-    placed = jrope.shard(make_params(), jrope.mesh("context=8"), CONFIG)
-    request = prepare(TOKENS, LENGTHS, CONFIG, layout_of(placed), max_new_tokens=20)
+    params, how = make_params(), {"max_new_tokens": 20}
+    placed = jrope.shard(params, jrope.mesh("context=8"), CONFIG)
+    request = prepare(TOKENS, LENGTHS, CONFIG, layout_of(placed), **how)
     cache, state, _ = prefill_and_first_token(placed, request, CONFIG, False)
-    slots = request.capacity
-    assert cache.keys[0].shape[1] == slots == 40
+    assert request.capacity == 40
     for x in (*cache.keys, *cache.values):
         assert {s.data.shape for s in x.addressable_shards} == {(8, 5, 8, 8)}
-    limit = request.place(jnp.asarray(12, jnp.int32))
+    limit = request.place(jnp.asarray(20, jnp.int32))
     given = placed, cache, state, request.sampling, limit
     program = decode.lower(*given, config=CONFIG, layout=request.layout).compile()
     heads, size = CONFIG.num_attention_heads, CONFIG.head_dim
@@ -142,6 +129,9 @@ def test_a_step_sends_the_same_whatever_the_cache_holds():
         ("all-reduce", f"f32[8,{heads},1]"): 1,
         ("all-reduce", f"f32[8,{heads},{size + 1}]"): 1,
     }
+    _, state = program(*given)
+    want = jrope.generate(params, TOKENS, LENGTHS, config=CONFIG, **how).tokens
+    np.testing.assert_array_equal(state.tokens[:, :20], want)
 
 
 def test_score_takes_segments_and_lengths():
@@ -179,7 +169,7 @@ def long_prefill(text, count):
         CONFIG,
         num_hidden_layers=2,
         hidden_size=256,
-        intermediate_size=1024,
+        intermediate_size=512,
         num_key_value_heads=count,
         attention_bias=False,
         mlp_bias=False,
