@@ -55,10 +55,12 @@ def test_loaded_parameters_are_those_that_shard_places(folder, text, options):
     assert config == CONFIG
 
 
-def test_shapes_stand_where_the_arrays_will(folder):
-    mesh = jrope.mesh("fsdp=2,model=4")
-    shapes, _ = jrope.load_shapes(folder, mesh=mesh)
-    params, _ = jrope.load(folder, mesh=mesh)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_shapes_stand_where_the_arrays_will(folder, quantize):
+    how = {"mesh": jrope.mesh("fsdp=2,model=4"), "quantize": quantize}
+    shapes, _ = jrope.load_shapes(folder, **how)
+    params, _ = jrope.load(folder, **how)
+    assert {*flatten(shapes)} == {*flatten(params)}
     for name, x in flatten(params).items():
         y = flatten(shapes)[name]
         assert (x.shape, x.dtype, x.sharding) == (y.shape, y.dtype, y.sharding)

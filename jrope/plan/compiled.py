@@ -33,7 +33,7 @@ def compiled_temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
     Raises:
       JropeError: libtpu is not here, or knows no such topology.
     """
-    config, before = work.config, jax.config.read(EFFORT)
+    config, before = work.config, getattr(jax.config, EFFORT)
     there = meshes.mesh(str(mesh), on=str(cluster))
     shapes = jax.eval_shape(lambda: random_params(config, work.dtype, work.quantize))
     prompt = np.zeros((work.batch, work.prompt), np.int32)
@@ -48,5 +48,5 @@ def compiled_temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
         )
     finally:
         jax.config.update(EFFORT, before)
-    sizes: list[Any] = [program.memory_analysis() for program in programs.values()]
-    return max(size.temp_size_in_bytes for size in sizes)
+    sizes = [program.memory_analysis() for program in programs.values()]
+    return max(size.temp_size_in_bytes for size in sizes if size is not None)

@@ -1,6 +1,6 @@
 """TPUs that are not here, by their topology's name: to compile for, not to run on.
 
-libtpu, which `pip install "jax[tpu]"` brings, holds all of the compiler, without a TPU.
+libtpu, which `pip install "jax[tpu]"` brings, is the whole compiler and needs no TPU.
 """
 
 import importlib.util
