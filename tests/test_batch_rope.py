@@ -27,10 +27,10 @@ def test_every_row_has_its_own_length(
     _, params, config = model("dynamic", layers=1, max_position_embeddings=16)
     rope = dataclasses.replace(config.rope, lengths=lengths)
     config = dataclasses.replace(config, rope=rope)
-    own = engine_of(params, config, logprobs=False, slots=3)
+    own = engine_of(params, config, logprobs=False, slots=3, piece=16)
     rows = [dataclasses.replace(r, sampler=Sampler(), stop_ids=()) for r in ragged(8)]
     got = by_key(own.run(rows))
-    tokens, planned = np.zeros((8, 80), np.int32), []
+    tokens, planned = np.zeros((8, 112), np.int32), []
     for line, row in zip(tokens, rows, strict=True):
         whole = [*row.prompt, *got[row.key].tokens]
         line[: len(whole)] = whole
@@ -59,7 +59,7 @@ def test_lengths_of_the_whole_batch_are_refused() -> None:
         ({"stop_ids": (-1,)}, r"stop_ids: got \[-1\]"),
         ({"stop_ids": tuple(range(17))}, "stop_ids: got 17, want at most 16"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
-        ({"max_new_tokens": 78}, "got 78 after a prompt of 3, want 80 in all"),
+        ({"max_new_tokens": 110}, "got 110 after a prompt of 3, want 112 in all"),
         ({"logprobs": 21}, "logprobs: got 21, want None, or an integer from 0 to 20"),
         ({"sampler": Sampler(top_k=np.array([1, 2]))}, "sampler: top_k: got"),
     ],
