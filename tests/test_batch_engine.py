@@ -109,7 +109,10 @@ def test_caller_stops_rows_and_their_slots_go_on() -> None:
         seen.setdefault(row.key, []).append(len(tokens))
         return 11 if row.key % 2 and len(tokens) >= 11 else None
 
+    before = engine().stats.decode_tokens
     got = by_key(engine().run(rows, stopped))
+    drawn = engine().stats.decode_tokens - before
+    assert drawn <= SLOTS * 40 + SLOTS * (11 + 2 * CHUNK), "stopped rows went on"
     for row in rows:
         answer = got[row.key]
         kept = 11 if row.key % 2 else 40
@@ -231,15 +234,20 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
 # --- NaN
 
 
-def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
+def without(bad: int) -> Engine:
+    """An engine for a model that has a NaN for one token."""
     _, params, config = model()
-    bad = 33
     table = np.array(params["model"]["embed_tokens"]["weight"])
     table[bad] = np.nan
-    spoilt = {**params, "model": {**params["model"]}}
-    spoilt["model"]["embed_tokens"] = {"weight": jnp.asarray(table)}
-    own, ready = engine_of(spoilt, config), engine().compile()
-    own._programs = ready
+    table = {"embed_tokens": {"weight": jnp.asarray(table)}}
+    own = engine_of({**params, "model": {**params["model"], **table}}, config)
+    own._programs = engine().compile()
+    return own
+
+
+def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
+    bad = 33
+    own = without(bad)
     nan = dataclasses.replace(work("nan", 50, 6), prompt=np.full(50, bad, np.int32))
     rows: list[Any] = []
     for i in range(3 * SLOTS):
@@ -253,3 +261,19 @@ def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
         want = tokens_alone(row)
         if bad not in want:
             assert got[row.key].tokens.tolist() == want
+
+
+def test_a_last_token_may_spoil_what_no_logits_show() -> None:
+    rows = [work(key, 60, 4) for key in range(40)]
+    drawn = {row.key: tokens_alone(row) for row in rows}
+    row = next(r for r in rows if drawn[r.key][3] not in {*r.prompt, *drawn[r.key][:3]})
+    bad = drawn[row.key][3]
+    first = [dataclasses.replace(row, key=f"spoils {i}") for i in range(SLOTS)]
+    later = [work(f"later {i}", 3, 6) for i in range(2 * SLOTS)]
+    got = by_key(without(bad).run([*first, *later]))
+    assert all(got[row.key].tokens[-1] == bad for row in first)
+    fine = [r for r in later if bad not in {*r.prompt, *tokens_alone(r)}]
+    assert len(fine) > SLOTS
+    for row in [*first, *fine]:
+        assert got[row.key].finite, row.key
+        assert got[row.key].tokens.tolist() == tokens_alone(row)

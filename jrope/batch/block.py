@@ -21,6 +21,7 @@ class Block:
     steps: jax.Array  # int32 []
     live: jax.Array  # bool [B], afterwards
     finite: jax.Array  # bool [B]
+    spoilt: jax.Array  # bool [B], whether a NaN may stand in the row's cache
     logprobs: jax.Array | None  # float32 [B, n]
     top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
     top_logprobs: jax.Array | None
@@ -36,6 +37,7 @@ def blank(live: jax.Array, vocabulary: int, size: int, scored: bool) -> Block:
         steps=jnp.zeros((), jnp.int32),
         live=live,
         finite=live,
+        spoilt=live,
         logprobs=jnp.zeros((count, size), jnp.float32) if scored else None,
         top_ids=jnp.zeros(best, jnp.int32) if scored else None,
         top_logprobs=jnp.zeros(best, jnp.float32) if scored else None,

@@ -159,7 +159,7 @@ class Run:
                 seat.take(block)
             if seat.over:
                 self._leave(seat)
-        spoilt = ~block.finite
+        spoilt = np.array(block.spoilt)
         spoilt[[seat.slot for seat in self.taken()]] = False
         if spoilt.any():
             self.slots = self.programs.clean(self.slots, spoilt)

@@ -257,11 +257,15 @@ def decode(
         ended = carry[0].live & ~slots.live
         lengths = jnp.where(slots.live, cache.lengths, now.lengths)
         cache = replace(cache, lengths=jnp.where(ended, 0, lengths))
-        return replace(slots, cache=cache, hidden=x[:, 0]), block
+        hidden = jnp.where(carry[0].live[:, None], x[:, 0], slots.hidden)
+        return replace(slots, cache=cache, hidden=hidden), block
 
     given = slots, blank(slots.live, config.vocab_size, size, scored)
     slots, block = jax.lax.while_loop(goes_on, step, given)
-    return slots, replace(block, live=slots.live, finite=slots.finite)
+    # Beyond its logits, what a row's last token left in the cache.
+    wrong = jnp.sum(slots.hidden - slots.hidden, axis=1) != 0
+    spoilt = wrong | ~slots.finite
+    return slots, replace(block, live=slots.live, finite=slots.finite, spoilt=spoilt)
 
 
 def _drawn(slots: Slots, token: jax.Array, finite: jax.Array) -> Slots:
@@ -296,4 +300,5 @@ def clean(slots: Slots, rows: jax.Array) -> Slots:
         keys=tuple(map(cleaned, cache.keys)),
         values=tuple(map(cleaned, cache.values)),
     )
-    return replace(slots, cache=cache, finite=slots.finite | rows)
+    hidden = jnp.where(rows[:, None], jnp.zeros((), slots.hidden.dtype), slots.hidden)
+    return replace(slots, cache=cache, hidden=hidden, finite=slots.finite | rows)
