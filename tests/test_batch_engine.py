@@ -26,6 +26,7 @@ from jrope.batch.programs import Programs
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
 from jrope.errors import JropeError
+from jrope.generation.sample import Sampler
 
 
 def same(a: Any, b: Any) -> None:
@@ -57,6 +58,27 @@ def test_order_and_company_change_no_bit() -> None:
         same(after[row.key], before[row.key])
     for row in rows[4:7]:
         same(next(engine().run([row])), before[row.key])
+
+
+def test_rows_are_filled_while_others_are_decoded() -> None:
+    rows = [work(f"on {i}", 3, 40) for i in range(10)]
+    rows += [work(f"off {i}", 3, 2) for i in range(6)]
+    # Longer than what is filled between two chunks; token 0 must not count as seen.
+    new = Sampler(repetition_penalty=100.0)
+    rows += [work(f"long {i}", 90, 16, sampler=new) for i in range(12)]
+    ready, filling = engine().compile(), list[int]()
+
+    def watched(params: Any, slots: Any, key: Any, going: Any, enough: Any) -> Any:
+        filling.append(int(np.sum(going & ~np.asarray(slots.live))))
+        return ready.decode[False](params, slots, key, going, enough)
+
+    own = engine_of(*model()[1:])
+    own._programs = dataclasses.replace(ready, decode={False: watched})
+    got = by_key(own.run(rows))
+    assert any(filling), "no row was half filled when others were decoded"
+    for row in rows:
+        assert got[row.key].tokens.tolist() == tokens_alone(row), row.key
+    assert any(0 in got[row.key].tokens for row in rows[16:] if 0 not in row.prompt)
 
 
 def test_nothing_compiles_after_compile() -> None:
