@@ -10,18 +10,9 @@ from typing import Any, final
 import jax
 import numpy as np
 
+from jrope.batch.filling import Piece, begin, extend
 from jrope.batch.packing import Shapes
-from jrope.batch.slots import (
-    STOP_IDS,
-    Asked,
-    Piece,
-    begin,
-    clean,
-    decode,
-    empty,
-    extend,
-    greedy,
-)
+from jrope.batch.slots import STOP_IDS, Asked, clean, decode, empty, greedy
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
 
@@ -29,7 +20,7 @@ from jrope.tree import Params
 @final
 @dataclass(frozen=True, kw_only=True)
 class Programs:
-    """Compiled functions of `slots`, called with the arguments that are traced there.
+    """Compiled functions of `slots` and `filling`, called with what is traced there.
 
     Args:
       empty, extend, clean: those of that name.

@@ -1,8 +1,8 @@
-"""The slots of an engine and the programs that run over them, all on the device.
+"""The slots of an engine, all on the device, and how their rows are decoded.
 
-Rows enter a slot by `begin`, with the first piece of their prompt, and `extend`, with
-the others; `decode` goes on with every live row until enough of them have finished.
-Shapes never change: rows carry their own step, limit, stop ids, seed and sampler.
+`decode` goes on with every live row until enough of them have finished; how rows enter
+is in `filling`.  Shapes never change: rows carry their own step, limit, stop ids, seed
+and sampler.
 """
 
 from dataclasses import dataclass, fields, replace
@@ -18,7 +18,7 @@ from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
-from jrope.model.llama import hidden_states, last_token, unembed
+from jrope.model.llama import hidden_states, unembed
 from jrope.tree import Params
 
 STOP_IDS = 16  # of a row, at most
@@ -53,17 +53,6 @@ class Slots:
     asked: Asked
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True, kw_only=True)
-class Piece:
-    """A piece of the prompts of R rows."""
-
-    rows: jax.Array  # int32 [R], their slots; where one comes again, so does its row
-    tokens: jax.Array  # int32 [R, T]
-    lengths: jax.Array  # int32 [R], valid tokens
-    last: jax.Array  # bool [R], whether the prompt ends here
-
-
 def greedy(count: int) -> Sampler:
     """A sampler of NumPy arrays, one number a row."""
     kinds = {"top_k": np.int32}
@@ -92,115 +81,6 @@ def empty(*, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike) -
         finite=jnp.ones(count, bool),
         steps=zeros(jnp.int32),
         asked=asked,
-    )
-
-
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
-def begin(
-    params: Params,
-    slots: Slots,
-    piece: Piece,
-    asked: Asked,
-    planned: jax.Array,
-    *,
-    config: LlamaConfig,
-) -> Slots:
-    """Put the first pieces of R prompts into their slots.
-
-    Args:
-      params, config: the model.
-      slots: those that go on.
-      piece: the first pieces.
-      asked: what the R rows ask for.
-      planned: int32 [R], each row's prompt and all of its new tokens.
-    """
-    rows, cache = piece.rows, slots.cache
-    x, new = hidden_states(
-        params,
-        piece.tokens,
-        config=config,
-        lengths=piece.lengths,
-        rope_lengths=planned,
-    )
-
-    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return all_.at[rows].set(own)
-
-    def write(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return _put(all_, rows, jnp.zeros_like(rows), own)
-
-    slots = replace(
-        slots,
-        cache=KVCache(
-            keys=tuple(map(write, cache.keys, new.keys)),
-            values=tuple(map(write, cache.values, new.values)),
-            lengths=put(cache.lengths, new.lengths),
-            rope_lengths=put(cache.rope_lengths, new.rope_lengths),
-        ),
-        seen=slots.seen.at[rows].set(False),
-        finite=slots.finite.at[rows].set(True),
-        steps=slots.steps.at[rows].set(0),
-        asked=jax.tree.map(put, slots.asked, asked),
-    )
-    return _entered(slots, piece, x)
-
-
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
-def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -> Slots:
-    """Go on with prompts that are in their slots already; every row has one."""
-    rows, cache = piece.rows, slots.cache
-    own = jax.tree.map(lambda x: x[rows], cache)
-    x, new = hidden_states(
-        params, piece.tokens, cache=own, lengths=piece.lengths, config=config
-    )
-    steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
-    at = own.lengths[:, None] + steps
-
-    def write(all_: jax.Array, new: jax.Array) -> jax.Array:
-        tokens = jnp.take_along_axis(new, at[:, :, None, None], axis=1)
-        return _put(all_, rows, own.lengths, tokens)
-
-    cache = replace(
-        cache,
-        keys=tuple(map(write, cache.keys, new.keys)),
-        values=tuple(map(write, cache.values, new.values)),
-        lengths=cache.lengths.at[rows].set(new.lengths),
-    )
-    return _entered(replace(slots, cache=cache), piece, x)
-
-
-def _put(
-    slots: jax.Array, rows: jax.Array, starts: jax.Array, new: jax.Array
-) -> jax.Array:
-    """Slots [B, S, K, H] with new ones [R, T, K, H] in some rows, from `starts` on."""
-
-    def at_once(slots: jax.Array, new: jax.Array) -> jax.Array:
-        steps = jnp.arange(new.shape[1], dtype=jnp.int32)[None, :]
-        return slots.at[rows[:, None], starts[:, None] + steps].set(new, mode="drop")
-
-    def one_by_one(slots: jax.Array, new: jax.Array) -> jax.Array:
-        zero = jnp.zeros((), jnp.int32)
-        for i in range(new.shape[0]):
-            at = rows[i], starts[i], zero, zero
-            slots = jax.lax.dynamic_update_slice(slots, new[i : i + 1], at)
-        return slots
-
-    # A CPU would widen all slots of a 16-bit cache to scatter into them.
-    how = {"cpu": one_by_one, "default": at_once}
-    return jax.lax.platform_dependent(slots, new, **how)
-
-
-def _entered(slots: Slots, piece: Piece, x: jax.Array) -> Slots:
-    """What a piece with hidden states x [R, T, D] leaves besides the cache."""
-    rows, count = piece.rows, slots.seen.shape[1]
-    steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
-    ids = jnp.where(steps < piece.lengths[:, None], piece.tokens, count)
-    hidden = last_token(x, piece.lengths)
-    return replace(
-        slots,
-        hidden=slots.hidden.at[rows].set(hidden),
-        seen=slots.seen.at[rows[:, None], ids].set(True, mode="drop"),
-        live=slots.live.at[rows].set(piece.last),
     )
 
 
