@@ -11,6 +11,8 @@ names.  One letter key for dimensions, here, in einsums and in docstrings:
 from jrope import hf as hf
 from jrope import parity as parity
 from jrope import rope as rope
+from jrope.batch.files import run_batch as run_batch
+from jrope.batch.rows import BatchSettings as BatchSettings
 from jrope.errors import JropeError as JropeError
 from jrope.generation.ahead import compile_ahead as compile_ahead
 from jrope.generation.run import Generation as Generation

@@ -19,6 +19,7 @@ from jrope.errors import JropeError
 
 COMMANDS = {
     "generate": "continue prompts with a model",
+    "batch": "answer a file of prompts; a killed run goes on where it stopped",
     "inspect": "tell what a folder holds, without reading its weights",
     "convert": "rewrite a folder: dtype, shards, rotary embedding",
     "parity": "compare a model with PyTorch, stage by stage",
@@ -26,9 +27,9 @@ COMMANDS = {
     "bench": "measure speed beside the device's own limits",
     "plan": "predict memory and speed on devices that are not here",
 }
-_COMPILING = ("generate", "parity", "evaluate")
+_COMPILING = ("generate", "batch", "parity", "evaluate")
 _TOGETHER = ("generate", "evaluate")  # where several processes may be one command
-_TORCHLESS = ("generate", "evaluate")  # of transformers they need the tokenizers only
+_TORCHLESS = ("generate", "batch", "evaluate")  # of transformers only the tokenizers
 _LONGEST = 2000  # characters of an error line
 
 

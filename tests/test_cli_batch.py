@@ -1,0 +1,242 @@
+"""`jrope batch`: what it prints, how it ends, and a real model's answers."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import make_dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from batch_file_helpers import HashEngine, lines_of, mixed_rows, records_of, write_rows
+from cli_helpers import _no_compile_cache as _no_compile_cache
+from cli_helpers import copy as copy
+from cli_helpers import fail, succeed
+from cli_helpers import model as model
+
+from jrope.cli import main
+
+TINY = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
+
+
+@pytest.fixture(autouse=True)
+def _same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+
+
+@pytest.fixture
+def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Engines are hashes; what they were made with."""
+    made: list[dict[str, Any]] = []
+
+    class Engine(HashEngine):
+        def __init__(self, params: Any, config: Any, **options: Any) -> None:
+            super().__init__()
+            made.append(options)
+            self.stats = jrope_stats(options["slots"] or 4)
+
+        def compile(self) -> None:
+            pass
+
+    module = SimpleNamespace(Engine=Engine)
+    monkeypatch.setitem(sys.modules, "jrope.batch.engine", module)
+    return made
+
+
+def jrope_stats(slots: int) -> Any:
+    fields = [("slots", int, slots), ("occupancy", float, 0.5)]
+    return make_dataclass("Stats", fields)()
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows.jsonl", mixed_rows(70))
+
+
+@pytest.fixture
+def good(tmp_path: Path) -> Path:
+    texts = [{"prompt": f"row {i}", "number": i} for i in range(20)]
+    return write_rows(tmp_path / "good.jsonl", texts)
+
+
+def words(model: Path, source: Path, *more: object) -> list[object]:
+    output = source.with_name("out.jsonl")
+    return ["batch", model, "--input", source, "--output", output, *more]
+
+
+def test_exit_status_tells_of_failed_rows(
+    capsys: Any, model: Path, rows: Path, good: Path, made: list[Any]
+) -> None:
+    _, err = succeed(capsys, *words(model, rows), status=1)
+    assert "30 of 70 rows answered, 0 of them before; 40 failed" in err
+    good.with_name("out.jsonl").unlink()
+    good.with_name("out.jsonl.run.json").unlink()
+    out, err = succeed(capsys, *words(model, good, "--slots", 2, "--seed", 3))
+    assert out == "" and "20 of 20 rows answered" in err
+    assert made[1]["slots"] == 2 and made[1]["capacity"] == 64
+    names = {r["number"]: r for r in records_of(good.with_name("out.jsonl"))}
+    assert len(names) == 20
+
+
+def test_what_is_done_is_not_loaded_for(
+    capsys: Any, model: Path, good: Path, made: list[Any]
+) -> None:
+    succeed(capsys, *words(model, good))
+    _, err = succeed(capsys, *words(model, good, "--in-order"))
+    assert len(made) == 1 and "20 of 20 rows answered, 20 of them before" in err
+    order = [r["number"] for r in records_of(good.with_name("out.jsonl"))]
+    assert order == sorted(order)
+
+
+def test_other_flags_do_not_mix(
+    capsys: Any, model: Path, good: Path, made: list[Any]
+) -> None:
+    succeed(capsys, *words(model, good))
+    line = fail(
+        capsys, *words(model, good, "--temperature", 0.5, "--dtype", "bfloat16")
+    )
+    assert (
+        "run with dtype null (now bfloat16), default temperature 0.0 (now 0.5)" in line
+    )
+    assert "API's temperature 1.0 (now 0.5)" in line
+    line = fail(capsys, *words(model, good, "--rope", "linear:2"))
+    assert "rope Rope(theta=10000.0" in line
+    line = fail(capsys, *words(model, good, "--shard", "0/2"))
+    assert "shard 0/1 (now 0/2)" in line
+    assert len(made) == 1
+
+
+def test_defaults_of_rows(
+    capsys: Any, copy: Path, tmp_path: Path, made: list[Any]
+) -> None:
+    text = {"do_sample": True, "temperature": 0.5, "top_k": 3}
+    (copy / "generation_config.json").write_text(json.dumps(text))
+    chat = {"custom_id": "a", "url": "/v1/completions", "body": {"prompt": "x"}}
+    source = write_rows(tmp_path / "rows.jsonl", [{"prompt": "x"}, chat])
+    succeed(capsys, *words(copy, source, "--min-p", 0.1, "--max-new-tokens", 5))
+    told = json.loads((tmp_path / "out.jsonl.run.json").read_text())["settings"]
+    assert told["default temperature"] == 0.5 and told["default top_k"] == 3
+    assert told["API's temperature"] == 1 and told["API's top_k"] == 0
+    assert told["default min_p"] == told["API's min_p"] == 0.1
+    plain, api = sorted(records_of(tmp_path / "out.jsonl"), key=len)[::-1]
+    assert plain["num_generated_tokens"] <= 5
+    assert api["response"]["body"]["usage"]["completion_tokens"] <= 5
+    assert api["response"]["body"]["model"] == "copy"
+
+
+def test_dry_run_counts_and_writes_nothing(
+    capsys: Any, model: Path, rows: Path, good: Path
+) -> None:
+    command = ["batch", model, "--dry-run", "--input"]
+    out, _ = succeed(capsys, *command, good)
+    assert "rows            20 (20 plain)\nbad             0\n" in out
+    assert "prompt tokens   110\n" in out and "longest row     64 tokens" in out
+    assert "passed through  number (20)" in out
+    out, _ = succeed(capsys, *command, rows, status=1)
+    assert "bad             30\n  line 3 (r2): messages: this model's tokenizer" in out
+    assert {p.name for p in rows.parent.iterdir()} == {"rows.jsonl", "good.jsonl"}
+
+
+def test_strict_stops_before_work(
+    capsys: Any, model: Path, rows: Path, good: Path, made: list[Any]
+) -> None:
+    line = fail(capsys, *words(model, rows, "--strict"))
+    assert "--strict: 30 bad rows, the first of them: line 3 (r2): messages" in line
+    assert made == [] and not rows.with_name("out.jsonl").exists()
+    succeed(capsys, *words(model, good, "--strict"))
+
+
+def test_metrics(capsys: Any, model: Path, good: Path, made: list[Any]) -> None:
+    path = good.with_name("metrics.json")
+    succeed(capsys, *words(model, good, "--metrics", path))
+    told = json.loads(path.read_text())
+    assert told["rows"] == told["answered"] == 20 and told["load_seconds"] > 0
+    assert told["engine"] == {"slots": 4, "occupancy": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--shard", "2/2"], "'2/2' is not a shard such as 0/4"),
+        (["--input", "nowhere.jsonl"], "nowhere.jsonl: No such file or directory"),
+        (["--output", "nowhere/x"], "No such file or directory"),
+    ],
+)
+def test_errors_are_lines(
+    capsys: Any, model: Path, good: Path, made: list[Any], more: Any, message: str
+) -> None:
+    assert message in fail(capsys, *words(model, good, *more))
+
+
+def test_output_is_wanted(capsys: Any, model: Path, good: Path) -> None:
+    assert "--output is missing" in fail(capsys, "batch", model, "--input", good)
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_signals_leave_the_rest_for_the_next_run(
+    capsys: Any,
+    model: Path,
+    good: Path,
+    made: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    status: int,
+) -> None:
+    own, count = HashEngine.step, 0
+
+    def step(*given: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 12:
+            signal.raise_signal(number)
+        return own(*given)
+
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch:
+        patch.setattr(HashEngine, "step", step)
+        _, err = succeed(capsys, *words(model, good), status=status)
+    assert "interrupted; the same command goes on from here" in err
+    assert signal.getsignal(number) is before
+    done = len(records_of(good.with_name("out.jsonl")))
+    assert 0 < done < 20
+    _, err = succeed(capsys, *words(model, good))
+    assert f"20 of 20 rows answered, {done} of them before" in err
+
+
+# A real model, killed
+
+
+def test_a_killed_run_of_a_real_model_goes_on(
+    capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("jrope.batch.engine")
+    if not TINY.is_dir():
+        pytest.skip("examples/ is not beside the tests")
+    monkeypatch.setenv("JROPE_CACHE_DIR", str(tmp_path / "cache"))
+    lines = (TINY / "held_out.txt").read_text("utf-8").split("\n")
+    texts = [line[:24] for line in lines if len(line) > 60][:12]
+    own = [
+        {"prompt": t, "max_tokens": 12, "temperature": i % 2}
+        for i, t in enumerate(texts)
+    ]
+    source = write_rows(tmp_path / "rows.jsonl", own)
+    whole, killed = tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+
+    def command(output: Path) -> list[str]:
+        given = ["batch", TINY, "--input", source, "--output", output, "--slots", 2]
+        return [str(word) for word in [*given, "--max-length", 32]]
+
+    assert main(command(whole)) == 0
+    process = subprocess.Popen([sys.executable, "-m", "jrope.cli", *command(killed)])
+    while process.poll() is None and not (killed.exists() and killed.stat().st_size):
+        time.sleep(1e-3)
+    process.kill()
+    process.wait()
+    assert main(command(killed)) == 0
+    assert lines_of(killed) == lines_of(whole)
+    assert len(records_of(killed)) == 12
