@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from cli_helpers import CONFIG, TEMPLATE, byte_tokenizer, fast, ids_of
 
+from jrope.batch.answering import BatchSummary
 from jrope.batch.files import run_batch
 from jrope.batch.rows import BatchSettings
-from jrope.batch.run import BatchSummary
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf

@@ -6,11 +6,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from jrope.batch.answering import BatchSummary, Embed, Engine, Progress, Run
 from jrope.batch.journal import JsonLines, put_in_order
 from jrope.batch.manifest import Manifest
 from jrope.batch.parquet import ParquetParts
 from jrope.batch.rows import BatchSettings
-from jrope.batch.run import BatchSummary, Embed, Engine, Progress, Run
 from jrope.batch.source import PARQUET, Source
 from jrope.errors import JropeError
 from jrope.hf.folders import PathLike

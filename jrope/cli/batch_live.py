@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from jrope.batch.answering import BatchSummary
 from jrope.batch.embeddings import Embedder
 from jrope.batch.journal import replaced
-from jrope.batch.run import BatchSummary
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.cli.loading import Loading
 from jrope.cli.terminal import TimeLeft, duration_text, note
