@@ -340,3 +340,21 @@ def test_lines_are_json_whatever_the_text(tmp_path: Path) -> None:
     data = (tmp_path / "out").read_bytes()
     assert [json.loads(line)["text"] for line in data.decode().splitlines()] == texts
     assert "日本".encode() in data
+
+
+def test_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    source = tmp_path / "x.jsonl"
+    source.write_bytes(b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \n{"prompt": "b"}')
+    run(source, tmp_path / "out", in_order=True)
+    assert [r["error"] for r in records_of(tmp_path / "out")] == [None, None]
+
+
+def test_a_line_too_long_is_its_own_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("jrope.batch.source.LONGEST_LINE", 20)
+    rows = [{"prompt": "a"}, {"prompt": "a" * 50}, {"prompt": "b"}]
+    run(write_rows(tmp_path / "x", rows), tmp_path / "out", in_order=True)
+    errors = [r["error"] for r in records_of(tmp_path / "out")]
+    assert errors[0] is errors[2] is None
+    assert errors[1]["message"] == "it is longer than 20 bytes"

@@ -108,6 +108,12 @@ def test_every_field_arrives() -> None:
     assert row({"prompt": "x", "stop": ["", "b"]}).request.stop == ("b",)
 
 
+def test_plain_rows_may_have_any_other_field() -> None:
+    assert row({"prompt": "x", "url": "http://x", "body": 1}).form == "plain"
+    found = row({"prompt": "x", "method": None, "model": "m", "temperature": 0})
+    assert found.extra == {"method": None, "model": "m"}
+
+
 def test_seeds_come_from_the_row_itself() -> None:
     seeds = [row({"custom_id": f"{i}", "prompt": "x"}).request.seed for i in "aab"]
     assert seeds[0] == seeds[1] != seeds[2]

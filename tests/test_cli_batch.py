@@ -7,7 +7,6 @@ import sys
 import time
 from dataclasses import make_dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from cli_helpers import copy as copy
 from cli_helpers import fail, succeed
 from cli_helpers import model as model
 
-from jrope.cli import main
+from jrope.cli import batch_live, main
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 
@@ -41,8 +40,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         def compile(self) -> None:
             pass
 
-    module = SimpleNamespace(Engine=Engine)
-    monkeypatch.setitem(sys.modules, "jrope.batch.engine", module)
+    monkeypatch.setattr(batch_live, "Engine", Engine)
     return made
 
 
@@ -135,6 +133,7 @@ def test_dry_run_counts_and_writes_nothing(
     assert "rows            20 (20 plain)\nbad             0\n" in out
     assert "prompt tokens   110\n" in out and "longest row     64 tokens" in out
     assert "passed through  number (20)" in out
+    assert "of 64 tokens, fewer where" in out and ": decode, decode with log" in out
     out, _ = succeed(capsys, *command, rows, status=1)
     assert "bad             30\n  line 3 (r2): messages: this model's tokenizer" in out
     assert {p.name for p in rows.parent.iterdir()} == {"rows.jsonl", "good.jsonl"}
@@ -214,7 +213,6 @@ def test_signals_leave_the_rest_for_the_next_run(
 def test_a_killed_run_of_a_real_model_goes_on(
     capsys: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip("jrope.batch.engine")
     if not TINY.is_dir():
         pytest.skip("examples/ is not beside the tests")
     monkeypatch.setenv("JROPE_CACHE_DIR", str(tmp_path / "cache"))

@@ -153,15 +153,18 @@ class Run:
 
     def _stopped(self, work: Work, tokens: np.ndarray) -> int | None:
         """Where a sequence holds a stop text; all of it, when the run is to end."""
-        ids = tokens.tolist()
-        id, _ = cast(Key, work.key)
+        id, at = cast(Key, work.key)
         row, tokenizer = self.pending[id].row, self.settings.tokenizer
-        found = tokens_to_stop(tokenizer, work.prompt.tolist(), ids, row.request.stop)
-        ended = ids[-1] in work.stop_ids or len(ids) >= work.max_new_tokens
-        if found is not None or ended or not self.interrupted():
-            return found
+        if stops := row.request.stop:
+            prompt = row.prompts[at // row.request.n]
+            found = tokens_to_stop(tokenizer, prompt, tokens.tolist(), stops)
+            if found is not None:
+                return found
+        ended = tokens[-1] in work.stop_ids or len(tokens) >= work.max_new_tokens
+        if ended or not self.interrupted():
+            return None
         self.cut.add(work.key)
-        return len(ids)
+        return len(tokens)
 
     def _take(self, one: Finished) -> None:
         self.summary.running -= 1

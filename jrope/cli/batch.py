@@ -6,7 +6,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from jrope.batch.admission import check_model
 from jrope.batch.checking import Inspection, inspect_rows
+from jrope.batch.engine import Engine
 from jrope.batch.files import run_batch
 from jrope.batch.rows import BatchSettings
 from jrope.batch.source import Source
@@ -25,7 +27,7 @@ from jrope.cli.sampling import add_sampling_arguments, make_sampler
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
-from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
 
@@ -90,10 +92,14 @@ def run(args: argparse.Namespace) -> int:
     folder = find_folder(args.folder, None)
     config = apply_rope(read_llama_config(folder), args)
     if args.dry_run:
-        return _tell_rows(inspect_rows(_source(args), _settings(args, folder, config)))
+        found = inspect_rows(_source(args), _settings(args, folder, config))
+        _tell_rows(found)
+        _tell_programs(args, folder, config)
+        return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
     with Loading(folder, args.dtype, args.quantize) as loading:
+        check_model(loading.shapes, config)
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
@@ -153,8 +159,7 @@ def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     }
 
 
-def _tell_rows(found: Inspection) -> int:
-    """What a dry run prints."""
+def _tell_rows(found: Inspection) -> None:
     forms = ", ".join(f"{count:,} {form}" for form, count in found.forms.items())
     print(
         f"rows            {found.forms.total() + found.bad:,} ({forms or 'none good'})"
@@ -168,7 +173,15 @@ def _tell_rows(found: Inspection) -> int:
     if found.passed:
         names = ", ".join(f"{name} ({count:,})" for name, count in found.passed.items())
         print(f"passed through  {names}")
-    return 1 if found.bad else 0
+
+
+def _tell_programs(args: argparse.Namespace, folder: Path, config: LlamaConfig) -> None:
+    shapes, _ = load_shapes(folder, args.dtype)
+    capacity = _longest(args, config)
+    engine = Engine(shapes, config, capacity=capacity, slots=args.slots)
+    most = "" if args.slots else ", fewer where the weights leave less memory"
+    print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")
+    print(f"programs        {len(engine.programs)}: {', '.join(engine.programs)}")
 
 
 def _refuse_bad(found: Inspection) -> None:

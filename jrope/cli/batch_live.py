@@ -16,6 +16,7 @@ import numpy as np
 
 from jrope.batch.answering import BatchSummary
 from jrope.batch.embeddings import Embedder
+from jrope.batch.engine import Engine
 from jrope.batch.journal import replaced
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.cli.loading import Loading
@@ -35,7 +36,7 @@ class Live:
     ) -> None:
         self._args, self._config, self._loading = args, config, loading
         self._capacity = capacity
-        self._engine: Any = None
+        self._engine: Engine | None = None
         self._embedder: Embedder | None = None
         self._bar: TimeLeft | None = None
         self._seconds: dict[str, float] = {}
@@ -65,9 +66,7 @@ class Live:
         self._seconds = {"load_seconds": timing.load}
         return params
 
-    def _made(self) -> Any:
-        from jrope.batch.engine import Engine
-
+    def _made(self) -> Engine:
         if self._engine is None:
             self._engine = Engine(
                 self._loaded(),
@@ -120,7 +119,8 @@ class Live:
     def end(self, summary: BatchSummary) -> int:
         """Tell what was done; the exit status."""
         if self._bar is not None:
-            self._bar.__exit__(ValueError, None)
+            self._bar.label = ""  # the line below tells more
+            self._bar.__exit__(None)
         seconds, new = summary.seconds, summary.new_tokens
         note(
             f"{summary.before + summary.answered:,} of {summary.rows:,} rows answered, "
