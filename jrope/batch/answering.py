@@ -43,7 +43,7 @@ class BatchSummary:
       answered, failed: by this one.
       prompt_tokens, new_tokens: of the answered rows.
       running: sequences that the engine has taken and not given back.
-      seconds: since the engine began.
+      seconds: since the engine began, without loading and compiling.
       interrupted: whether rows are left because the caller wished to stop.
     """
 
@@ -86,7 +86,7 @@ class Run:
     embed: Embed | None
 
     def __post_init__(self) -> None:
-        self.begin = time.monotonic()
+        self.begun, self.begin = False, time.monotonic()
         self.summary = BatchSummary(rows=self.index.rows, before=self.index.done)
         self.pending: dict[str, _Pending] = {}
         self.cut: set[Any] = set()  # sequences that ended only because the run does
@@ -107,7 +107,6 @@ class Run:
             raise JropeError(f"{self.source.path}: {left} rows went while it was read")
 
     def _work(self, engine: Engine) -> Iterator[Work]:
-        self.begin = time.monotonic()  # an engine may load and compile before
         for line in self.source.mine():
             if self.interrupted():
                 return
@@ -137,6 +136,8 @@ class Run:
         for work in works:
             self.summary.running += 1
             yield work
+            if not self.begun:  # the engine has loaded and compiled for the first one
+                self.begun, self.begin = True, time.monotonic()
 
     def _embed(self) -> None:
         """Answer the rows of embeddings that have gathered."""
