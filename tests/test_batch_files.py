@@ -358,3 +358,17 @@ def test_a_line_too_long_is_its_own_error(
     errors = [r["error"] for r in records_of(tmp_path / "out")]
     assert errors[0] is errors[2] is None
     assert errors[1]["message"] == "it is longer than 20 bytes"
+
+
+def test_choices_draw_with_the_seeds_that_follow(tmp_path: Path) -> None:
+    given: list[tuple[Any, list[int], int]] = []
+
+    class Noting(HashEngine):
+        def check(self, work: Any) -> None:
+            given.append((work.key[1], work.prompt.tolist(), work.seed))
+
+    body = {"prompt": [[1], [2, 3]], "n": 2, "seed": 2**32 - 1}
+    row = {"custom_id": "a", "url": "/v1/completions", "body": body}
+    run(write_rows(tmp_path / "x", [row]), tmp_path / "out", engine=Noting())
+    last = 2**32 - 1
+    assert given == [(0, [1], last), (1, [1], 0), (2, [2, 3], last), (3, [2, 3], 0)]
