@@ -209,6 +209,20 @@ def test_signals_leave_the_rest_for_the_next_run(
     assert f"20 of 20 rows answered, {done} of them before" in err
 
 
+def test_a_second_ctrl_c_stops_at_once(
+    capsys: Any, model: Path, good: Path, made: list[Any], monkeypatch: Any
+) -> None:
+    def step(*_: Any) -> None:
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HashEngine, "step", step)
+        assert "error: interrupted" in fail(capsys, *words(model, good), status=130)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert "20 of 20 rows answered" in succeed(capsys, *words(model, good))[1]
+
+
 # A real model, killed
 
 
