@@ -9,7 +9,7 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from jrope import numerics
-from jrope.model import attention
+from jrope.model import attention, kernels
 
 
 def random(*shape, dtype="float32"):
@@ -34,15 +34,15 @@ def test_a_decode_step_sees_its_own_heads_and_slots(heads, window):
     )
     slots = jnp.asarray([[0], [3], [15]], jnp.int32)
     queries = attention.Queries(slots=slots, segments=None, window=window)
-    got = jax.jit(attention._one_query_on_tpu)(q, k, v, queries)
-    want = jax.jit(attention._one_query)(q, k, v, queries)
+    got = jax.jit(attention._one_query_on_tpu)(q, k, v, queries, None)
+    want = jax.jit(attention.one_query)(q, k, v, queries)
     np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def test_the_tpu_kernel_is_causal_attention_of_grouped_heads():
     q, k, v = (random(1, 256, n, 128, dtype="bfloat16") for n in (4, 2, 2))
     with pltpu.force_tpu_interpret_mode():
-        got = attention._flash(q, k, v)
+        got = kernels.flash(q, k, v)
     q, k, v = (np.asarray(x, np.float64)[0] for x in (q, k, v))
     for head in range(4):
         scores = q[:, head] @ k[:, head // 2].T / math.sqrt(128)
@@ -53,4 +53,4 @@ def test_the_tpu_kernel_is_causal_attention_of_grouped_heads():
 
 
 def test_the_tpu_kernel_is_traced_for_a_tpu_alone():
-    assert not attention._flash_takes(random(1, 512, 2, 128, dtype="bfloat16"))
+    assert not kernels.flash_takes(random(1, 512, 2, 128, dtype="bfloat16"))

@@ -8,7 +8,7 @@ prompt never builds a T x S matrix for all heads.
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,15 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.model.kernels import cudnn, cudnn_takes, flash, flash_takes
 from jrope.numerics import cpu_barrier, matmul_precision
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
-SMALLEST_FLASH = 128  # of which a prompt is a multiple for a TPU's kernel
 WHOLE = 2**16  # scores a head, up to which they are computed at once
 LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exactly 0
-CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 
 SoftmaxSums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """Of queries [..., H], float32: the largest score so far and the sum of exponentials
@@ -63,11 +62,14 @@ def attend(
         window = None
     # cuDNN has windows, too (local_window_size), which no GPU has shown here yet.
     plain = window is None and segments is None and slots is None and cap is None
-    if plain and starts is None and scale is None and _flash_takes(q):
-        return jax.lax.platform_dependent(q, k, v, tpu=_flash, default=_causal)
-    if plain and _cudnn_takes(q) and (starts is None or q.shape[1] == 1):
-        cudnn, xla = partial(_cudnn, scale=scale), partial(_xla, scale=scale)
-        return jax.lax.platform_dependent(q, k, v, starts, cuda=cudnn, default=xla)
+    if plain and starts is None and scale is None and flash_takes(q):
+        return jax.lax.platform_dependent(q, k, v, tpu=flash, default=_causal)
+    if plain and cudnn_takes(q) and (starts is None or q.shape[1] == 1):
+        how = {
+            "cuda": partial(cudnn, scale=scale),
+            "default": partial(_xla, scale=scale),
+        }
+        return jax.lax.platform_dependent(q, k, v, starts, **how)
     return _xla(q, k, v, starts, window, segments, slots, scale, cap)
 
 
@@ -130,57 +132,6 @@ class Queries:
         if self.segments is not None and key_segments is not None:
             hidden |= self.segments[:, :, None] != key_segments[:, None, :]
         return hidden
-
-
-def _cudnn_takes(q: jax.Array) -> bool:
-    """Whether cuDNN has such a kernel, and is here: without it, it cannot be traced."""
-    head_dim = q.shape[-1]
-    fits = head_dim % 8 == 0 and head_dim <= 128 and q.dtype in CUDNN_DTYPES
-    return fits and jax.default_backend() == "gpu"
-
-
-def _cudnn(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    starts: jax.Array | None,
-    scale: float | None,
-) -> jax.Array:
-    """cuDNN's flash attention; in decode it reads only the filled slots."""
-    attention = jax.nn.dot_product_attention
-    attention = partial(attention, implementation="cudnn", scale=scale)
-    if starts is None:
-        return attention(q, k, v, is_causal=True)
-    return attention(q, k, v, key_value_seq_lengths=starts + 1)
-
-
-def _flash_takes(q: jax.Array) -> bool:
-    """Whether JAX's TPU kernel takes such a prompt, and a TPU is traced for.
-
-    Asked here, not only where the program is lowered: that kernel has no forward-mode
-    derivative, and tracing it beside XLA's would leave none on any platform.
-    """
-    whole = q.shape[1] % SMALLEST_FLASH == 0 and q.shape[-1] % 128 == 0
-    if not whole or q.dtype != jnp.bfloat16 or q.shape[1] ** 2 <= WHOLE:
-        return False
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    if device is None:  # on no mesh
-        return jax.default_backend() == "tpu"
-    return device.device_kind.startswith("TPU")
-
-
-def _flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """JAX's flash attention for TPUs, which wants a key/value head for each query's."""
-    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
-
-    block, group = math.gcd(q.shape[1], BLOCK), q.shape[2] // k.shape[2]
-    sizes = dict.fromkeys((f.name for f in fields(tpu.BlockSizes)), block)
-    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, N, T, H]
-    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
-    how = tpu.BlockSizes(**sizes | {"block_b": 1})
-    scale = float(scale_of(q))
-    y = tpu.flash_attention(q, k, v, causal=True, sm_scale=scale, block_sizes=how)
-    return jnp.swapaxes(y, 1, 2)
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

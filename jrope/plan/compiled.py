@@ -1,7 +1,6 @@
 """Temporaries as libtpu's compiler tells them, of a TPU that need not be here."""
 
 from importlib import metadata
-from typing import Any
 
 import jax
 import numpy as np

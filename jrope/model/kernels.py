@@ -1,0 +1,64 @@
+"""Attention by kernels that JAX brings: cuDNN's on NVIDIA GPUs, Pallas's on TPUs."""
+
+import math
+from dataclasses import fields
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+SMALLEST_FLASH = 128  # of which a prompt is a multiple for a TPU's kernel
+LONGEST_WHOLE = 256  # tokens of a prompt, up to which XLA's scores are small enough
+FLASH_BLOCK = 512  # queries, and keys
+CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+
+
+def cudnn_takes(q: jax.Array) -> bool:
+    """Whether cuDNN has such a kernel, and is here: without it, it cannot be traced."""
+    head_dim = q.shape[-1]
+    fits = head_dim % 8 == 0 and head_dim <= 128 and q.dtype in CUDNN_DTYPES
+    return fits and jax.default_backend() == "gpu"
+
+
+def cudnn(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    starts: jax.Array | None,
+    scale: float | None,
+) -> jax.Array:
+    """cuDNN's flash attention; in decode it reads only the filled slots."""
+    attention = jax.nn.dot_product_attention
+    attention = partial(attention, implementation="cudnn", scale=scale)
+    if starts is None:
+        return attention(q, k, v, is_causal=True)
+    return attention(q, k, v, key_value_seq_lengths=starts + 1)
+
+
+def flash_takes(q: jax.Array) -> bool:
+    """Whether JAX's TPU kernel takes such a prompt, and a TPU is traced for.
+
+    Asked here, not only where the program is lowered: that kernel has no forward-mode
+    derivative, and tracing it beside XLA's would leave none on any platform.
+    """
+    whole = q.shape[1] % SMALLEST_FLASH == 0 and q.shape[-1] % 128 == 0
+    if not whole or q.dtype != jnp.bfloat16 or q.shape[1] <= LONGEST_WHOLE:
+        return False
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is None:  # on no mesh
+        return jax.default_backend() == "tpu"
+    return device.device_kind.startswith("TPU")
+
+
+def flash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """JAX's flash attention for TPUs, which wants a key/value head for each query's."""
+    from jax.experimental.pallas.ops.tpu import flash_attention as tpu
+
+    block, group = math.gcd(q.shape[1], FLASH_BLOCK), q.shape[2] // k.shape[2]
+    sizes = dict.fromkeys((f.name for f in fields(tpu.BlockSizes)), block)
+    q, k, v = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))  # [B, N, T, H]
+    k, v = (jnp.repeat(x, group, axis=1) for x in (k, v))
+    how = tpu.BlockSizes(**sizes | {"block_b": 1})
+    scale = 1 / math.sqrt(q.shape[-1])
+    y = tpu.flash_attention(q, k, v, causal=True, sm_scale=scale, block_sizes=how)
+    return jnp.swapaxes(y, 1, 2)
