@@ -18,7 +18,9 @@ from batch_file_helpers import (
 )
 
 from jrope.batch.journal import id_of
+from jrope.batch.manifest import Manifest
 from jrope.errors import JropeError
+from jrope.rope import Rope
 
 
 @pytest.fixture(autouse=True)
@@ -214,6 +216,15 @@ def test_other_settings_are_named(source: Path, tmp_path: Path) -> None:
             fingerprint={"weights": "b" * 64},
             settings=settings(max_length=63),
         )
+
+
+def test_a_second_rope_is_a_setting_too(tmp_path: Path) -> None:
+    ropes = [Rope(theta=theta, rotary_dim=8) for theta in (1e4, 5e5)]
+    for rope in (ropes[0], ropes[0]):
+        with Manifest(tmp_path / "out", {"local_rope": rope}):
+            pass
+    with pytest.raises(JropeError, match=r"local_rope Rope\(theta=10000.*now Rope"):
+        Manifest(tmp_path / "out", {"local_rope": ropes[1]})
 
 
 def test_a_file_of_something_else_is_left_alone(source: Path, tmp_path: Path) -> None:

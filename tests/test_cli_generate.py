@@ -187,6 +187,8 @@ def record(
         return jrope.stream(params, prompt, lengths, **options)
 
     monkeypatch.setattr(generate, "stream", stream)
+    if tokens is not None:  # nothing will run
+        monkeypatch.setattr(generate, "compile_ahead", lambda *_, **__: None)
     return seen
 
 
@@ -297,6 +299,30 @@ def test_the_folder_s_sampling_and_flags_that_win(
     _, err = succeed(capsys, "generate", copy, *words_)
     assert seen["sampler"] == jrope.Sampler(**sampler)
     assert told in err and err.count("jrope: ") == bool(told)
+
+
+@pytest.mark.parametrize(
+    ("file", "words", "new"),
+    [
+        ({"max_new_tokens": 5}, "", 5),
+        ({"max_length": 4, "max_new_tokens": 5}, "", 5),
+        ({"max_length": 4}, "", 3),
+        ({"max_new_tokens": 5}, "--max-new-tokens 2", 2),
+        ({"max_new_tokens": 5}, "--no-generation-config", 63),
+    ],
+)
+def test_the_folder_s_number_of_new_tokens(
+    capsys: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    copy: Path,
+    file: dict[str, Any],
+    words: str,
+    new: int,
+):
+    seen = record(monkeypatch, [])
+    (copy / "generation_config.json").write_text(json.dumps(file))
+    succeed(capsys, "generate", copy, "x", *words.split())
+    assert seen["max_new_tokens"] == new
 
 
 def test_a_folder_s_sampling_that_is_not_allowed(capsys: Any, copy: Path):

@@ -15,7 +15,12 @@ import jrope
 from jrope.errors import JropeError
 from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
-from jrope.hf.generation import read_generation_config, sampler_fields, unsupported
+from jrope.hf.generation import (
+    new_tokens,
+    read_generation_config,
+    sampler_fields,
+    unsupported,
+)
 
 
 @pytest.fixture(scope="module")
@@ -106,6 +111,20 @@ def test_what_has_no_counterpart_is_named() -> None:
     assert unsupported(found, sample=True) == sampled
 
 
+def test_new_tokens_are_those_of_transformers(folder: Path) -> None:
+    """max_new_tokens wins; max_length counts the prompt."""
+    ids = prompts()[0]
+    for fields in (
+        {"max_new_tokens": 3},
+        {"max_length": len(ids) + 5},
+        {"max_new_tokens": 4, "max_length": 2},
+    ):
+        found = write(folder, **fields)
+        want = theirs(folder, ids, pad_token_id=0, eos_token_id=None)
+        assert new_tokens(found, len(ids)) == want.shape[1] - len(ids)
+    assert new_tokens({}, 5) is None and new_tokens({"max_length": 5}, 9) == 1
+
+
 def test_no_file_says_nothing(tmp_path: Path) -> None:
     assert read_generation_config(tmp_path) == sampler_fields({}) == {}
 
@@ -115,6 +134,7 @@ def test_no_file_says_nothing(tmp_path: Path) -> None:
     [
         ({"do_sample": "yes"}, "do_sample: got 'yes', want true or false"),
         ({"temperature": "hot"}, "temperature: got 'hot', want a number"),
+        ({"max_new_tokens": 0}, "max_new_tokens: got 0, want a positive integer"),
         ({"top_p": float("nan")}, "top_p: got nan, want a number"),
         (
             {"top_k": [5], "do_sample": 1},

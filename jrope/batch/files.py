@@ -90,5 +90,4 @@ def _fingerprint(
         "max_new_tokens": settings.max_new_tokens,
         "max_length": settings.max_length,
         **{f.name: getattr(config, f.name) for f in fields(config)},
-        "rope": repr(config.rope),
     }

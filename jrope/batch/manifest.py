@@ -39,7 +39,7 @@ class Manifest:
 
     def _open(self, output: Path, fingerprint: Mapping[str, Any]) -> int:
         self._file.seek(0)
-        now = json.loads(json.dumps(fingerprint))
+        now = json.loads(json.dumps(fingerprint, default=repr))  # of a Rope, say
         try:
             found = json.loads(self._file.read())
             created, before = int(found["created"]), found["settings"]

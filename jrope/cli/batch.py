@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jrope.batch.admission import check_model
+from jrope.batch.admission import check_model, check_windows
 from jrope.batch.checking import Inspection, inspect_rows
 from jrope.batch.engine import Engine
 from jrope.batch.files import run_batch
@@ -100,6 +100,7 @@ def run(args: argparse.Namespace) -> int:
         raise JropeError("--output is missing")
     with Loading(folder, args.dtype, args.quantize) as loading:
         check_model(loading.shapes, config)
+        check_windows(config, _longest(args, config))
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
@@ -142,7 +143,8 @@ def _settings(
 def _longest(args: argparse.Namespace, config: LlamaConfig) -> int:
     """Tokens of a row: every slot has room for so many."""
     longest = reach(config) or config.max_position_embeddings
-    return args.max_length or min(longest, _LONGEST)
+    windows = [window for window in config.windows or () if window is not None]
+    return args.max_length or min(longest, _LONGEST, *windows)
 
 
 def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import argparse
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -43,11 +44,12 @@ from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
 from jrope.hf.fingerprints import fingerprint
 from jrope.hf.folders import find_folder
+from jrope.hf.generation import new_tokens, read_generation_config
 from jrope.model.config import LlamaConfig
 from jrope.model.placed import layout_on
 
 _LIMIT = 256
-_LIMIT_HELP = f"at most this many ({_LIMIT}, less where the model's length ends)"
+_LIMIT_HELP = f"at most this many (as the folder says, else {_LIMIT} or what fits)"
 _EPILOG = """\
 exit status: 0 all answered, 1 where logits were not finite (the text that came of them
 is printed, and means nothing), 2 bad input
@@ -86,11 +88,9 @@ def run(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)
-        new = _new(args, prompt, config)
+        new = _new(args, folder, prompt, config)
         options = _options(args, sampler, new)
-        prepare(
-            prompt, lengths, config, layout, **options
-        )  # finds what is wrong with them
+        prepare(prompt, lengths, config, layout, **options)  # or says what is wrong
         _warn(tokenizer, prompt.shape[1] + new, config)
         loading.show()
         if new:
@@ -154,13 +154,18 @@ def _options(args: argparse.Namespace, sampler: Sampler, new: int) -> Options:
     }
 
 
-def _new(args: argparse.Namespace, prompt: np.ndarray, config: LlamaConfig) -> int:
+def _new(
+    args: argparse.Namespace, folder: Path, prompt: np.ndarray, config: LlamaConfig
+) -> int:
     """New tokens; when nobody says how many, what the model's length has room for."""
     if args.max_new_tokens is not None:
         return args.max_new_tokens
     width, longest = prompt.shape[1], reach(config)
-    room = _LIMIT if longest is None else longest - width
-    return min(_LIMIT, room) if room > 0 else _LIMIT
+    found = {} if args.no_generation_config else read_generation_config(folder)
+    most: int = found.get("max_new_tokens", _LIMIT)
+    most = min(most, new_tokens(found, width) or most)
+    room = most if longest is None else longest - width
+    return min(most, room) if room > 0 else most
 
 
 def _warn(tokenizer: Any, total: int, config: LlamaConfig) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jrope.errors import JropeError, is_number
+from jrope.errors import JropeError, is_integer, is_number
 from jrope.hf.folders import GENERATION, PathLike, read_json
 
 # What only sampling heeds, with transformers' value where the file has none.
@@ -15,6 +15,7 @@ _WARPERS: dict[str, float | None] = {
     "min_p": None,
 }
 _PENALTY = "repetition_penalty"
+_COUNTS = ("max_new_tokens", "max_length")
 # Fields without a counterpart here, with the value (beside 0, none and nothing) that
 # changes no token.
 _ELSEWHERE: dict[str, Any] = {
@@ -35,8 +36,9 @@ def read_generation_config(folder: PathLike) -> dict[str, Any]:
     """Read a folder's generation_config.json, without its nulls; {} where none is.
 
     Raises:
-      JropeError: it is not a JSON object, do_sample is not true or false, or a field
-        of `Sampler` is not a number; ranges are left to `Sampler`.
+      JropeError: it is not a JSON object, do_sample is not true or false, a count of
+        tokens is none, or a field of `Sampler` is not a number, whose ranges are left
+        to `Sampler`.
     """
     path = Path(folder) / GENERATION
     if not path.is_file():
@@ -47,6 +49,11 @@ def read_generation_config(folder: PathLike) -> dict[str, Any]:
         f"{name}: got {value!r}, want a number"
         for name, value in numbers.items()
         if not is_number(value)
+    ]
+    wrong += [
+        f"{name}: got {found[name]!r}, want a positive integer"
+        for name in _COUNTS
+        if name in found and not is_integer(found[name], at_least=1)
     ]
     if not isinstance(sample := found.get("do_sample", False), bool):
         wrong.append(f"do_sample: got {sample!r}, want true or false")
@@ -71,6 +78,17 @@ def sampler_fields(
     names = [_PENALTY, *_WARPERS] if (own if sample is None else sample) else [_PENALTY]
     usual = {n: x for n, x in _WARPERS.items() if own and n in names and x is not None}
     return usual | {name: found[name] for name in names if name in found}
+
+
+def new_tokens(found: Mapping[str, Any], prompt: int) -> int | None:
+    """New tokens that such a file allows after a prompt of so many; None: any number.
+
+    Its max_new_tokens, or else what its max_length leaves, 1 at least.
+    """
+    new, whole = (found.get(name) for name in _COUNTS)
+    if new is None and whole is not None:
+        return max(whole - prompt, 1)
+    return new
 
 
 def unsupported(found: Mapping[str, Any], *, sample: bool | None = None) -> list[str]:
