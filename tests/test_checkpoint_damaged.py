@@ -89,7 +89,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "fused": (put(**{"model.layers.0.self_attn.qkv_proj.weight": ODD}), "fused"),
     "quantized": (put(**{"model.layers.0.mlp.up_proj.qweight": ODD}), "dequantize"),
-    "adapter": (put(**{"a.lora_A.weight": ODD}), "merge the adapter"),
+    "adapter": (put(**{"a.lora_A.weight": ODD}), "give its folder as adapter="),
     "base model": (put(**{"layers.0.mlp.up_proj.weight": ODD}), "names lack 'model.'"),
     "everything": (
         lambda f: (drop(KEY)(f), put(foo=ODD)(f)),
@@ -159,7 +159,7 @@ BAD_FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "adapter alone": (
         foreign("adapter_model.safetensors"),
-        "only adapter_model.safetensors; merge the adapter into its base model first",
+        "only adapter_model.safetensors; give its folder as adapter=, beside",
     ),
     "meta's names": (
         foreign("consolidated.safetensors"),

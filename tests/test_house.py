@@ -30,7 +30,7 @@ ARROWS = {
     "sharding": "errors numerics tree",
     "model": "errors numerics tree rope sharding",
     "weights": "errors numerics tree sharding model",
-    "hf": "errors tree rope sharding model weights",
+    "hf": "errors numerics tree rope sharding model weights",
     "generation": "errors tree sharding model",
     "parity": "errors tree rope model hf sharding",
     "bench": "errors numerics tree rope model weights hf generation batch",

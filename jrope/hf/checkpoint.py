@@ -22,6 +22,7 @@ from jax.typing import DTypeLike
 
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf, config_to_hf
+from jrope.hf.adapters import open_adapter
 from jrope.hf.checks import check_tensors, open_checked, totals
 from jrope.hf.folders import (
     CONFIG,
@@ -65,6 +66,7 @@ def load(
     dtype: DTypeLike | None = None,
     *,
     revision: str | None = None,
+    adapter: PathLike | None = None,
     quantize: Quantization | None = None,
     mesh: Mesh | None = None,
     axes: Axes | None = None,
@@ -81,6 +83,8 @@ def load(
       dtype: float32, bfloat16 or float16 (a name or a dtype) to cast to; None keeps
         each tensor's own.
       revision: branch, tag or commit of a hub repository.
+      adapter: a LoRA adapter of PEFT, a folder or a hub id, to merge as the weights
+        arrive (after `dtype`), see `adapters.open_adapter`; `save` writes the sum.
       quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
         (after `dtype`); memory is that of the int8 tree and one tensor (or eight).
       mesh: of `jrope.mesh`, or any other: every part is read once and goes straight to
@@ -107,16 +111,19 @@ def load(
     there = None if mesh is None else layout_on(mesh, config, axes)
     tensors, names = open_checked(folder, config)
     keep = keeper(config, quantize)
+    lora = None if adapter is None else open_adapter(adapter, config)
     finite: dict[str, jax.Array] = {}
 
     def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:
+        array = array if lora is None else lora.merged(name, array)
         if check_finite:
             finite[name] = _is_finite(array)
         kept = keep(name, array)
         return kept if there is None else there.place(kept, specs_of(kept, there.axes))
 
     # Of several processes each runs the same programs in the same order.
-    ordered = jax.process_count() > 1 and (check_finite or quantize is not None)
+    computes = check_finite or quantize is not None or lora is not None
+    ordered = jax.process_count() > 1 and computes
     put = partial(_to_device if there is None else partial(to_mesh, there), tensors)
     params: dict[str, jax.Array] = {}
     for name, (kept, size) in zip(

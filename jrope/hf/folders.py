@@ -31,7 +31,7 @@ TABLES = re.compile(
 _HUB_ID = re.compile(r"\w[\w.-]*(/[\w.-]+)?")
 _HUB_FILES = ["*.json", WEIGHTS, "tokenizer*", "*.model", "*.jinja", "merges.txt"]
 _CONVERTERS = {  # weights of other formats -> what to do
-    "adapter_model.*": "merge the adapter into its base model first",
+    "adapter_model.*": "give its folder as adapter=, beside the model's own",
     "ggml*.bin": "GGML came before GGUF, and nothing here reads it",
     "*.bin": PICKLE,
     "*.pth": "convert them with convert/meta_to_hf.py",
@@ -51,7 +51,7 @@ _HINTS = {  # what the name of a left-over tensor tells
     "another architecture",
     r"\.(qweight|qzeros|scales|g_idx|SCB|absmax|weight_scale|quant_map)": "quantized "
     "weights are not supported; dequantize them first",
-    r"\.lora_[AB]\.": "merge the adapter into the weights first",
+    r"\.lora_[AB]\.": "these are an adapter's: give its folder as adapter=",
     r"^(layers|embed_tokens|norm)\.": "the names lack 'model.'; save the "
     "LlamaForCausalLM, not the LlamaModel inside",
 }

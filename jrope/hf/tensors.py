@@ -178,6 +178,13 @@ def open_tensors(folder: str | os.PathLike[str]) -> Tensors:
     return Tensors(_header(inside(folder, SINGLE, folder)))
 
 
+def open_file(folder: Path, name: str) -> Tensors:
+    """`open_tensors` of one file of a folder, whatever its name."""
+    if not (folder / name).exists():
+        raise JropeError(f"no {name} in {folder}; pickles (.bin) are not read")
+    return Tensors(_header(inside(folder, name, folder)))
+
+
 def inside(folder: Path, name: str, where: Path) -> Path:
     """Return folder / name, a file that must not lead out of the folder.
 
