@@ -13,7 +13,7 @@ from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 
-SLOTS, CAPACITY, PIECE, CHUNK = 16, 80, 32, 8  # short prompts enter in pairs
+SLOTS, CAPACITY, PIECE, CHUNK = 16, 112, 32, 8
 SAMPLERS = (
     Sampler(),
     Sampler(temperature=0.8, top_p=0.9),
@@ -43,9 +43,9 @@ def work(key: Any, size: int, new: int, **fields: Any) -> Work:
 
 
 def ragged(count: int) -> list[Work]:
-    """Prompts of 1 to 60 tokens, samplers of all kinds, some with stop ids."""
+    """Prompts of 1 to 90 tokens, samplers of all kinds, some with stop ids."""
     random = np.random.default_rng(3)
-    sizes, news = random.integers(1, 60, count), random.integers(1, 21, count)
+    sizes, news = random.integers(1, 91, count), random.integers(1, 21, count)
     return [
         work(
             i,
@@ -73,7 +73,7 @@ def alone(row: Work, params: Any = None, config: LlamaConfig | None = None) -> A
     """What `generate` makes of a row by itself."""
     if params is None or config is None:
         _, params, config = model()
-    prompt = np.zeros((1, 64), np.int32)
+    prompt = np.zeros((1, 96), np.int32)
     prompt[0, : len(row.prompt)] = row.prompt
     planned = config.rope.needs_length
     return generate(

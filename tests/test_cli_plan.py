@@ -92,9 +92,9 @@ def test_bad_input_is_one_line(capsys, words, message):
 def test_configurations_of_others_are_refused(capsys, tmp_path):
     file = tmp_path / "config.json"
     assert "no config.json in" in fail(capsys, "plan", tmp_path, "--on", "h100")
-    file.write_text(json.dumps({**CONFIG, "model_type": "gemma"}))
+    file.write_text(json.dumps({**CONFIG, "model_type": "mixtral"}))
     error = fail(capsys, "plan", tmp_path, "--on", "h100")
-    assert f"{file}: model_type is 'gemma', want 'llama'" in error
+    assert f"{file}: model_type is 'mixtral' (a" in error and "llama, qwen2" in error
     file.write_text("{")
     assert error.count(str(file)) == 1
     assert "is not valid JSON" in fail(capsys, "plan", file, "--on", "h100")

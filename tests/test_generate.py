@@ -137,7 +137,8 @@ def test_prompt_logprobs_are_the_score() -> None:
     prompt = jnp.asarray(np.maximum(PROMPT, 0), jnp.int32)
     want = score(params, prompt, jnp.asarray(LENGTHS), config=config)
     got = run(logprobs=True).prompt_logprobs
-    np.testing.assert_allclose(got, want, atol=2e-6)
+    # another program: sums in another order, of logits of about 10
+    np.testing.assert_allclose(got, want, rtol=5e-7, atol=2e-6)
 
 
 # --- long prompts

@@ -112,9 +112,9 @@ def test_a_context_is_traced_once_for_all_methods(
     traced: list[int] = []
     real = perplexity.embed
 
-    def counting(weight: Any, tokens: jax.Array, axes: Any) -> jax.Array:
+    def counting(weight: Any, tokens: jax.Array, **how: Any) -> jax.Array:
         traced.append(tokens.shape[1])
-        return real(weight, tokens, axes)
+        return real(weight, tokens, **how)
 
     monkeypatch.setattr(perplexity, "embed", counting)
     params, config = tiny(seed=3, intermediate_size=40)

@@ -105,8 +105,8 @@ def test_16_bit_segments_are_run_with_other_tokens(
 def test_wrong_weights_are_found(
     folder: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoilt(*args: Any) -> Any:
-        params, config = jrope.hf.checkpoint.load(*args)
+    def spoilt(*args: Any, **how: Any) -> Any:
+        params, config = jrope.hf.checkpoint.load(*args, **how)
         norm = params["model"]["layers"]["0"]["input_layernorm"]
         step = 1e-4 if dtype == "float32" else 2**-6
         norm["weight"] = norm["weight"] * jnp.asarray(1 + step, norm["weight"].dtype)

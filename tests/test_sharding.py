@@ -30,7 +30,10 @@ def test_mesh_has_the_axes_in_the_order_given():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("tensor=2", "got axis 'tensor', want one of data, fsdp, model, replica"),
+        (
+            "tensor=2",
+            "got axis 'tensor', want one of data, fsdp, context, model, replica",
+        ),
         ("modle=2", r"\(did you mean 'model'\?\)"),
         ("data=2,data=4", "got data twice"),
         ("data=two", "got 'data=two', want data=2"),
@@ -70,7 +73,7 @@ def test_every_axis_of_a_mesh_must_split_something():
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("x", "y"))
     with pytest.raises(JropeError, match=r"got axes \['x', 'y'\] that split nothing"):
         layout(mesh)
-    named = Axes(batch=("x",), tensor=("y",), kv_heads=("y",), fsdp=())
+    named = Axes(batch=("x",), tensor=("y",), kv_heads=("y",), fsdp=(), context=())
     params = jrope.shard(make_params(), mesh, CONFIG, named)
     assert layout_of(params).axes == named
 

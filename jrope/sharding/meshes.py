@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jrope.errors import JropeError, did_you_mean
 from jrope.sharding.axes import (
@@ -156,7 +156,8 @@ def _put(x: Any, sharding: NamedSharding) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct) or is_described(sharding.mesh):
         x = jax.typeof(x)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    if not sharding.is_fully_addressable and not _is_global(x):
+    there = not isinstance(sharding.mesh, AbstractMesh)  # else of a program's inside
+    if there and not sharding.is_fully_addressable and not _is_global(x):
         return _from_host(x, sharding)
     return jax.device_put(x, sharding)
 
