@@ -164,7 +164,11 @@ def _two(index: int, count: int, port: str, out: Path, words: list[str]) -> None
     group, params, config, read = _loaded(index, count, port, *words)
     with group:
         found = {"read": read, "hosts": group.hosts, **measures(params, config)}
-        (out / f"{index}.json").write_text(json.dumps(found))
+        part = out / f"{index}.part"
+        part.write_text(json.dumps(found))
+        part.rename(out / f"{index}.json")
+        while index == 0 and not (out / "1.json").exists():
+            time.sleep(0.01)  # or it would die before the other one has written
         weight = params["lm_head"]["weight"]
         for step in itertools.count():
             jax.block_until_ready(jax.numpy.sum(weight))
