@@ -24,6 +24,7 @@ MUTABLE_CALLS = {"dict", "list", "set", "bytearray", "defaultdict", "deque", "Co
 # package modules import each other, without cycles.
 ARROWS = {
     "errors": "",
+    "locks": "errors",
     "numerics": "",
     "tree": "",
     "rope": "errors numerics",
@@ -35,8 +36,8 @@ ARROWS = {
     "parity": "errors tree rope model hf sharding",
     "bench": "errors numerics tree rope model weights hf generation batch",
     "plan": "errors model weights generation bench sharding",
-    "lab": "errors tree rope sharding model generation",
-    "batch": "errors numerics tree sharding model hf generation",
+    "lab": "errors locks tree rope sharding model generation",
+    "batch": "errors locks numerics tree sharding model hf generation",
     "cli": "errors tree rope sharding model weights hf generation parity bench plan "
     "lab batch",
 }

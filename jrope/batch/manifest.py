@@ -5,10 +5,11 @@ import os
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, final
+from typing import Any, final
 
 from jrope.batch.journal import sync_folder, telling
 from jrope.errors import JropeError
+from jrope.locks import lock
 
 _SCHEMA = 1
 
@@ -31,7 +32,7 @@ class Manifest:
         self.path = output.with_name(f"{output.name}.run.json")
         self._file = open(self.path, "a+b", buffering=0)  # noqa: SIM115
         try:
-            _lock(output, self._file)
+            lock(self._file, output)
             self.created = self._open(output, fingerprint)
         except BaseException:
             self._file.close()
@@ -95,16 +96,3 @@ def _changed(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _short(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
     return text[:8] if len(text) == 64 else text  # a hash
-
-
-def _lock(output: Path, file: BinaryIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a Unix: nobody keeps two runs apart
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JropeError(f"{output}: another run writes to it") from None
-    except OSError:  # a file system without locks
-        return

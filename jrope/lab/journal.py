@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, BinaryIO, final
 
 from jrope.errors import JropeError
+from jrope.locks import lock
 
 SCHEMA = 1
 Record = dict[str, Any]
@@ -66,7 +67,7 @@ class Journal:
         self._known = {key_of(record) for record in self.records}
 
     def _open(self, path: Path, file: BinaryIO) -> None:
-        _lock(path, file)
+        lock(file, path)
         file.seek(0)
         data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
@@ -219,16 +220,3 @@ def _short(value: Any) -> str:
         return "[" + ", ".join(_short(item) for item in value) + "]"
     text = str(value)
     return text[:8] if len(text) == 64 else text  # a hash
-
-
-def _lock(path: Path, file: BinaryIO) -> None:
-    try:
-        import fcntl
-    except ImportError:  # not a Unix: nobody keeps two runs apart
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise JropeError(f"{path}: another run writes to it") from None
-    except OSError:  # a file system without locks
-        return
