@@ -101,7 +101,7 @@ def test_the_first_mesh_that_fits_is_asked_about():
         (
             "h100:2",
             {"batch": 128},
-            "batch 123 fits; h100:4, 4 devices, holds it as data=1,model=4",
+            "batch 123 fits; h100:4, 4 devices, holds it as data=4,model=1",
         ),
         (
             "v5e:16x16",

@@ -63,10 +63,10 @@ def test_figures_of_devices_are_of_one_kind(name):
     ("text", "ways", "size", "microseconds"),
     [
         ("h100:8", 1, 1e6, 0),
-        # NCCL's LL: 6.6 + 2 steps of 0.6, all data once over a quarter of 370.8 GB/s
-        ("h100:2", 2, 8192, 6.6 + 1.2 + 8192 / 92.7e3),
-        # Simple: 8.4 + 14 steps of 3.4, 2 x 7/8 of the data at the full rate
-        ("h100:8", 8, 1e8, 8.4 + 14 * 3.4 + 1.75e8 / 370.8e3),
+        # small: 17.1 + 2 steps of 0.6, all data once over 11.3 % of 370.8 GB/s
+        ("h100:2", 2, 8192, 17.1 + 1.2 + 8192 / 41.9004e3),
+        # large: 30 + 14 steps of 3.4, 2 x 7/8 of the data at 56 %
+        ("h100:8", 8, 1e8, 30 + 14 * 3.4 + 1.75e8 / 207.648e3),
         # lines of 4 on both axes: 3 hops there and back on each, 2 x 45 GB/s
         ("v5e:4x4", 16, 1e6, 12 + 1.875e6 / 90e3),
         # one line of 2

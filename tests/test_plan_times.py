@@ -48,6 +48,35 @@ def test_prompts_take_what_an_h100_took(prompt, measured):
     assert got == pytest.approx(measured, rel=0.01)
 
 
+@pytest.mark.parametrize(
+    ("text", "batch", "context", "measured"),
+    [
+        ("h200", 1, 2048, 4.345),
+        ("h200", 32, 1024, 5.671),
+        ("h100:2", 1, 2048, 4.455),
+        ("h100:2", 32, 1024, 6.236),
+        ("h200:2", 1, 2048, 3.690),
+        ("h200:2", 32, 1024, 5.046),
+    ],
+)
+def test_steps_take_what_other_gpus_took(text, batch, context, measured):
+    cluster = parse_cluster(text)
+    mesh = Mesh(data=1, model=cluster.count)
+    got = step(work("llama3-8b", batch, context + 16), mesh, cluster)
+    assert got.seconds * 1e3 == pytest.approx(measured, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("text", "measured"), [("h200", 208.9), ("h100:2", 146.2), ("h200:2", 136.1)]
+)
+def test_prompts_take_what_other_gpus_took(text, measured):
+    cluster = parse_cluster(text)
+    asked = work("llama3-8b", 1, 8192 + 64, prefill_chunk=8192)
+    mesh = Mesh(data=1, model=cluster.count)
+    got = prefill_seconds(asked, mesh, cluster) * 1e3
+    assert got == pytest.approx(measured, rel=0.06)
+
+
 def test_a_step_of_70b_on_four_h100s_by_hand():
     asked, cluster = work("llama3-70b", 32, 8192), parse_cluster("h100:4")
     got = step(asked, Mesh(data=1, model=4), cluster)
@@ -57,9 +86,10 @@ def test_a_step_of_70b_on_four_h100s_by_hand():
     assert got.bytes == weights + slots
     assert got.read == pytest.approx(got.bytes / (0.85 * 3.35e12))
     assert got.layers == pytest.approx(80 * 23e-6)
-    payload = 1.5 * 32 * 8192 * 2  # 2 (n - 1) / n of [32, 8192] in two bytes each
+    payload = 1.5 * 32 * 8192 * 4  # 2 (n - 1) / n of [32, 8192] in four bytes each
     one = min(
-        6.6e-6 + 6 * 0.6e-6 + payload / 92.7e9, 8.4e-6 + 6 * 3.4e-6 + payload / 370.8e9
+        17.1e-6 + 6 * 0.6e-6 + payload / (0.113 * 370.8e9),
+        30e-6 + 6 * 3.4e-6 + payload / (0.56 * 370.8e9),
     )
     assert got.collectives == pytest.approx(162 * one)
     assert got.seconds == pytest.approx(got.read + got.layers + got.collectives)

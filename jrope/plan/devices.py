@@ -5,7 +5,9 @@ Every figure is that of one device as JAX counts them.  Sources:
 NVIDIA: the data sheets of A100 (80 GB, SXM), H100 (SXM), H200 (SXM) and DGX B200 (an
   eighth of it), products without sparsity; memory as nvidia-smi reports it.
 NVLink: bytes/s that NCCL's cost model counts for a link (src/graph/topo.h: 20.0, 20.6
-  and 40.1 GB/s), times the 12 or 18 links of a GPU.
+  and 40.1 GB/s), times the 12 or 18 links of a GPU.  What all-reduces make of it was
+  measured (README, "Measured"; jax 0.11.2): steps and prompts on two H100s and on two
+  H200s, less what a device's own share takes.
 TPU: Cloud TPU's pages on v4, v5e, v5p and v6e (docs.cloud.google.com/tpu/docs) for
   bandwidth and bfloat16; float32 takes six bfloat16 passes.  Usable memory is what
   XLA's compiler names in its messages ("Used 17.14G of 15.75G hbm").
@@ -29,9 +31,10 @@ Shape = tuple[int, ...]
 GPU_FRACTION = 0.95
 HOST = 8  # GPUs that NVLink joins
 HOP = 1e-6  # seconds, from a TPU to its neighbour
-# NCCL's src/graph/tuning.cc, rings over NVLink: seconds to begin and for each step, and
-# the part of the links' rate that is data, for the protocols LL and Simple
-_NCCL = ((6.6e-6, 0.6e-6, 1 / 4), (8.4e-6, 3.4e-6, 1.0))
+# Seconds to begin, and for each step of a ring as NCCL's src/graph/tuning.cc has them
+# (LL, Simple), and the part of the links' rate that is data: of small sums, where the
+# host starts each by itself, and of large ones
+_REDUCES = ((17.1e-6, 0.6e-6, 0.113), (30e-6, 3.4e-6, 0.56))
 _GPUS = (*(str(n) for n in range(1, HOST + 1)), "16", "32", "64", "128", "256", "512")
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
@@ -146,7 +149,7 @@ class Cluster:
     def all_reduce(self, size: float, ways: int) -> float:
         """Seconds until `ways` neighbours hold the sum of their `size` bytes each.
 
-        GPUs: a ring as NCCL reckons it, the better of its protocols LL and Simple.
+        GPUs: a ring, the better of two protocols.
         TPUs: a reduce-scatter and an all-gather along each axis of the sub-torus, all
         axes at once, both directions of a ring or one of a line; a microsecond a hop.
         """
@@ -157,7 +160,7 @@ class Cluster:
             steps = 2 * (ways - 1)
             return min(
                 base + steps * hop + moved / (part * self.device.link)
-                for base, hop, part in _NCCL
+                for base, hop, part in _REDUCES
             )
         hops, rate = 0, 0.0
         for length in self._sub_torus(ways):

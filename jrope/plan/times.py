@@ -1,13 +1,20 @@
 """How long a step and a prompt take, by rooflines.
 
 The efficiencies are those of jrope on one H100 (README, "Measured"), and are assumed of
-every other device and of several; nothing else is fitted.  Beside its table's rows:
+every other device; of several GPUs the all-reduces are fitted, too (see `devices`).
+Beside its table's rows:
 
     8B, batch 1, context 2,048 and 16,384    5.70 and 6.30 ms    here 5.70 and 6.30
     8B, batch 8, 32 and 128, 1,536 (mean)    6.51, 8.38, 15.8    here 6.59, 8.32, 15.2
     7B, batch 1, context 2,048 and 16,384    5.43 and 7.83       here 5.38 and 7.82
     8B int8, batch 1 and 32                  3.47 and 6.62       here 3.26 and 5.68
     8B, prompt of 2k, 8k, 32k                48.6, 216, 1,208    here 48.4, 215, 1,205
+
+and beside other devices: 8B, batch 1 at 2,048 and 32 at 1,024, and a prompt of 8k
+
+    one H200                    4.35, 5.67, 209                  here 4.20, 5.47, 215
+    two H100s                   4.46, 6.24, 146                  here 4.45, 6.16, 139
+    two H200s                   3.69, 5.05, 136                  here 3.70, 5.13, 139
 """
 
 from dataclasses import dataclass
@@ -67,7 +74,9 @@ def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
     flops = rows * token_flops(work.config, work.context) // mesh.ways
     rate = (READ_ONE if rows == 1 else READ_ROWS) * device.bandwidth
     layers = work.config.num_hidden_layers
-    payload = rows * work.config.hidden_size * work.itemsize
+    # partial sums of one token are float32; between TPUs the compiler narrows them
+    itemsize = 4 if device.kind == "gpu" else work.itemsize
+    payload = rows * work.config.hidden_size * itemsize
     return Step(
         bytes=size,
         flops=flops,
@@ -90,7 +99,9 @@ def prefill_seconds(work: Work, mesh: Mesh, cluster: Cluster) -> float:
     """The prompts of all rows: FLOPs / peak + 2 L + 1 all-reduces [B, C, D] a chunk."""
     device, rows, chunk = cluster.device, work.batch // mesh.data, work.chunk(mesh)
     flops = prefill_flops(work.config, rows, work.prompt) / mesh.ways
-    payload = rows * chunk * work.config.hidden_size * work.itemsize
+    # reduced in float32 and gathered as they are rounded; TPUs narrow the first, too
+    sums = 4 if device.kind == "gpu" else work.itemsize
+    payload = rows * chunk * work.config.hidden_size * (sums + work.itemsize) / 2
     chunks = work.prompt / chunk
     reduces = chunks * (2 * work.config.num_hidden_layers + 1)
     computing = flops / (PRODUCTS * device.peak(work.dtype))
