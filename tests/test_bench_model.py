@@ -1,6 +1,7 @@
 """The benchmark's counts, random weights and arrangements."""
 
 import dataclasses
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,17 @@ def test_counts_of_a_tiny_model_are_those_by_hand():
     # per row: matrices, scores and weighted sums of half the square, one token's head
     row = 2 * (2 * layer) * 6 + 2 * (2 * 2 * 8 * 6 * 6) // 2 + 2 * 50 * 8
     assert prefill_flops(config, 3, 6) == 3 * row
+
+
+def test_windows_see_fewer_pairs():
+    config = tiny()
+    narrow = replace(config, windows=(3, None))
+    seen = sum(min(t + 1, 3) for t in range(6)) + sum(t + 1 for t in range(6))
+    full = 2 * sum(t + 1 for t in range(6))
+    # the square's half, which a causal pass counts, is less by half of the diagonal
+    pairs = 4 * 8  # FLOPs of a head's channels, all heads
+    less = prefill_flops(config, 1, 6) - prefill_flops(narrow, 1, 6)
+    assert less == pairs * (full - seen) - pairs * (6 - 3) // 2
 
 
 def test_tied_head_is_read():

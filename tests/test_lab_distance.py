@@ -1,5 +1,6 @@
 """Mean attention scores by distance against float64 NumPy, pair by pair."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -10,9 +11,11 @@ import reference
 import torch
 from conftest import make_tiny_hf
 
+from jrope.bench.model import named_shape
 from jrope.errors import JropeError
 from jrope.hf import config_from_hf
 from jrope.lab.distance import Means, describe, mean_queries_and_keys, scores_at
+from jrope.model.config import LlamaConfig
 from jrope.rope import DynamicNTK, Linear, Rope, Yarn
 from jrope.tree import nest
 
@@ -40,6 +43,12 @@ def turned(x: np.ndarray, position: int, f: Any, scaling: float) -> np.ndarray:
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, rest], axis=-1)
 
 
+def model(rope: Rope, head_dim: int = DIM, **switches: Any) -> LlamaConfig:
+    """Of 4 heads; what reads the weights' shapes is not asked."""
+    config = named_shape("llama3-8b")
+    return replace(config, rope=rope, head_dim=head_dim, **switches)
+
+
 @pytest.mark.parametrize("head_dim", [DIM, DIM + 4])
 @pytest.mark.parametrize("condense", [1.0, 2.5])
 @pytest.mark.parametrize("method", METHODS)
@@ -52,7 +61,8 @@ def test_scores_are_the_mean_over_all_pairs(
     scaling, wanted = METHODS[method]
     f, attention = wanted()
     rope = Rope(theta=1e4, rotary_dim=DIM, scaling=scaling, condense=condense)
-    got = scores_at(Means(q.mean(0), k.mean(0)), rope, DISTANCES, length=LENGTH)
+    means = Means(q.mean(0), k.mean(0))
+    got = scores_at(means, model(rope, head_dim), DISTANCES, length=LENGTH)
     assert got.shape == (len(DISTANCES), 2, 4)
     for row, distance in zip(got, DISTANCES, strict=True):
         here = turned(k, 3, f / condense, attention)
@@ -87,12 +97,43 @@ def test_a_record_has_the_mean_and_the_spread_over_heads() -> None:
     random = np.random.default_rng(1)
     means = Means(random.standard_normal((2, 4, 8)), random.standard_normal((2, 2, 8)))
     rope = Rope(theta=1e4, rotary_dim=8)
-    record = describe(means, rope, 500)
+    record = describe(means, model(rope), 500)
     assert record["distances"][0] == 1 and record["distances"][-1] == 500
-    each = scores_at(means, rope, record["distances"]).reshape(-1, 8)
+    each = scores_at(means, model(rope), record["distances"]).reshape(-1, 8)
     np.testing.assert_allclose(record["scores"], each.mean(1))
     np.testing.assert_allclose(record["low"], np.percentile(each, 10, axis=1))
     np.testing.assert_allclose(record["high"], np.percentile(each, 90, axis=1))
+
+
+def test_each_layer_has_its_own_rope_window_and_scale() -> None:
+    random = np.random.default_rng(2)
+    q, k = random.standard_normal((2, 3, 4, DIM))
+    switches: dict[str, Any] = {
+        "num_hidden_layers": 3,
+        "windows": (None, 40, None),
+        "rotary": (True, True, False),
+        "local_rope": Rope(theta=100.0, rotary_dim=DIM),
+        "attention_scale": 0.3,
+    }
+    config = model(Rope(theta=1e4, rotary_dim=DIM), **switches)
+    got = scores_at(Means(q, k), config, DISTANCES)
+    for row, distance in zip(got, DISTANCES, strict=True):
+        for layer, theta in enumerate((1e4, 100.0, None)):
+            f = (
+                np.zeros(DIM // 2)
+                if theta is None
+                else reference.default(DIM, theta)[0]
+            )
+            there = turned(q[layer], 7 + distance, f, 1.0)
+            want = 0.3 * (there * turned(k[layer], 7, f, 1.0)).sum(-1)
+            want = np.full(4, np.nan) if layer == 1 and distance >= 40 else want
+            np.testing.assert_allclose(row[layer], want, atol=1e-9)
+    record = describe(Means(q, k), config, 500)
+    assert record["distances"][-1] == 500
+    seen = scores_at(Means(q, k), config, [500])[0, [0, 2]]
+    assert record["scores"][-1] == pytest.approx(seen.mean())
+    windowed = replace(config, windows=(8, 40, 20))
+    assert describe(Means(q, k), windowed, 500)["distances"][-1] == 39
 
 
 def test_a_short_text_is_an_error() -> None:

@@ -1,5 +1,7 @@
 """Rooflines beside what the README measured on one H100, and by hand elsewhere."""
 
+from dataclasses import replace
+
 import pytest
 
 from jrope.bench.model import named_shape, prefill_flops, read_bytes
@@ -116,6 +118,13 @@ def test_flops_of_a_token_by_hand():
     config = named_shape("llama3-8b")
     matrices = read_bytes(config, 1) - 65 * 4096  # norms multiply no matrix
     assert token_flops(config, 1000) == 2 * matrices + 4 * 32 * 4096 * 1000
+
+
+def test_a_token_sees_no_more_than_its_window():
+    config = named_shape("llama3-8b")
+    narrow = replace(config, windows=(100, *[None] * 31))
+    less = token_flops(config, 1000) - token_flops(narrow, 1000)
+    assert less == 4 * 4096 * 900
 
 
 def test_a_prompt_on_eight_tpus_by_hand():

@@ -178,10 +178,14 @@ def step_bytes(
 
 
 def prefill_flops(config: LlamaConfig, batch: int, count: int) -> int:
-    """2 FLOPs per weight and token but one for the head; attention counted causal."""
+    """2 FLOPs per weight and token but one for the head; attention counted causal.
+
+    A layer with a window of W counts W keys for each query past the first W.
+    """
     shapes = parameter_shapes(config)
     inner = [s for name, s in shapes.items() if ".layers." in name and len(s) == 2]
     matrices = 2 * sum(rows * columns for rows, columns in inner) * count
     width = config.num_attention_heads * config.head_dim
-    scores = 2 * config.num_hidden_layers * width * count * count
+    pairs = sum(w * (2 * count - w) for w in layer_slots(config, count))
+    scores = 2 * width * pairs
     return batch * (matrices + scores + 2 * config.vocab_size * config.hidden_size)

@@ -230,7 +230,7 @@ class Laboratory:
                     context,
                     most=max(1, _DISTANCE_TOKENS // context),
                 )
-            return distance.describe(self.means, config.rope, far - 1, length=far)
+            return distance.describe(self.means, config, far - 1, length=far)
 
         record = {"kind": "distance", "rope": label, "length": far}
         return Work(record, cost(config, context), context, measure)

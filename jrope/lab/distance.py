@@ -134,35 +134,56 @@ def _queries_and_keys(
 
 
 def scores_at(
-    means: Means, rope: Rope, distances: Sequence[int], *, length: int | None = None
+    means: Means,
+    config: LlamaConfig,
+    distances: Sequence[int],
+    *,
+    length: int | None = None,
 ) -> np.ndarray:
-    """The mean score of every layer and head at every distance.
+    """The mean score of every layer and head at every distance, before any soft cap.
 
     (q.k over pairs) cos(d f) + (q x k over pairs) sin(d f), times the squared attention
-    scaling, plus what the unrotated channels give, over sqrt(H); float64.
+    scaling, plus what the unrotated channels give, over sqrt(H) or times the model's
+    own scale; float64.  A layer rotates by the rope it has, or not at all; NaN where
+    its window ends.
 
     Args:
       means: of `mean_queries_and_keys`.
-      rope: the method.
+      config: the model, with the method.
       distances: positions from key to query.
       length: for methods that depend on it: that of the sequence.
 
     Returns:
       float64 [len(distances), L, N].
     """
-    q, keys = means
-    layers, heads, head_dim = q.shape
-    k = np.repeat(keys, heads // keys.shape[1], axis=1)
+    group = means.queries.shape[1] // means.keys.shape[1]
+    away, every = np.asarray(distances), list[np.ndarray]()
+    for i, (q, k) in enumerate(zip(means.queries, means.keys, strict=True)):
+        kind, k = layer_kind(config, i, 0), np.repeat(k, group, axis=0)
+        rope = config.local_rope if "local" in kind else config.rope
+        if "rotary" in kind or rope is None:
+            scores = np.broadcast_to((q * k).sum(-1), (len(away), len(q)))
+        else:
+            scores = _turned(q, k, rope, away, length)
+        window = None if config.windows is None else config.windows[i]
+        hidden = np.zeros(len(away), bool) if window is None else away >= window
+        every.append(np.where(hidden[:, None], np.nan, scores))
+    scale = config.attention_scale or 1 / np.sqrt(config.head_dim)
+    return np.stack(every, axis=1) * scale
+
+
+def _turned(
+    q: np.ndarray, k: np.ndarray, rope: Rope, away: np.ndarray, length: int | None
+) -> np.ndarray:
+    """Products of q and k [N, H] as they stand apart: [len(away), N]."""
     frequencies, scaling = rope.frequencies(length, np.float64)
     pairs = rope.rotary_dim // 2
     (qa, qb), (ka, kb) = (_pairs(x, pairs, rope.layout) for x in (q, k))
-    angle = np.asarray(distances)[:, None] * np.asarray(frequencies) / rope.condense
-    straight = (qa * ka + qb * kb).reshape(-1, pairs) @ np.cos(angle).T
-    across = (qa * kb - qb * ka).reshape(-1, pairs) @ np.sin(angle).T
-    turned = (straight + across) * scaling**2
-    rest = (q[..., 2 * pairs :] * k[..., 2 * pairs :]).sum(-1).reshape(-1, 1)
-    scores = (turned + rest) / np.sqrt(head_dim)
-    return scores.T.reshape(len(distances), layers, heads)
+    angle = away[:, None] * np.asarray(frequencies) / rope.condense
+    straight = np.cos(angle) @ (qa * ka + qb * kb).T
+    across = np.sin(angle) @ (qa * kb - qb * ka).T
+    rest = (q[:, 2 * pairs :] * k[:, 2 * pairs :]).sum(-1)
+    return (straight + across) * scaling**2 + rest
 
 
 def _pairs(x: np.ndarray, pairs: int, layout: str) -> tuple[np.ndarray, np.ndarray]:
@@ -173,21 +194,25 @@ def _pairs(x: np.ndarray, pairs: int, layout: str) -> tuple[np.ndarray, np.ndarr
 
 
 def describe(
-    means: Means, rope: Rope, farthest: int, *, length: int | None = None
+    means: Means, config: LlamaConfig, farthest: int, *, length: int | None = None
 ) -> dict[str, Any]:
     """What a record tells: mean over heads and layers, and the spread over heads.
 
     Args:
-      means, rope, length: as in `scores_at`.
-      farthest: distances go up to this, evenly on a logarithmic scale.
+      means, config, length: as in `scores_at`.
+      farthest: distances go up to this, or to where every layer's window ends, evenly
+        on a logarithmic scale.
     """
-    distances = np.unique(np.geomspace(1, max(farthest, 1), 48).round().astype(int))
-    each = scores_at(means, rope, distances.tolist(), length=length)
+    windows = config.windows or (None,)
+    seen = [farthest if w is None else min(w - 1, farthest) for w in windows]
+    farthest = max(*seen, 1)
+    distances = np.unique(np.geomspace(1, farthest, 48).round().astype(int))
+    each = scores_at(means, config, distances.tolist(), length=length)
     each = each.reshape(len(distances), -1)
-    low, high = np.percentile(each, [10, 90], axis=1)
+    low, high = np.nanpercentile(each, [10, 90], axis=1)
     return {
         "distances": distances.tolist(),
-        "scores": each.mean(1).tolist(),
+        "scores": np.nanmean(each, axis=1).tolist(),
         "low": low.tolist(),
         "high": high.tolist(),
     }

@@ -60,16 +60,15 @@ def attend(
     """
     if window is not None and window >= k.shape[1]:
         window = None
-    # cuDNN has windows, too (local_window_size), which no GPU has shown here yet.
-    plain = window is None and segments is None and slots is None and cap is None
-    if plain and starts is None and scale is None and flash_takes(q):
+    plain = segments is None and slots is None and cap is None
+    how = {"scale": scale, "window": window}
+    bare = plain and window is None and scale is None and starts is None
+    if bare and flash_takes(q):
         return jax.lax.platform_dependent(q, k, v, tpu=flash, default=_causal)
-    if plain and cudnn_takes(q) and (starts is None or q.shape[1] == 1):
-        how = {
-            "cuda": partial(cudnn, scale=scale),
-            "default": partial(_xla, scale=scale),
-        }
-        return jax.lax.platform_dependent(q, k, v, starts, **how)
+    last = q.shape[1] == 1 and window is None
+    if plain and cudnn_takes(q) and (starts is None or last):
+        ways = {"cuda": partial(cudnn, **how), "default": partial(_xla, **how)}
+        return jax.lax.platform_dependent(q, k, v, starts, **ways)
     return _xla(q, k, v, starts, window, segments, slots, scale, cap)
 
 

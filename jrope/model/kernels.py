@@ -26,12 +26,17 @@ def cudnn(
     v: jax.Array,
     starts: jax.Array | None,
     scale: float | None,
+    window: int | None,
 ) -> jax.Array:
-    """cuDNN's flash attention; in decode it reads only the filled slots."""
+    """cuDNN's flash attention; in decode it reads only the filled slots.
+
+    A window is for prompts: it counts keys up to the query's own.
+    """
     attention = jax.nn.dot_product_attention
     attention = partial(attention, implementation="cudnn", scale=scale)
     if starts is None:
-        return attention(q, k, v, is_causal=True)
+        sides = None if window is None else (window - 1, 0)
+        return attention(q, k, v, is_causal=True, local_window_size=sides)
     return attention(q, k, v, key_value_seq_lengths=starts + 1)
 
 

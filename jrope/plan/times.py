@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import final
 
 from jrope.bench.model import prefill_flops
+from jrope.model.cache import layer_slots
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.plan.devices import Cluster
 from jrope.plan.memory import Mesh, Work, cache_shard, has_cudnn
@@ -87,12 +88,12 @@ def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
 
 
 def token_flops(config: LlamaConfig, context: int) -> int:
-    """2 for each weight of layers and head, 4 for each head's channel and slot."""
+    """2 for each weight of layers and head, 4 for each head's channel and slot seen."""
     shapes = parameter_shapes(config)
     inner = sum(s[0] * s[1] for n, s in shapes.items() if ".layers." in n and s[1:])
     head = config.vocab_size * config.hidden_size
     width = config.num_attention_heads * config.head_dim
-    return 2 * (inner + head) + 4 * config.num_hidden_layers * width * context
+    return 2 * (inner + head) + 4 * width * sum(layer_slots(config, context))
 
 
 def prefill_seconds(work: Work, mesh: Mesh, cluster: Cluster) -> float:
