@@ -20,9 +20,11 @@ from batch_helpers import (
 )
 from generate_helpers import model
 
+import jrope.batch.engine
+import jrope.batch.programs
 from jrope.batch.engine import Engine
 from jrope.batch.packing import WINDOW
-from jrope.batch.programs import Programs
+from jrope.batch.programs import Programs, compile_programs
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
 from jrope.errors import JropeError
@@ -252,6 +254,35 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
     failing(own, own.compile(), after=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         list(own.run(rows))
+
+
+def test_programs_may_run_once_before_the_first_row(monkeypatch: Any) -> None:
+    """As they do on GPUs; memory may run out then as later."""
+    ran: list[Any] = []
+
+    def counted(programs: Any, params: Any, nobody: Any) -> None:
+        if not ran:
+            ran.append(None)
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 3 GiB: fake")
+        run_once({n: counts(n, p) for n, p in programs.items()}, params, nobody)
+
+    def counts(name: Any, program: Any) -> Any:
+        return lambda *args: ran.append(name) or program(*args)
+
+    def compiled(*args: Any, **how: Any) -> Programs:
+        return compile_programs(*args, **how | {"warm": True})
+
+    run_once = jrope.batch.programs._run_once
+    monkeypatch.setattr(jrope.batch.programs, "_run_once", counted)
+    monkeypatch.setattr(jrope.batch.engine, "compile_programs", compiled)
+    own = engine_of(*model()[1:], logprobs=False, warn=lambda _: None)
+    rows = ragged(SLOTS)
+    got = by_key(own.run(rows))
+    assert own.stats.slots == 8
+    assert len(set(ran)) == len(ran) == len(own.programs)  # "clean" computes nothing
+    assert {key: row.tokens.tolist() for key, row in got.items()} == {
+        row.key: tokens_alone(row) for row in rows
+    }
 
 
 # --- NaN

@@ -99,6 +99,7 @@ class Engine:
                 size=self.chunk,
                 key=self.key,
                 logprobs=self.logprobs,
+                warm=jax.default_backend() != "cpu",
             )
             self.stats.compiled += len(self.programs)
             self.stats.compile_seconds += self._programs.seconds
@@ -121,15 +122,16 @@ class Engine:
         """
         rows = self._checked(work)
         while True:
-            own = self.params, self.compile(), self.shapes, self.stats, self.key
-            run = Run(*own, rows, stopped)
+            run = None
             try:
+                own = self.params, self.compile(), self.shapes, self.stats, self.key
+                run = Run(*own, rows, stopped)
                 yield from run.rows()
                 return
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error) or self.stats.slots == 1:
                     raise
-            rows = run.unfinished()
+            rows = rows if run is None else run.unfinished()
             del run  # and its cache
             self._halve()
 

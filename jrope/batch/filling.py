@@ -101,6 +101,7 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
     return _entered(replace(slots, cache=cache), piece, x)
 
 
+@jax.jit  # traced once, not for every layer's keys and values
 def _put(
     slots: jax.Array, rows: jax.Array, starts: jax.Array, new: jax.Array
 ) -> jax.Array:

@@ -1,7 +1,7 @@
 """The programs of an engine, compiled before its first row."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -54,6 +54,7 @@ def compile_programs(
     size: int,
     key: jax.Array,
     logprobs: bool,
+    warm: bool,
 ) -> Programs:
     """Compile everything, side by side.
 
@@ -64,39 +65,61 @@ def compile_programs(
       size: steps of a chunk of decoding.
       key: such as tokens will be drawn with.
       logprobs: whether rows may ask for them.
+      warm: whether to run each program once, for no row: the first run on a GPU sets
+        it up, for 0.2 s each (jax 0.11, H100), which rows would wait for.
     """
     started = time.perf_counter()
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"config": config, "count": slots, "capacity": capacity}
     state = empty.eval_shape(**how, dtype=dtype)
-    going = np.zeros(slots, bool)
-    given = params, state, key, going, np.int32(0)
-    own = partial(decode.lower, *given, config=config, size=size)
+    going, nobody = np.zeros(slots, bool), dict[Any, tuple[Any, ...]]()
     scorings = (False, True)[: 1 + logprobs]
-    lowered: dict[Any, Any] = {scored: own(scored=scored) for scored in scorings}
-    for width, rows in shapes.first.items():
-        given = params, state, *no_prompts(rows, width)
-        lowered[width] = begin.lower(*given, config=config)
-    piece = no_prompts(1, shapes.piece)[0]
-    lowered["extend"] = extend.lower(params, state, piece, config=config)
-    lowered["empty"] = empty.lower(**how, dtype=dtype)
-    lowered["clean"] = clean.lower(state, going)
-    done = _compiled(lowered)
+
+    def lowered() -> Iterator[tuple[Any, Any]]:
+        yield "empty", empty.lower(**how, dtype=dtype)
+        for scored in scorings:
+            given = nobody["decode", scored] = key, going, np.int32(0)
+            own = decode.lower(
+                params, state, *given, config=config, size=size, scored=scored
+            )
+            yield ("decode", scored), own
+        for width, rows in list(shapes.first.items())[::-1]:
+            given = nobody["begin", width] = no_prompts(rows, width)
+            yield ("begin", width), begin.lower(params, state, *given, config=config)
+        given = nobody["extend"] = no_prompts(1, shapes.piece)[:1]
+        yield "extend", extend.lower(params, state, *given, config=config)
+        yield "clean", clean.lower(state, going)
+
+    done = _compiled(lowered())
+    if warm:
+        _run_once(done, params, nobody)
     return Programs(
-        begin={width: done[width] for width in shapes.first},
-        decode={scored: done[scored] for scored in scorings},
+        begin={width: done["begin", width] for width in shapes.first},
+        decode={scored: done["decode", scored] for scored in scorings},
         **{name: done[name] for name in ("empty", "extend", "clean")},
         seconds=time.perf_counter() - started,
     )
 
 
-def _compiled(lowered: Mapping[Any, Any]) -> dict[Any, Any]:
-    pool = ThreadPoolExecutor(len(lowered))
+def _compiled(lowered: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Each is compiled while the next ones are traced."""
+    pool = ThreadPoolExecutor()
     try:
-        jobs = {name: pool.submit(program.compile) for name, program in lowered.items()}
+        jobs = {name: pool.submit(program.compile) for name, program in lowered}
         return {name: job.result() for name, job in jobs.items()}
     finally:  # after Ctrl-C, too, which nothing can tell the compiler
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _run_once(
+    programs: Mapping[Any, Any], params: Params, nobody: Mapping[Any, tuple[Any, ...]]
+) -> None:
+    """Run what computes, for no row, in slots that are then dropped."""
+    slots = programs["empty"]()
+    for name, given in nobody.items():
+        found = programs[name](params, slots, *given)
+        slots = found[0] if isinstance(found, tuple) else found
+    jax.block_until_ready(slots)
 
 
 def no_prompts(rows: int, width: int) -> tuple[Piece, Asked, np.ndarray]:
