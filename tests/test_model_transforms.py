@@ -14,10 +14,12 @@ from model_helpers import make as make
 from jrope.model import llama
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
-from jrope.model.layers import attention, decoder_layer
-from jrope.model.llama import count_parameters, forward, init_params
+from jrope.model.layers import attention, decoder_layer, mlp
+from jrope.model.llama import count_parameters, forward, hidden_states, init_params
+from jrope.model.placed import shard
 from jrope.rope import Llama3, Rope
-from jrope.tree import flatten
+from jrope.sharding.meshes import mesh
+from jrope.tree import flatten, nest
 
 
 def loss_of(params: Any, tokens: jax.Array, config: LlamaConfig) -> jax.Array:
@@ -151,3 +153,26 @@ def test_a_layer_is_traced_once(make: Any, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(calls) == 1
     run(model.params, tokens + 1 - 1)
     assert len(calls) == 1
+
+
+def doubled(weights: Any, x: jax.Array, *, config: LlamaConfig, axes: Any) -> jax.Array:
+    """Another MLP: twice the plain one, where a layer says so."""
+    y = mlp(weights, x, config=config, axes=axes)
+    return y + y if "twice" in weights["mlp"] else y
+
+
+@pytest.mark.parametrize("way", ["plain", "remat", "mesh"])
+def test_another_mlp_in_chosen_layers(make: Any, way: str) -> None:
+    """To the bit that of a layer whose down projection is twice as large."""
+    model = make()
+    tokens, config = tokens_of(model.config, 2, 5), model.config
+    marked, scaled = flatten(model.params), flatten(model.params)
+    marked["model.layers.1.mlp.twice.weight"] = jnp.zeros(1)
+    scaled["model.layers.1.mlp.down_proj.weight"] *= 2
+    trees = nest(marked), nest(scaled), model.params
+    if way == "mesh":
+        trees = tuple(shard(tree, mesh("data=1"), config) for tree in trees)
+    run = partial(hidden_states, tokens=tokens, config=config, remat=way == "remat")
+    got, (want, plain) = run(trees[0], mlp=doubled)[0], (run(t)[0] for t in trees[1:])
+    np.testing.assert_array_equal(got, want)
+    assert bool(jnp.any(got != plain))

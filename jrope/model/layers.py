@@ -144,13 +144,18 @@ def mlp(
     weights: LayerParams, x: jax.Array, *, config: LlamaConfig, axes: Axes = ONE
 ) -> jax.Array:
     """down(act(gate(h)) * up(h)), h = norm(x)."""
+    inner = gated(weights, x, config)
+    return linear(weights["mlp"]["down_proj"], inner, axes=axes)
+
+
+def gated(weights: LayerParams, x: jax.Array, config: LlamaConfig) -> jax.Array:
+    """What `down_proj` is given, act(gate(h)) * up(h): [B, T, F]."""
     pre = config.norm_at == "pre"
     name = "post_attention_layernorm" if pre else "pre_feedforward_layernorm"
     norm = norm_before(weights, config, name)
     sizes = (config.intermediate_size, config.intermediate_size)
     gate, up = linears(weights["mlp"], "mlp", x, norm, sizes)
-    inner = ACTIVATIONS[config.hidden_act](gate) * up
-    return linear(weights["mlp"]["down_proj"], inner, axes=axes)
+    return ACTIVATIONS[config.hidden_act](gate) * up
 
 
 @partial(

@@ -35,6 +35,7 @@ from jrope.model.layers import (
     decoder_layer,
     gathered,
     layer_kind,
+    mlp,
     norm_of,
     rms_norm,
     times,
@@ -131,6 +132,7 @@ def hidden_states(
     capacity: int | None = None,
     segment_ids: ArrayLike | None = None,
     remat: bool = False,
+    mlp: Callable[..., jax.Array] = mlp,
     axes: Axes = ONE,
     **unknown: Never,
 ) -> tuple[jax.Array, KVCache]:
@@ -139,6 +141,10 @@ def hidden_states(
     With `axes` that split the sequence, of this device's tokens: see `context.Share`.
     With `remat`, a backward pass keeps no more than each layer's input, and computes
     the rest of the layer anew: less memory for a third more time.
+
+    `mlp` replaces the second half of all layers: a hashable function of (weights, x, *,
+    config, axes), as `layers.mlp` is.  It is given the layer's whole subtree, so leaves
+    of its own may tell one layer from another; it keeps nothing between calls.
     """
     refuse_unknown("forward", unknown)
     if axes == ONE and (layout := layout_of(params)) is not None:
@@ -150,7 +156,7 @@ def hidden_states(
             "segment_ids": segment_ids,
         }
         specs = layout.rows(), cache_specs(layout)
-        how = {"config": config, "capacity": capacity, "remat": remat}
+        how = {"config": config, "capacity": capacity, "remat": remat, "mlp": mlp}
         return on_mesh(_every_state, layout, params, tokens, given, how, specs)
     tokens, positions, segments = check_inputs(
         params, tokens, positions, cache, capacity, segment_ids
@@ -177,7 +183,7 @@ def hidden_states(
 
     @functools.cache  # layers of a kind are traced once
     def layer_of(**kind: Any) -> Callable[..., Any]:
-        how = {"config": config, "capacity": own, "axes": axes}
+        how = {"config": config, "capacity": own, "mlp": mlp, "axes": axes}
         layer = partial(decoder_layer, **how, **kind)
         return jax.checkpoint(layer) if remat else layer
 
