@@ -92,7 +92,12 @@ def read_text(
 # --- One step
 
 
-def make_step(config: jrope.LlamaConfig, dtype: str, remat: bool) -> Any:
+def make_step(
+    config: jrope.LlamaConfig,
+    dtype: str,
+    remat: bool,
+    score: Callable[..., jax.Array] = jrope.score,
+) -> Any:
     """step(state, rows [parts, batch / parts, window], rate) -> state, loss; jitted.
 
     The gradients of the parts are added up in float32, so that parts change memory and
@@ -100,7 +105,7 @@ def make_step(config: jrope.LlamaConfig, dtype: str, remat: bool) -> Any:
     """
 
     def loss(params: Any, rows: jax.Array) -> jax.Array:
-        scores = jrope.score(cast(params, dtype), rows, config=config, remat=remat)
+        scores = score(cast(params, dtype), rows, config=config, remat=remat)
         return -jnp.mean(scores)
 
     @partial(jax.jit, donate_argnums=0)
@@ -169,12 +174,16 @@ def device_memory() -> int:
 
 
 def held_out_nats(
-    params: Any, text: Text, window: int, config: jrope.LlamaConfig
+    params: Any,
+    text: Text,
+    window: int,
+    config: jrope.LlamaConfig,
+    score: Callable[..., jax.Array] = jrope.score,
 ) -> np.ndarray:
     """-log p of every token of the text cut into windows, [windows, window - 1]."""
     rows = text.windows(window)
     size = min(len(rows), max(1, 2**15 // window))
-    score = partial(jrope.score, params, config=config)
+    score = partial(score, params, config=config)
     batches = [
         np.resize(rows[i : i + size], (size, window)) for i in range(0, len(rows), size)
     ]
