@@ -7,18 +7,41 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("JROPE_CACHE_DIR", "")  # no compilation cache in tests
-# Tests compile more than they compute: without LLVM's optimisations (XLA's own stay) in
-# a third less time.  `.ci/run` runs a part of them with these; XLA_FLAGS= does all.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
 import json
+import mmap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import hypothesis
 import jax
+import jaxlib
 import numpy as np
 import pytest
+
+# Tests compile more than they compute: without LLVM's optimisations and MLIR's passes
+# (XLA's own stay) in a third of the time.  `.ci/run` runs a part with these as well.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+
+def quick_flags() -> str:
+    """Those of QUICK that this XLA has: one that it does not know ends the process."""
+    known = list[str]()
+    for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):
+        with library.open("rb") as file:
+            text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            known += [f for f in QUICK if text.find(f[2:].split("=")[0].encode()) > 0]
+    return " ".join(known)
+
+
+if "XLA_FLAGS" not in os.environ:  # XLA_FLAGS= compiles as users do
+    os.environ["XLA_FLAGS"] = quick_flags()
 
 pytest.register_assert_rewrite(
     "checkpoint_helpers",
@@ -46,8 +69,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", text)
 
 
+# What takes longest begins first, lest one worker end alone with it.
+FIRST = ("test_devices.py", "test_processes.py", "test_batch_kills.py")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip the slow tests, with the reason, where there is no real model."""
+    """Sort; skip the slow tests, with the reason, where there is no real model."""
+    items.sort(key=lambda item: item.path.name not in FIRST)
     if os.environ.get("JROPE_SMOLLM2"):
         return
     skip = pytest.mark.skip(

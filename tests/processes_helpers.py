@@ -34,11 +34,11 @@ def start(work: str, count: int, out: Path, *words: Any, **more: Any) -> list[An
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]
-    quick = "--xla_backend_optimization_level=0"
-    quick += f" --xla_force_host_platform_device_count={more.get('devices', 1)}"
+    devices = f"--xla_force_host_platform_device_count={more.get('devices', 1)}"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {devices}"
     keep = {n: v for n, v in os.environ.items() if not n.startswith("PYTEST_")}
     root = str(Path(__file__).parents[1])
-    environment = {**keep, "XLA_FLAGS": quick, "PYTHONPATH": root}
+    environment = {**keep, "XLA_FLAGS": flags, "PYTHONPATH": root}
     environment |= {"JAX_PLATFORMS": "cpu", "JROPE_CACHE_DIR": "", "JROPE_DEBUG": ""}
     return [
         subprocess.Popen(

@@ -1,7 +1,6 @@
 """Attention against a float64 softmax, whichever implementation the shape chooses."""
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -47,13 +46,15 @@ def random(
 
 
 @pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of 8: short prompts go the long prompts' way."""
     monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
     monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+
+
+def attended(*given: jax.Array) -> jax.Array:
+    """`attend` as one program, traced here and now: with the blocks of this test."""
+    return jax.jit(lambda *arrays: attend(*arrays))(*given)
 
 
 def close(got: Any, want: Any, tolerance: float = 2e-6) -> None:
@@ -68,7 +69,7 @@ COUNTS = [9, 16, 17, 31, 50]
 @pytest.mark.parametrize("count", [1, 2, 33])
 def test_whole(count: int, heads: tuple[int, int]) -> None:
     q, k, v = random(2, count, count, heads)
-    close(attend(q, k, v), softmax_attention(q, k, v, [0, 0]))
+    close(attended(q, k, v), softmax_attention(q, k, v, [0, 0]))
 
 
 @each_heads
@@ -76,7 +77,7 @@ def test_whole(count: int, heads: tuple[int, int]) -> None:
 def test_whole_with_a_past(count: int, heads: tuple[int, int]) -> None:
     starts = [0, 3, 11]
     q, k, v = random(3, count, 16, heads)
-    got = attend(q, k, v, jnp.array(starts, jnp.int32))
+    got = attended(q, k, v, jnp.array(starts, jnp.int32))
     close(got, softmax_attention(q, k, v, starts))
 
 
@@ -85,7 +86,7 @@ def test_whole_with_a_past(count: int, heads: tuple[int, int]) -> None:
 @pytest.mark.parametrize("count", COUNTS)
 def test_blockwise(count: int, heads: tuple[int, int]) -> None:
     q, k, v = random(2, count, count, heads)
-    close(attend(q, k, v), softmax_attention(q, k, v, [0, 0]))
+    close(attended(q, k, v), softmax_attention(q, k, v, [0, 0]))
 
 
 @pytest.mark.usefixtures("small_blocks")
@@ -94,7 +95,7 @@ def test_blockwise_with_a_past(heads: tuple[int, int]) -> None:
     """Rows that begin in the first, in a middle and at the end of a block."""
     starts = [0, 15, 40]
     q, k, v = random(3, 20, 64, heads)
-    got = attend(q, k, v, jnp.array(starts, jnp.int32))
+    got = attended(q, k, v, jnp.array(starts, jnp.int32))
     close(got, softmax_attention(q, k, v, starts))
 
 
@@ -110,7 +111,7 @@ def test_blockwise_in_its_real_size() -> None:
 @pytest.mark.usefixtures("small_blocks")
 def test_blockwise_anywhere() -> None:
     q, k, v = random(2, 20, 70, (2, 1), 4)
-    run = jax.jit(attend)
+    run = jax.jit(lambda *given: attend(*given))  # traced here, with these blocks
 
     @given(past=st.lists(st.integers(0, 50), min_size=2, max_size=2))
     def check(past: list[int]) -> None:
@@ -166,10 +167,13 @@ def test_gradients_of_blocks_are_those_of_the_whole(
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         return jnp.sum(jnp.sin(attend(q, k, v, starts)))
 
-    want = jax.grad(loss, (0, 1, 2))(q, k, v)
+    def slopes() -> Any:
+        return jax.jit(lambda *given: jax.grad(loss, (0, 1, 2))(*given))(q, k, v)
+
+    want = slopes()
     monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
     monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
-    got = jax.grad(loss, (0, 1, 2))(q, k, v)
+    got = slopes()
     for ours, right in zip(got, want, strict=True):
         assert float(jnp.abs(right).max()) > 0.1
         close(ours, right, 1e-5)

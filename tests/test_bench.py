@@ -50,7 +50,7 @@ def test_caches_too_large_are_rows_with_the_numbers(monkeypatch, capsys):
     assert run("--only", "decode", "--context", "64,256k", "--json", "-") == 1
     good, bad = json.loads(capsys.readouterr().out)["rows"]
     assert good["problem"] is None
-    assert "too large: weights 0.06 + cache 0.20 GB" in bad["problem"]
+    assert "too large: weights 0.01 + cache 0.20 GB" in bad["problem"]
     assert bad["seconds"] is None
 
 

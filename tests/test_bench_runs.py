@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench_helpers import tiny
+from bench_helpers import prefill_temp, tiny, zeros
 
 from jrope.bench import runs as bench_runs
 from jrope.bench import versus as bench_versus
@@ -20,7 +20,7 @@ from jrope.bench.model import (
     random_params,
     with_layers,
 )
-from jrope.bench.runs import Decode, Prefill, in_turns
+from jrope.bench.runs import Decode, in_turns
 from jrope.errors import JropeError
 from jrope.generation.loop import decode, prefill
 from jrope.generation.run import generate
@@ -32,7 +32,7 @@ def middling(dtype, layers=4):
     config = dataclasses.replace(
         with_layers(named_shape("smollm2-135m"), layers), vocab_size=8192
     )
-    return config, random_params(config, jnp.dtype(dtype))
+    return config, zeros(lambda: random_params(config, dtype))
 
 
 # taking turns
@@ -131,12 +131,12 @@ def test_sizes_of_a_decode_do_not_grow_with_the_tokens():
 def test_prefill_has_no_square_of_the_prompt():
     config, params = middling("float32", layers=1)
     count = 4096
-    program = Prefill(params, config, 1, count, count).program
+    temp = prefill_temp(params, config, count)
     square = 4 * count * count
     all_heads = config.num_attention_heads * square
-    assert program.temp < all_heads / 4
-    half = Prefill(params, config, 1, count // 2, count // 2).program
-    assert program.temp < 2.5 * half.temp, "linear in the prompt, not quadratic"
+    assert temp < all_heads / 4
+    half = prefill_temp(params, config, count // 2)
+    assert temp < 2.5 * half, "linear in the prompt, not quadratic"
 
 
 def test_requests_of_one_bucket_compile_once():

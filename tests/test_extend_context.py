@@ -290,8 +290,9 @@ for remat in (False, True):
 def test_remat_needs_less_memory() -> None:
     """Where XLA keeps to the order of the program, which a CPU has to be told."""
     flag = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flag}"
     path = map(str, [EXAMPLES, Path(__file__).parent, *sys.path])
-    env = {**os.environ, "XLA_FLAGS": flag, "PYTHONPATH": os.pathsep.join(path)}
+    env = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(path)}
     done = subprocess.run(
         [sys.executable, "-c", MEASURE], env=env, capture_output=True, text=True
     )

@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_helpers import quick as quick
 from int8_helpers import (
     EMBEDDED,
     middling,
@@ -71,24 +71,13 @@ def test_bytes_are_those_by_hand() -> None:
     assert round(read_bytes(config, 2) / want, 3) == 1.998
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ceilings of a moment, environment as it was."""
-    measure = bench.measure_ceilings
-    small = {"size": 2**18, "products": ((32, 32, 32),), "repeats": 1}
-    monkeypatch.setattr(bench, "measure_ceilings", partial(measure, **small))
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "true")
-    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")
-    monkeypatch.setenv("JROPE_CACHE_DIR", "")
-
-
-def test_bench_counts_integers_and_scales(quick: None, capsys: Any) -> None:
+def test_bench_counts_integers_and_scales(capsys: Any) -> None:
     words = ["--shape", "smollm2-135m", "--layers", "1", "--context", "64"]
     words += ["--new", "4", "--repeat", "1", "--batch", "1,2", "--only", "decode"]
     words += ["--json", "-"]
     assert main(["bench", *words, "--quantize", "int8"]) == 0
     out, err = capsys.readouterr()
-    assert "1 layers, bfloat16, int8 weights: 32.1 MB of weights" in err
+    assert "1 layers, bfloat16, int8 weights: 5.94 MB of weights" in err
     report, config = json.loads(out), with_layers(named_shape("smollm2-135m"), 1)
     assert report["model"]["quantize"] == "int8"
     assert report["model"]["dtype"] == "bfloat16"
@@ -102,7 +91,7 @@ def test_bench_counts_integers_and_scales(quick: None, capsys: Any) -> None:
     assert {row["order"] for row in report["rows"]} == {"out_in"}
 
 
-def test_bench_takes_a_folder(quick: None, capsys: Any) -> None:
+def test_bench_takes_a_folder(capsys: Any) -> None:
     words = ["--context", "16", "--new", "2", "--repeat", "1", "--fuse", "none"]
     words += ["--only", "prefill"]
     words += ["--quantize", "int8", "--json", "-"]

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from bench_helpers import prefill_temp
 from int8_helpers import (
     middling,
     model,
@@ -15,7 +16,7 @@ from int8_helpers import (
 from model_helpers import assert_equal
 
 from jrope.bench.model import cache_bytes, named_shape, random_params, with_layers
-from jrope.bench.runs import Decode, Prefill
+from jrope.bench.runs import Decode
 from jrope.hf.checkpoint import load, save
 from jrope.model.config import parameter_shapes
 from jrope.model.products import BLOCK
@@ -113,9 +114,9 @@ def test_a_prompt_takes_no_more_with_integers(dtype: str) -> None:
     """But for a block widened and one result; deeper models no more than plain ones."""
 
     def temporaries(layers: int, how: Quantization | None) -> int:
-        shape = with_layers(named_shape("smollm2-135m"), layers)
-        params = fuse(random_params(shape, jnp.dtype(dtype), how))
-        return Prefill(params, shape, 1, 256, 256).program.temp
+        config = with_layers(named_shape("smollm2-135m"), layers)
+        params = jax.eval_shape(lambda: fuse(random_params(config, dtype, how)))
+        return prefill_temp(params, config, 256)
 
     block = 1024 * 1536 * jnp.dtype(dtype).itemsize
     for layers in (2, 5):

@@ -72,30 +72,32 @@ def random_params(
     With "int8" the matrices that `jrope.quantize` takes are made as integers.
     """
 
-    @partial(jax.jit, static_argnames=("shape",))
-    def noise(seed: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        if len(shape) == 1:
-            return jnp.ones(shape, dtype)
-        bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint16)
-        centred = bits.astype(jnp.float32) / np.float32(2**15) - np.float32(1)
-        return (centred * np.float32(config.initializer_range)).astype(dtype)
-
-    @partial(jax.jit, static_argnames=("shape",))
-    def integers(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, ...]:
-        bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
-        whole = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
-        scale = np.float32(config.initializer_range / 127)
-        return whole, jnp.full(shape[:1], scale, jnp.float32)
-
     shapes, flat = parameter_shapes(config), dict[str, jax.Array]()
     chosen = set[str]() if quantize is None else matrices(shapes)
+    spread = config.initializer_range
     for i, (name, shape) in enumerate(shapes.items()):
         if name in chosen:
             names = (name, scale_name(name))
-            flat |= zip(names, integers(i, shape), strict=True)
+            flat |= zip(names, _integers(i, shape, spread), strict=True)
         else:
-            flat[name] = noise(i, shape)
+            flat[name] = _noise(i, shape, spread, dtype)
     return nest(flat)
+
+
+@partial(jax.jit, static_argnames=("shape", "spread", "dtype"))
+def _noise(seed: Any, shape: tuple[int, ...], spread: float, dtype: Any) -> jax.Array:
+    if len(shape) == 1:
+        return jnp.ones(shape, dtype)
+    bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint16)
+    centred = bits.astype(jnp.float32) / np.float32(2**15) - np.float32(1)
+    return (centred * np.float32(spread)).astype(dtype)
+
+
+@partial(jax.jit, static_argnames=("shape", "spread"))
+def _integers(seed: Any, shape: tuple[int, ...], spread: float) -> Any:
+    bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
+    whole = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
+    return whole, jnp.full(shape[:1], np.float32(spread / 127), jnp.float32)
 
 
 class Weights:
