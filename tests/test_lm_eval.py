@@ -176,7 +176,7 @@ def test_the_longest_rows_come_first_in_few_shapes(monkeypatch: Any) -> None:
     "options, message",
     [
         ({"batch_size": "many"}, "batch_size: got 'many', want a whole number from 1"),
-        ({"device": "cuda"}, "device: got 'cuda', want None: JAX chooses"),
+        ({"dtyp": "float32"}, "dtyp: no such argument of this model .*'dtype'"),
         ({"max_length": 0}, "max_length: got 0, want an integer, at least 1"),
         ({"rope": "yarm:4"}, "yarm"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
@@ -231,3 +231,72 @@ def test_without_lm_eval_a_line_tells_what_to_install(
     line = capsys.readouterr().err
     assert line.startswith("jrope: error: this needs the package lm_eval")
     assert line.endswith("pip install lm_eval\n") and line.count("\n") == 1
+
+
+TASKS = {
+    "choose": """
+task: choose
+output_type: multiple_choice
+doc_to_text: "{{text}} "
+doc_to_choice: choices
+doc_to_target: label
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "write": """
+task: write
+output_type: generate_until
+doc_to_text: text
+doc_to_target: answer
+generation_kwargs: {until: [".", " the"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match}]
+""",
+    "whole": """
+task: whole
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: text
+metric_list: [{metric: word_perplexity}, {metric: bits_per_byte}]
+""",
+}
+
+
+def write_tasks(folder: Path) -> None:
+    lines = [
+        {"text": text[:90], "choices": ["the", "of it", "him"], "label": i % 3}
+        | {"answer": " man"}
+        for i, text in enumerate(passages(6, 300))
+    ]
+    data = folder / "rows.jsonl"
+    data.write_text("\n".join(map(json.dumps, lines)), "utf-8")
+    shared = "dataset_path: json\ntest_split: test\ndataset_kwargs:\n  data_files:\n"
+    for name, task in TASKS.items():
+        text = f"{task}{shared}    test: {data}\n"
+        (folder / f"{name}.yaml").write_text(text, "utf-8")
+
+
+def results_of(model: Any, folder: Path) -> Any:
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    tasks = TaskManager(include_path=str(folder), include_defaults=False)
+    how = {"bootstrap_iters": 0, "log_samples": True}
+    return simple_evaluate(model, tasks=[*TASKS], task_manager=tasks, **how)
+
+
+def test_tasks_from_files_come_out_as_with_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of lm_eval, which needs all its packages."""
+    datasets = pytest.importorskip("datasets", reason="lm_eval without its packages")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    write_tasks(tmp_path)
+    got, want = (results_of(model, tmp_path) for model in (jropes(), torchs()))
+    for name in TASKS:
+        for metric, value in want["results"][name].items():
+            if isinstance(value, float):
+                assert got["results"][name][metric] == pytest.approx(value, rel=1e-4)
+    texts, wanted = (
+        [row["filtered_resps"] for row in result["samples"]["write"]]
+        for result in (got, want)
+    )
+    assert texts == wanted and len({str(text) for text in texts}) > 3

@@ -17,7 +17,7 @@ from jrope.cli.common import enable_compile_cache, parse_rope, reach
 from jrope.cli.loading import Loading
 from jrope.cli.terminal import TimeLeft
 from jrope.cli.text import load_tokenizer
-from jrope.errors import JropeError, check, check_count
+from jrope.errors import JropeError, check, check_count, did_you_mean
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import read_llama_config
 from jrope.hf.folders import find_folder
@@ -66,9 +66,10 @@ class Requests:
         as many as the memory holds.
       max_batch_size: at most so many where that is "auto".
       rope: another rotary embedding, as `jrope --rope` takes it.
-      quantize: "int8", as in `jrope.load`.
+      quantize, adapter: as in `jrope.load`.
       add_bos_token: whether texts begin with the first token; None: as the tokenizer.
-      device: None; JAX chooses.
+      device: not read, for lm_eval names cuda:0 where nobody else does; JAX_PLATFORMS
+        in the environment chooses.
     """
 
     tokenizer: Any
@@ -83,12 +84,16 @@ class Requests:
         max_batch_size: int | None = None,
         rope: str | None = None,
         quantize: Any = None,
+        adapter: str | None = None,
         add_bos_token: bool | None = None,
         device: str | None = None,
+        **unknown: Any,
     ) -> None:
         super().__init__()
-        wanted = "None: JAX chooses, or JAX_PLATFORMS=cpu in the environment does"
-        check(device is None, "device", device, wanted)
+        if unknown:
+            name, known = next(iter(unknown)), [*Requests.__init__.__annotations__]
+            hint = did_you_mean(name, known)
+            raise JropeError(f"{name}: no such argument of this model{hint}")
         self.batch_size, self._most = batch_size, max_batch_size
         self._fixed = _fixed(batch_size)
         folder = find_folder(pretrained, None)
@@ -105,7 +110,7 @@ class Requests:
         self.tokenizer = load_tokenizer(folder, **special)
         self._generation = read_generation_config(folder)
         dtype = None if dtype == "auto" else dtype
-        with Loading(folder, dtype, quantize) as loading:
+        with Loading(folder, dtype, quantize, adapter=adapter) as loading:
             loading.show()
             params, _ = loading.wait()
         self._model = params, config
