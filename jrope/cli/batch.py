@@ -14,6 +14,7 @@ from jrope.batch.rows import BatchSettings
 from jrope.batch.source import Source
 from jrope.cli.batch_live import Live
 from jrope.cli.common import (
+    add_adapter_argument,
     add_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
@@ -21,7 +22,7 @@ from jrope.cli.common import (
     reach,
     whole,
 )
-from jrope.cli.evaluate_plan import hash_model
+from jrope.cli.evaluate_plan import hash_adapter, hash_model
 from jrope.cli.loading import Loading
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
 from jrope.cli.text import load_tokenizer
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_adapter_argument(parser)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
@@ -98,7 +100,8 @@ def run(args: argparse.Namespace) -> int:
         return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
-    with Loading(folder, args.dtype, args.quantize) as loading:
+    how = {"adapter": args.adapter}
+    with Loading(folder, args.dtype, args.quantize, **how) as loading:
         check_model(loading.shapes, config)
         check_windows(config, _longest(args, config))
         settings = _settings(args, folder, config)
@@ -156,6 +159,7 @@ def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokenizer": digest.hexdigest(),
         "dtype": args.dtype,
         "quantize": args.quantize,
+        **({} if args.adapter is None else {"adapter": hash_adapter(args.adapter)}),
         "seed": args.seed or 0,
         "embedding": args.embedding,
     }
