@@ -13,18 +13,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from jrope.cli.common import enable_compile_cache, parse_rope, reach
-from jrope.cli.loading import Loading
+from jrope.cli.common import enable_compile_cache, reach
 from jrope.cli.terminal import TimeLeft
-from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError, check, check_count, did_you_mean
 from jrope.generation.sample import Sampler
-from jrope.hf.checkpoint import read_llama_config
-from jrope.hf.folders import find_folder
 from jrope.hf.generation import read_generation_config, sampler_fields
 from jrope.integrations.continuations import TOKENS, Continuation, likelihoods
+from jrope.integrations.loaded import open_model
 from jrope.integrations.until import Until, Writer
-from jrope.model.with_rope import with_rope
 
 NAME = "jrope"
 _NEW = 256  # tokens where a task does not say
@@ -59,14 +55,12 @@ class Requests:
 
     Args:
       pretrained: a Hugging Face folder or hub id.
-      dtype: to cast to; None or "auto": as the file has them.
+      dtype, rope, quantize, adapter: as in `loaded.open_model`.
       max_length: tokens that the model sees at most; None: max_position_embeddings, or
         with `rope` what that stretches it to.
       batch_size: rows at once; "auto": as fits their length, and of texts to continue
         as many as the memory holds.
       max_batch_size: at most so many where that is "auto".
-      rope: another rotary embedding, as `jrope --rope` takes it.
-      quantize, adapter: as in `jrope.load`.
       add_bos_token: whether texts begin with the first token; None: as the tokenizer.
       device: not read, for lm_eval names cuda:0 where nobody else does; JAX_PLATFORMS
         in the environment chooses.
@@ -96,26 +90,20 @@ class Requests:
             raise JropeError(f"{name}: no such argument of this model{hint}")
         self.batch_size, self._most = batch_size, max_batch_size
         self._fixed = _fixed(batch_size)
-        folder = find_folder(pretrained, None)
-        config = read_llama_config(folder)
-        longest = config.max_position_embeddings
-        if rope is not None:
-            name, given = parse_rope(rope)
-            config = with_rope(config, name, **given)
-            longest = reach(config) or longest
-        self.max_length = longest if max_length is None else max_length
-        check_count("max_length", self.max_length, 1)
-        self._bos = add_bos_token
-        special = {} if add_bos_token is None else {"add_bos_token": add_bos_token}
-        self.tokenizer = load_tokenizer(folder, **special)
-        self._generation = read_generation_config(folder)
-        dtype = None if dtype == "auto" else dtype
-        with Loading(folder, dtype, quantize, adapter=adapter) as loading:
-            loading.show()
-            params, _ = loading.wait()
-        self._model = params, config
+        if max_length is not None:
+            check_count("max_length", max_length, 1)
+        how: dict[str, Any] = {"dtype": dtype, "rope": rope, "quantize": quantize}
+        if add_bos_token is not None:
+            how["add_bos_token"] = add_bos_token
+        model = open_model(pretrained, **how, adapter=adapter)
+        config, self.tokenizer, self._bos = model.config, model.tokenizer, add_bos_token
+        longest = None if rope is None else reach(config)
+        longest = longest or config.max_position_embeddings
+        self.max_length = max_length or longest
+        self._model = model.params, config
+        self._generation = read_generation_config(model.folder)
         slots = max_batch_size if self._fixed is None else self._fixed
-        self._write = Writer(params, config, self.tokenizer, slots)
+        self._write = Writer(*self._model, self.tokenizer, slots)
 
     @property
     def eot_token_id(self) -> int:
