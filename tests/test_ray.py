@@ -1,11 +1,13 @@
 """A stage of Ray Data, called as Ray calls it; and by Ray, where that is installed."""
 
+import os
+import runpy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from batch_file_helpers import HashEngine
+from batch_file_helpers import HashEngine, write_rows
 from cli_helpers import TEMPLATE
 from cli_helpers import model as model
 
@@ -14,12 +16,15 @@ from jrope.errors import JropeError
 from jrope.integrations import ray as integration
 from jrope.integrations.ray import ERROR, JropePredictor
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "ray_batch.py"
+HOT = {"temperature": 1}
+
 
 @pytest.fixture
 def predict(model: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A stage whose engine is a hash of the row."""
     monkeypatch.setattr(integration, "Engine", lambda *_, **__: HashEngine())
-    return JropePredictor(model, max_new_tokens=6, sampling_params={"temperature": 1})
+    return JropePredictor(model, max_new_tokens=6, sampling_params=HOT)
 
 
 def batch_of(rows: list[dict[str, Any]]) -> dict[str, np.ndarray]:
@@ -134,3 +139,46 @@ def test_it_is_made_as_the_arguments_say(model: Path, monkeypatch: Any) -> None:
     assert how["slots"] == 3 and how["capacity"] == 128
     with pytest.raises(JropeError, match="--rope 'linear:'"):
         JropePredictor(model, rope="linear:")
+
+
+class Mortal(JropePredictor):
+    """Dies in the midst of a batch, once."""
+
+    def __init__(self, died: Path, folder: Path) -> None:
+        integration.Engine = lambda *_, **__: HashEngine()
+        super().__init__(folder, max_new_tokens=6, sampling_params=HOT)
+        self.died = died
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        if "r20" in batch["custom_id"] and not self.died.exists():
+            self.died.touch()
+            os._exit(1)
+        return super().__call__(batch)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_killed_actor_loses_no_row(model: Path, predict: Any, tmp_path: Path) -> None:
+    ray = pytest.importorskip("ray", reason="ray is not installed")
+    rows: list[dict[str, Any]] = [
+        {"custom_id": f"r{i}", "prompt": f"row {i}", "sampling_params": {"top_k": i}}
+        for i in range(40)
+    ]
+    rows[7]["sampling_params"] = {"top_k": 0.5}
+    source = write_rows(tmp_path / "rows.json", rows)
+    example = runpy.run_path(str(EXAMPLE))
+    options = {"died": tmp_path / "died", "folder": model}
+    ray.init(num_cpus=4, include_dashboard=False)
+    try:
+        for _ in range(2):  # the second time what failed alone
+            how = {"stage": Mortal, "batch_size": 4, "actors": 1}
+            example["answer"](source, tmp_path / "out", options, **how)
+    finally:
+        ray.shutdown()
+    assert (tmp_path / "died").exists()
+    found = example["answers_in"](tmp_path / "out")
+    assert {name for name, row in found.items() if row[ERROR]} == {"r7"}
+    good = [row for row in rows if row["custom_id"] != "r7"]
+    want = rows_of(predict(batch_of(good)))
+    assert [found[row["custom_id"]]["generated_text"] for row in good] == [
+        row["generated_text"] for row in want
+    ]
