@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,11 +164,12 @@ def test_a_killed_actor_loses_no_row(model: Path, predict: Any, tmp_path: Path) 
         {"custom_id": f"r{i}", "prompt": f"row {i}", "sampling_params": {"top_k": i}}
         for i in range(40)
     ]
-    rows[7]["sampling_params"] = {"top_k": 0.5}
+    rows[7]["sampling_params"] = {"top_k": -5}
     source = write_rows(tmp_path / "rows.json", rows)
     example = runpy.run_path(str(EXAMPLE))
     options = {"died": tmp_path / "died", "folder": model}
-    ray.init(num_cpus=4, include_dashboard=False)
+    where = os.pathsep.join((str(Path(__file__).parent), *sys.path))
+    ray.init(num_cpus=4, runtime_env={"env_vars": {"PYTHONPATH": where}})
     try:
         for _ in range(2):  # the second time what failed alone
             how = {"stage": Mortal, "batch_size": 4, "actors": 1}
