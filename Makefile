@@ -33,11 +33,13 @@ $(VENV)/.jrope: pyproject.toml | $(bin)/pip
 	$(bin)/python -m pip install --quiet --editable .
 	@touch $@
 
-# torch goes first and alone: asked for among others, it may be chosen in another build
+# torch goes first and alone: asked for among others, it may be chosen in another build.
+# lm_eval comes without what only its data sets need, which is half a minute to install.
 $(VENV)/.jrope-test: $(VENV)/.jrope
 	@echo "installing what the tests need into $(VENV) ..."
 	$(bin)/python -m pip install --quiet torch==2.13.0
 	$(bin)/python -m pip install --quiet --editable ".[test]"
+	$(bin)/python -m pip install --quiet --no-deps lm_eval==0.4.13
 	@touch $@
 
 $(VENV)/.libtpu: $(VENV)/.jrope-test

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -101,6 +102,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_folder(folder, CONFIG, make_weights().items())
     byte_tokenizer().save(str(folder / "tokenizer.json"))
     write_tokenizer_config(folder)
+    return folder
+
+
+def write_adapter(folder: Path, scale: float) -> Path:
+    """A LoRA adapter of the model's only q_proj."""
+    folder.mkdir()
+    stem = "base_model.model.model.layers.0.self_attn.q_proj.lora_"
+    shapes = {f"{stem}A.weight": (1, SIZE), f"{stem}B.weight": (16, 1)}
+    ones = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    save_file(ones, folder / "adapter_model.safetensors")
+    words = {"peft_type": "LORA", "r": 1, "lora_alpha": scale}
+    (folder / "adapter_config.json").write_text(json.dumps(words))
     return folder
 
 

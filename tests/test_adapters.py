@@ -4,13 +4,19 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from cli_helpers import _no_compile_cache as _no_compile_cache
+from cli_helpers import fail, write_adapter
+from cli_helpers import model as model
 from conftest import make_tiny_hf
 
 import jrope
+from jrope.cli import main
+from jrope.cli.loading import Loading
 from jrope.errors import JropeError
 from jrope.hf.adapters import open_adapter
 
@@ -136,3 +142,36 @@ def test_no_safetensors(plain: Path, base: Path, tmp_path: Path) -> None:
     (tmp_path / "adapter_model.bin").write_bytes(b"x")
     with pytest.raises(JropeError, match=r"no adapter_model\.safetensors in .*pickles"):
         jrope.load(base, adapter=tmp_path)
+
+
+def test_loading_in_a_thread_merges_it(base: Path, plain: Path) -> None:
+    with Loading(base, None, adapter=plain) as loading:
+        got, _ = loading.wait()
+    want, _ = jrope.load(base, adapter=plain)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+
+
+def test_parity_is_with_pefts_sum(base: Path, plain: Path, capsys: Any) -> None:
+    words = ["--adapter", plain, "--tokens", 8, "--positions", "0"]
+    assert main(["parity", *map(str, [base, *words])]) == 0
+    assert capsys.readouterr().out.count("\nok: ") == 2
+
+
+@pytest.mark.parametrize("command", ["generate", "batch", "evaluate"])
+def test_commands_load_it(
+    model: Path, tmp_path: Path, monkeypatch: Any, capsys: Any, command: str
+) -> None:
+    def load(*_: Any, adapter: Any = None, **__: Any) -> Any:
+        raise JropeError(f"the adapter is {adapter}")
+
+    for module in ("loading", "evaluate"):
+        monkeypatch.setattr(f"jrope.cli.{module}.load", load)
+    text, lora = tmp_path / "text.jsonl", write_adapter(tmp_path / "lora", 2)
+    text.write_text('{"prompt": "x"}')
+    words = {
+        "generate": ["x", "--max-new-tokens", 1],
+        "batch": ["--input", text, "--output", tmp_path / "out.jsonl"],
+        "evaluate": ["--text", text, "--context", 4],
+    }[command]
+    line = fail(capsys, command, model, *words, "--adapter", lora)
+    assert f"the adapter is {lora}" in line

@@ -1,6 +1,7 @@
 """`jrope batch`: what it prints, how it ends, and a real model's answers."""
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -15,10 +16,11 @@ import pytest
 from batch_file_helpers import HashEngine, lines_of, mixed_rows, records_of, write_rows
 from cli_helpers import _no_compile_cache as _no_compile_cache
 from cli_helpers import copy as copy
-from cli_helpers import fail, succeed
+from cli_helpers import fail, succeed, write_adapter
 from cli_helpers import model as model
 
 from jrope.cli import batch_live, main
+from jrope.errors import JropeError
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 
@@ -107,6 +109,29 @@ def test_other_flags_do_not_mix(
     line = fail(capsys, *words(model, good, "--shard", "0/2"))
     assert "shard 0/1 (now 0/2)" in line
     assert len(made) == 1
+
+
+def test_adapters_do_not_mix(
+    capsys: Any, model: Path, good: Path, tmp_path: Path, made: list[Any]
+) -> None:
+    one, other = (write_adapter(tmp_path / str(x), x) for x in (1, 2))
+    succeed(capsys, *words(model, good, "--adapter", one))
+    succeed(capsys, *words(model, good, "--adapter", one))
+    line = fail(capsys, *words(model, good, "--adapter", other))
+    assert re.search(r"run with adapter (\w{8}) \(now (?!\1)\w{8}\):", line)
+    line = fail(capsys, *words(model, good))
+    assert re.search(r"run with adapter \w{8} \(now null\):", line)
+
+
+def test_weights_that_cannot_be_loaded_fail_no_row(
+    capsys: Any, model: Path, good: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(*_: Any, **__: Any) -> Any:
+        raise JropeError("NaN in 1 of 9 tensors")
+
+    monkeypatch.setattr("jrope.cli.loading.load", load)
+    assert fail(capsys, *words(model, good)) == "jrope: error: NaN in 1 of 9 tensors"
+    assert records_of(good.with_name("out.jsonl")) == []
 
 
 def test_defaults_of_rows(

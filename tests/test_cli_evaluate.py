@@ -1,5 +1,6 @@
 """`jrope evaluate` on the embedded model: records, resuming, failures, bad input."""
 
+import argparse
 import hashlib
 import json
 import shutil
@@ -11,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cli_helpers import write_adapter
 from jax.errors import JaxRuntimeError
 
 from jrope.cli import evaluate, main
-from jrope.cli.evaluate_plan import split_ropes
+from jrope.cli.evaluate_plan import plan_of, split_ropes
 from jrope.cli.terminal import TimeLeft, duration_text
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
@@ -447,6 +449,17 @@ def test_reflow_joins_the_lines_of_a_paragraph(tmp_path: Path, capsys: Any) -> N
     assert same[0] == same[1] == hashlib.sha256(path.read_bytes()).hexdigest()
     run("--text", path, *short, "--out", out["reflowed"], status=2)
     assert "holds a run with reflow True (now None)" in capsys.readouterr().err
+
+
+def test_a_journal_is_of_one_adapter(tmp_path: Path) -> None:
+    one, other = (write_adapter(tmp_path / str(x), x) for x in (1, 2))
+    names = ("precision", "tokens", "stride", "trials", "seed", "filler", "reflow")
+    args = argparse.Namespace(**dict.fromkeys(names))
+    found = [
+        plan_of(argparse.Namespace(**vars(args), adapter=x), 1)["adapter"]
+        for x in (None, str(one), str(other))
+    ]
+    assert found[0] is None and len({*found}) == 3
 
 
 def test_hash_of_another_model_differs(tmp_path: Path) -> None:

@@ -161,6 +161,38 @@ def test_logits_of_a_long_text_never_exist_at_once(gradient: bool) -> None:
     def loss(params: Any, tokens: Any) -> jax.Array:
         return score(params, tokens, config=config).mean()
 
-    run = jax.jit(jax.grad(loss) if gradient else loss)
+    greedy = partial(score, config=config, greedy=True)
+    run = jax.jit(jax.grad(loss) if gradient else greedy)
     memory = run.lower(nest(shapes), tokens).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 4 * count * vocabulary / 4
+
+
+@pytest.mark.parametrize("count", [2, 258])
+def test_greedy_tokens_are_torchs_argmax(count: int) -> None:
+    """Texts of which some tokens are the best ones, ragged, and under jit."""
+    tiny, params, config = model()
+    tokens, lengths = random_tokens(2, count), np.array([count, (count + 1) // 2 + 1])
+    with torch.no_grad():
+        for t in sorted({1, count // 2, count - 1}):
+            given = torch.tensor(tokens[:, :t], dtype=torch.long)
+            tokens[:, t] = tiny.model(given, use_cache=False).logits[:, -1].argmax(-1)
+        given = torch.tensor(tokens, dtype=torch.long)
+        logits = tiny.model(given, use_cache=False).logits[:, :-1]
+    inside = np.arange(1, count) < lengths[:, None]
+    want = (logits.argmax(-1).numpy() == tokens[:, 1:]) & inside
+    assert want[0, [0, count // 2 - 1, -1]].all()
+    got = jax.jit(partial(score, config=config, greedy=True))(params, tokens, lengths)
+    assert got.greedy.dtype == bool
+    np.testing.assert_array_equal(got.greedy, want)
+    plain = score(params, tokens, lengths, config=config)
+    np.testing.assert_array_equal(got.logprobs, plain)
+
+
+def test_of_equal_logits_the_first_is_greedy() -> None:
+    """As torch's argmax; here, all are equal."""
+    _, params, config = model()
+    params = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
+    tokens = np.array([[3, 0, 1, 0]], np.int32)
+    got = score(params, tokens, config=config, greedy=True).greedy
+    np.testing.assert_array_equal(got, [[True, False, True]])
+    assert int(torch.zeros(VOCABULARY).argmax()) == 0

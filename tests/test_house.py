@@ -40,6 +40,7 @@ ARROWS = {
     "batch": "errors locks numerics tree sharding model hf generation",
     "cli": "errors tree rope sharding model weights hf generation parity bench plan "
     "lab batch",
+    "integrations": "errors tree model weights hf generation batch cli",
 }
 
 
@@ -124,7 +125,9 @@ def test_imports_name_the_whole_module(name):
 
 def test_import_brings_neither_torch_nor_transformers():
     heavy = ["torch", "transformers", "tensorflow", "orbax", "optax", "huggingface_hub"]
-    code = f"import jrope, sys; print([m for m in {heavy} if m in sys.modules])"
+    heavy += ["lm_eval", "ray"]
+    modules = "jrope, jrope.integrations.lm_eval, jrope.integrations.ray"
+    code = f"import {modules}, sys; print([m for m in {heavy} if m in sys.modules])"
     assert run_python(code) == "[]"
 
 

@@ -95,6 +95,25 @@ def test_score_takes_every_form_of_parameters(form):
     assert_close(got, want)
 
 
+@pytest.mark.parametrize("text", ["data=2,model=4", "context=4,model=2"])
+def test_greedy_tokens_are_one_devices(text):
+    """Of equal logits on all devices the first one, too."""
+    params, tokens = make_params(), TOKENS.copy()
+    logits, _ = jrope.forward(params, jnp.asarray(tokens[:, :1]), config=CONFIG)
+    tokens[:, 1] = np.argmax(logits[:, 0], axis=-1)
+    tokens[:, 5] = 0
+    even = {**params, "lm_head": jax.tree.map(jnp.zeros_like, params["lm_head"])}
+    for tree, column in ((params, 0), (even, 4)):
+        placed = jrope.shard(tree, jrope.mesh(text), CONFIG)
+        got, want = (
+            jrope.score(x, tokens, LENGTHS, config=CONFIG, greedy=True)
+            for x in (placed, tree)
+        )
+        assert_close(got.logprobs, want.logprobs)
+        np.testing.assert_array_equal(got.greedy, want.greedy)
+        assert want.greedy[:, column].any()
+
+
 def assert_same(got, want):
     """The same bits, and the same place if both stand on a mesh."""
     np.testing.assert_array_equal(got, want)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, cast, final
 
 import numpy as np
@@ -12,12 +13,25 @@ from jrope.batch.embeddings import embedding
 from jrope.batch.fields import RowError
 from jrope.batch.journal import Output
 from jrope.batch.rows import BatchSettings, Row, read_row
-from jrope.batch.source import Index, Line, Source
+from jrope.batch.source import Index, Line
 from jrope.batch.text import tokens_to_stop
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import JropeError
 
 _TEXTS = 64  # to embed together
+
+
+class Lines(Protocol):
+    """Where rows come from, such as a `Source`."""
+
+    @property
+    def path(self) -> Path:
+        """What errors name."""
+        ...
+
+    def mine(self) -> Iterator[Line]:
+        """The rows."""
+        ...
 
 
 class Engine(Protocol):
@@ -77,7 +91,7 @@ class _Pending:
 class Run:
     """Rows on their way through the engine."""
 
-    source: Source
+    source: Lines
     settings: BatchSettings
     index: Index
     output: Output

@@ -140,9 +140,13 @@ def read_line(number: int, data: bytes) -> Line:
     custom_id = fields.get("custom_id")
     custom_id = custom_id if isinstance(custom_id, str) else None
     name = f"line {number}" if custom_id is None else f"id {custom_id}"
-    parts = name.encode("utf-8", "surrogatepass"), data.strip()
-    id = "".join(blake2b(part, digest_size=8).hexdigest() for part in parts)
-    return Line(number, id, custom_id, fields, problem)
+    return Line(number, line_id(name, data.strip()), custom_id, fields, problem)
+
+
+def line_id(name: str, data: bytes) -> str:
+    """The id of a `Line`: what names it, and all that it says."""
+    parts = name.encode("utf-8", "surrogatepass"), data
+    return "".join(blake2b(part, digest_size=8).hexdigest() for part in parts)
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, bytes]]:

@@ -14,6 +14,7 @@ from jrope.batch.rows import BatchSettings
 from jrope.batch.source import Source
 from jrope.cli.batch_live import Live
 from jrope.cli.common import (
+    add_adapter_argument,
     add_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
@@ -21,7 +22,7 @@ from jrope.cli.common import (
     reach,
     whole,
 )
-from jrope.cli.evaluate_plan import hash_model
+from jrope.cli.evaluate_plan import hash_adapter, hash_model
 from jrope.cli.loading import Loading
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
 from jrope.cli.text import load_tokenizer
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_adapter_argument(parser)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
@@ -98,13 +100,14 @@ def run(args: argparse.Namespace) -> int:
         return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
-    with Loading(folder, args.dtype, args.quantize) as loading:
+    how = {"adapter": args.adapter}
+    with Loading(folder, args.dtype, args.quantize, **how) as loading:
         check_model(loading.shapes, config)
-        check_windows(config, _longest(args, config))
+        check_windows(config, longest_row(args.max_length, config))
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
-        live = Live(args, config, _longest(args, config), loading)
+        live = Live(args, config, longest_row(args.max_length, config), loading)
         summary = run_batch(
             live,
             args.input,
@@ -133,18 +136,18 @@ def _settings(
         tokenizer=load_tokenizer(folder),
         config=config,
         model=Path(args.folder).name,
-        max_length=_longest(args, config),
+        max_length=longest_row(args.max_length, config),
         sampler=make_sampler(args, folder),
         api_sampler=Sampler(**{"temperature": 1.0, **given}),
         max_new_tokens=args.max_new_tokens,
     )
 
 
-def _longest(args: argparse.Namespace, config: LlamaConfig) -> int:
+def longest_row(max_length: int | None, config: LlamaConfig) -> int:
     """Tokens of a row: every slot has room for so many."""
     longest = reach(config) or config.max_position_embeddings
     windows = [window for window in config.windows or () if window is not None]
-    return args.max_length or min(longest, _LONGEST, *windows)
+    return max_length or min(longest, _LONGEST, *windows)
 
 
 def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -156,6 +159,7 @@ def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokenizer": digest.hexdigest(),
         "dtype": args.dtype,
         "quantize": args.quantize,
+        **({} if args.adapter is None else {"adapter": hash_adapter(args.adapter)}),
         "seed": args.seed or 0,
         "embedding": args.embedding,
     }
@@ -179,7 +183,7 @@ def _tell_rows(found: Inspection) -> None:
 
 def _tell_programs(args: argparse.Namespace, folder: Path, config: LlamaConfig) -> None:
     shapes, _ = load_shapes(folder, args.dtype)
-    capacity = _longest(args, config)
+    capacity = longest_row(args.max_length, config)
     engine = Engine(shapes, config, capacity=capacity, slots=args.slots)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")

@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Iterator
 from dataclasses import asdict
 from itertools import chain
 from types import FrameType
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -21,7 +21,12 @@ from jrope.batch.journal import replaced
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.cli.loading import Loading
 from jrope.cli.terminal import TimeLeft, duration_text, note
+from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
+
+
+class _NotLoaded(Exception):
+    """There is no engine: the end of the run, where an error of `check` is a row's."""
 
 
 class Live:
@@ -44,13 +49,21 @@ class Live:
 
     def check(self, work: Work) -> None:
         """As the engine does."""
-        self._made().check(work)
+        try:
+            engine = self._made()
+        except JropeError as error:
+            raise _NotLoaded from error
+        engine.check(work)
 
     def run(self, work: Iterable[Work], stopped: Stopped | None) -> Iterator[Finished]:
         """Generate, until a signal comes; without any work nothing is compiled."""
         work = iter(work)
         with self._signals():
-            if (first := next(work, None)) is not None:
+            try:
+                first = next(work, None)
+            except _NotLoaded as error:
+                raise cast(JropeError, error.__cause__) from None
+            if first is not None:
                 yield from self._made().run(chain([first], work), stopped)
 
     def embed(self, prompts: list[list[int]]) -> np.ndarray:

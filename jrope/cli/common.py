@@ -176,6 +176,12 @@ def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=("int8",), help=text)
 
 
+def add_adapter_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --adapter."""
+    text = "a LoRA adapter of PEFT, a folder or hub id, merged into the weights"
+    parser.add_argument("--adapter", metavar="FOLDER", help=text)
+
+
 def apply_rope(config: LlamaConfig, args: argparse.Namespace) -> LlamaConfig:
     """The configuration with what `add_rope_arguments` added, where given.
 

@@ -20,6 +20,7 @@ from jrope.bench.device import describe_device
 from jrope.cli.common import (
     DTYPES,
     ROPE_HELP,
+    add_adapter_argument,
     add_quantize_argument,
     array_bytes,
     count,
@@ -113,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "cast the weights (default: as the file has them)"
     add("--dtype", choices=DTYPES, help=text)
     add_quantize_argument(parser)
+    add_adapter_argument(parser)
     add_mesh_arguments(parser)
     add("--buckets", action="store_true", help="also print perplexity by position")
     text = (
@@ -235,7 +237,7 @@ def _weights(folder: Path, args: argparse.Namespace, mesh: Mesh | None) -> Any:
     check_weights(held)
     with Progress("loading", sum(arriving)) as progress:
         how: dict[str, Any] = {"quantize": args.quantize, "mesh": mesh}
-        how["progress"] = progress
+        how |= {"progress": progress, "adapter": args.adapter}
         params, _ = load(folder, args.dtype, **how)
     return params
 

@@ -15,6 +15,8 @@ import numpy as np
 from jrope.cli.common import parse_rope
 from jrope.cli.text import load_tokenizer, vocabulary
 from jrope.errors import JropeError
+from jrope.hf import adapters
+from jrope.hf.folders import CONFIG, find_folder
 from jrope.lab.perplexity import reflow
 from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
@@ -193,9 +195,14 @@ def tokenize(
     return found
 
 
-def hash_model(folder: Path) -> str:
+def hash_adapter(path_or_repo: str) -> str:
+    """`hash_model` of a LoRA adapter."""
+    return hash_model(find_folder(path_or_repo, None), adapters.CONFIG)
+
+
+def hash_model(folder: Path, config: str = CONFIG) -> str:
     """A hash of config.json and of evenly spread pieces of the weights' files."""
-    digest = hashlib.sha256((folder / "config.json").read_bytes())
+    digest = hashlib.sha256((folder / config).read_bytes())
     for path in sorted(folder.glob("*.safetensors")):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
@@ -244,4 +251,6 @@ def plan_of(args: argparse.Namespace, new: int) -> Mapping[str, Any]:
     """The settings that a journal's records depend on, by name."""
     names = ("precision", "tokens", "stride", "trials", "seed", "filler")
     settings = {name: getattr(args, name) for name in names}
-    return {**settings, "reflow": args.reflow or None, "answer_tokens": new}
+    adapter = None if args.adapter is None else hash_adapter(args.adapter)
+    own = {"reflow": args.reflow or None, "answer_tokens": new, "adapter": adapter}
+    return {**settings, **own}

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from jrope.cli.common import (
+    add_adapter_argument,
     add_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_adapter_argument(parser)
     add_mesh_arguments(parser)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
@@ -84,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     sampler = make_sampler(args, folder)
     mesh = mesh_of(args)
     layout = None if mesh is None else layout_on(mesh, config)
-    with Loading(folder, args.dtype, args.quantize, mesh) as loading:
+    with Loading(folder, args.dtype, args.quantize, mesh, args.adapter) as loading:
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)

@@ -12,6 +12,7 @@ from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
 from jrope.hf.checkpoint import load, load_shapes
+from jrope.hf.folders import PathLike
 from jrope.model.placed import shard
 from jrope.weights import int8
 from jrope.weights.int8 import Quantization
@@ -34,6 +35,7 @@ class Loading:
         dtype: str | None,
         quantize: Quantization | None = None,
         mesh: Mesh | None = None,
+        adapter: PathLike | None = None,
     ) -> None:
         plain, config = load_shapes(folder, dtype)  # finds what headers can tell
         self.shapes = (
@@ -42,6 +44,7 @@ class Loading:
         if mesh is not None:
             self.shapes = shard(self.shapes, mesh, config)
         self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
+        self._how["adapter"] = adapter
         jax.devices()  # starts the backend here, not in two threads at once
         self._bar, self._shown = Progress("loading", sum(array_bytes(plain))), False
         self._unwanted = False

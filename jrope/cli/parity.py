@@ -6,7 +6,12 @@ Exit status 0: it does, in every dtype; 1: it does not; 2: bad input.
 import argparse
 from pathlib import Path
 
-from jrope.cli.common import add_rope_arguments, parse_rope, whole
+from jrope.cli.common import (
+    add_adapter_argument,
+    add_rope_arguments,
+    parse_rope,
+    whole,
+)
 from jrope.cli.text import load_tokenizer
 from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
@@ -26,6 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one comparison for each (float32 bfloat16)",
     )
     add_mesh_arguments(parser, together=False)
+    add_adapter_argument(parser)
     add_rope_arguments(parser, precision=False)
     parser.epilog = f"exit status: 0 equal, 1 not, 2 bad input\n\n{parser.epilog}"
     add(
@@ -65,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
             positions=positions,
             threshold=args.threshold,
             mesh=mesh_of(args),
+            adapter=args.adapter,
         )
         if not args.json:
             print(report.table(), end="\n\n", flush=True)

@@ -46,8 +46,12 @@ def read_prompts(given: list[str], file: str | None) -> list[str]:
     return [re.sub(r"\r?\n\Z", "", text)]
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, **options: Any) -> Any:
     """The folder's tokenizer, through transformers; code in the folder is never run.
+
+    Args:
+      folder: of the model.
+      options: for the tokenizer itself.
 
     Raises:
       JropeError: there is none, it cannot be read, or transformers is not installed.
@@ -67,7 +71,7 @@ def load_tokenizer(folder: Path) -> Any:
     kind = cast(Any, AutoTokenizer)
     try:
         return kind.from_pretrained(
-            str(folder), local_files_only=True, trust_remote_code=False
+            str(folder), local_files_only=True, trust_remote_code=False, **options
         )
     except Exception as error:  # tokenizers raises bare Exception for damaged files
         what = f"{type(error).__name__}: {error}"

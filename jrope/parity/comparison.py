@@ -14,6 +14,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
+from jrope.hf.folders import PathLike
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import (
     Step,
@@ -31,6 +32,7 @@ from jrope.parity.report import NotFinite, Report, Segment, Stage, segment, stag
 from jrope.parity.torch_side import (
     Stages,
     import_peers,
+    merged,
     quiet,
     torch_frequencies,
     torch_stages,
@@ -59,6 +61,7 @@ def compare(
     positions: Sequence[int | str] | None = None,
     threshold: float = 2e-5,
     mesh: Mesh | None = None,
+    adapter: PathLike | None = None,
 ) -> Report:
     """Run a Hugging Face folder through transformers and jrope.
 
@@ -77,6 +80,7 @@ def compare(
         None: 0, at and past the trained length, and up to 131071.
       threshold: see the package.
       mesh: where jrope runs, as in `load`; PyTorch runs where it does without.
+      adapter: a LoRA adapter, as in `load`; PEFT merges it for PyTorch.
 
     Raises:
       JropeError: an argument makes no sense, `load` refuses the folder, transformers
@@ -87,7 +91,7 @@ def compare(
     if dtype not in DTYPES:
         raise JropeError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
     torch, transformers = import_peers()
-    params, config = load(folder, dtype, mesh=mesh)
+    params, config = load(folder, dtype, mesh=mesh, adapter=adapter)
     name, fields = rope if isinstance(rope, tuple) else (rope, {})
     config = with_rope(config, name, condense=condense, **fields)
     trained = config.rope.trained_length or config.max_position_embeddings
@@ -105,6 +109,7 @@ def compare(
             config=kind.config_class(**wanted),
             dtype=getattr(torch, dtype),
         )
+        model = model if adapter is None else merged(model, adapter)
     frequencies, inv_freq = _frequencies(config.rope, model, places)
     run = partial(
         torch_stages, ids=ids, places=places, condense=condense, inv_freq=inv_freq

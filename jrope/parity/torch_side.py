@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, TypeAlias
@@ -10,6 +11,7 @@ import numpy as np
 
 from jrope.errors import JropeError
 from jrope.hf import config_to_hf
+from jrope.hf.folders import PathLike
 from jrope.hf.layer_types import FULL
 from jrope.model.config import LlamaConfig
 from jrope.rope import DynamicYarn
@@ -134,13 +136,23 @@ def import_peers() -> tuple[Any, Any]:
     return torch, transformers
 
 
+def merged(model: Any, adapter: PathLike) -> Any:
+    """The model with a LoRA adapter in its weights, by PEFT."""
+    with warnings.catch_warnings():  # PEFT's own, of names in transformers
+        warnings.simplefilter("ignore")
+        kind = import_module("peft").PeftModel
+        return kind.from_pretrained(model, str(adapter)).merge_and_unload()
+
+
 def import_module(name: str) -> Any:
-    """torch or transformers, which only parity needs; else a JropeError."""
+    """torch, transformers or PEFT, which only parity needs; else a JropeError."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        wanted = "pip install torch transformers"
-        raise JropeError(f"parity needs {name} ({error}): {wanted}") from None
+        wanted = "peft" if name == "peft" else "torch transformers"
+        raise JropeError(
+            f"parity needs {name} ({error}): pip install {wanted}"
+        ) from None
 
 
 @contextmanager

@@ -1,0 +1,1 @@
+"""jrope behind other tools' interfaces; importing these imports no such tool."""
