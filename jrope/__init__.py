@@ -15,6 +15,8 @@ from jrope.batch.files import run_batch as run_batch
 from jrope.batch.rows import BatchSettings as BatchSettings
 from jrope.errors import JropeError as JropeError
 from jrope.generation.ahead import compile_ahead as compile_ahead
+from jrope.generation.guesser import Draft as Draft
+from jrope.generation.guesser import PromptLookup as PromptLookup
 from jrope.generation.run import Generation as Generation
 from jrope.generation.run import generate as generate
 from jrope.generation.run import stream as stream

@@ -39,6 +39,7 @@ from jrope.cli.text import (
 from jrope.cli.together import add_mesh_arguments, mesh_of, shared
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
+from jrope.generation.guesser import PromptLookup
 from jrope.generation.request import Options, prepare
 from jrope.generation.run import Stream, stream
 from jrope.generation.sample import Sampler
@@ -69,6 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add("--stop", metavar="TEXT", action="append", default=[], help="end before it")
     add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
+    text = "guess N tokens at a time (7) from the text, where it repeats itself"
+    add("--speculate", metavar="prompt[:N]", type=_speculation, help=text)
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
@@ -147,12 +150,21 @@ def _encoded(
     ]
 
 
+def _speculation(word: str) -> PromptLookup:
+    """The type of --speculate."""
+    kind, colon, count = word.partition(":")
+    if kind != "prompt" or (colon and not count.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{word!r} is not prompt, or such as prompt:7")
+    return PromptLookup(whole(1)(count)) if colon else PromptLookup()
+
+
 def _options(args: argparse.Namespace, sampler: Sampler, new: int) -> Options:
     return {
         "sampler": sampler,
         "key": jax.random.key(args.seed or 0),
         "max_new_tokens": new,
         "prefill_chunk": args.prefill_chunk,
+        "speculate": args.speculate,
     }
 
 

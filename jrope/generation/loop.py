@@ -256,10 +256,10 @@ def draw(
     return drawn, logits, wrong == 0
 
 
-def prefill_and_first_token(
+def prefill_prompts(
     params: Params, request: Request, config: LlamaConfig, scored: bool
-) -> tuple[KVCache, DecodeState, jax.Array | None]:
-    """Prefill, in chunks where asked, and the first token."""
+) -> tuple[jax.Array, KVCache, jax.Array | None]:
+    """`prefill`, in chunks where asked."""
     size = request.prefill_chunk
     static = {"config": config, "scored": scored, "layout": request.layout}
 
@@ -273,11 +273,21 @@ def prefill_and_first_token(
     for at in range(size, request.width, size):
         last, cache, score = chunk(at, cache, last)
         scores.append(score)
+    return last, cache, joined_scores(scores, request) if scored else None
+
+
+def prefill_and_first_token(
+    params: Params, request: Request, config: LlamaConfig, scored: bool
+) -> tuple[KVCache, DecodeState, jax.Array | None]:
+    """Prefill, in chunks where asked, and the first token."""
+    last, cache, scores = prefill_prompts(params, request, config, scored)
     state = first_token(
         params,
         last,
         *first_token_inputs(request),
+        config=config,
         output_slots=request.output_slots,
-        **static,
+        scored=scored,
+        layout=request.layout,
     )
-    return cache, state, joined_scores(scores, request) if scored else None
+    return cache, state, scores

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError, check_count
+from jrope.generation.guesser import Guesser, check_guesser
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import PAD_RIGHT, refuse_unknown
@@ -51,6 +52,9 @@ class Options(TypedDict, total=False):
       pad_id: fills rows after their stop; None: the config's pad_token_id, else 0.
       prefill_chunk: tokens of the prompt at a time; None: all at once.
       sums: on a mesh, how devices add up their products: see `sharding.axes.Sums`.
+      speculate: a `PromptLookup` or a `Draft`, which guesses tokens that one pass of
+        the model then checks: the same tokens in fewer passes.  In 16 bits rounding may
+        choose another where two are nearly as good.  None: one token a pass.
     """
 
     sampler: Sampler | None
@@ -61,6 +65,7 @@ class Options(TypedDict, total=False):
     pad_id: int | None
     prefill_chunk: int | None
     sums: Sums
+    speculate: Guesser | None
 
 
 @jax.tree_util.register_dataclass
@@ -86,11 +91,13 @@ class Request:
     prefill_chunk: int
     width: int  # T as given
     layout: Layout | None = None  # the mesh, and what it splits
+    speculate: Guesser | None = None  # what guesses `tokens` at a time
 
     @property
     def capacity(self) -> int:
         """Cache slots: of the padded prompt and everything that may follow."""
-        return self.prompt.shape[1] + self.output_slots
+        guesses = 0 if self.speculate is None else self.speculate.tokens
+        return self.prompt.shape[1] + self.output_slots + guesses
 
     def place(self, tree: Any) -> Any:
         """Arrays whose first axis, if any, is the batch, as the layout splits rows."""
@@ -138,6 +145,7 @@ def prepare(
     pad_id: int | None = None,
     prefill_chunk: int | None = None,
     sums: Sums = "auto",
+    speculate: Guesser | None = None,
     **unknown: Any,
 ) -> Request:
     """Check a request and round its shapes up; arguments as `Options` and `generate`.
@@ -184,7 +192,7 @@ def prepare(
         check_rows(batch, layout)
         layout = replace(layout, axes=replace(layout.axes, sums=sums))
         sampling = layout.place(sampling, sampling_specs(layout, sampling))
-    return Request(
+    request = Request(
         prompt=tokens,
         lengths=lengths.astype(np.int32),
         sampling=sampling,
@@ -194,6 +202,11 @@ def prepare(
         width=width,
         layout=layout,
     )
+    if speculate is None:
+        return request
+    room = request.capacity + getattr(speculate, "tokens", 0)
+    check_guesser(speculate, config, room, layout)
+    return replace(request, speculate=speculate)
 
 
 def refuse_traced(**values: Any) -> None:

@@ -10,8 +10,15 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jrope.errors import check_count
-from jrope.generation.loop import decode, prefill_and_first_token
+from jrope.generation.loop import DecodeState, decode, prefill_and_first_token
 from jrope.generation.request import Options, Request, prepare, refuse_traced
+from jrope.generation.speculate import (
+    Speculation,
+    begin,
+    decode_guessing,
+    remember_prompts,
+)
+from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
 from jrope.sharding.meshes import layout_of, readable
@@ -42,6 +49,46 @@ class Generation:
     finite: jax.Array
     logprobs: jax.Array | None
     prompt_logprobs: jax.Array | None
+
+
+@final
+class Decoding:
+    """Rows that go on, with guesses where the request has some.
+
+    Attributes:
+      rows: what is known of them so far.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        request: Request,
+        config: LlamaConfig,
+        cache: KVCache,
+        rows: DecodeState,
+    ) -> None:
+        self.params, self.request, self.config = params, request, config
+        self.cache, self.rows = cache, rows
+        self.guessing: Speculation | None = None
+        if (guesser := request.speculate) is not None:
+            memory = remember_prompts(guesser, request)
+            given = guesser, memory, rows, cache.lengths, request.sampling
+            self.guessing = begin(*given)
+
+    def go_on(self, limit: int) -> None:
+        """Until every row has so many tokens, or has stopped."""
+        request, config = self.request, self.config
+        until = request.place(jnp.asarray(limit, jnp.int32))
+        if self.guessing is None:
+            given = self.params, self.cache, self.rows, request.sampling, until
+            how = {"config": config, "layout": request.layout}
+            self.cache, self.rows = decode(*given, **how)
+            return
+        most = jnp.asarray(request.max_new_tokens, jnp.int32)
+        given = self.params, self.cache, self.guessing, request.sampling, until, most
+        going = decode_guessing(*given, request.speculate, config=config)
+        self.cache, self.guessing = going
+        self.rows = going[1].rows
 
 
 def generate(
@@ -80,9 +127,9 @@ def generate(
     check_params(params)
     request = prepare(prompt, lengths, config, layout_of(params), **options)
     cache, state, scores = prefill_and_first_token(params, request, config, logprobs)
-    limit = request.place(jnp.asarray(request.max_new_tokens, jnp.int32))
-    given = params, cache, state, request.sampling, limit
-    _, state = decode(*given, config=config, layout=request.layout)
+    decoding = Decoding(params, request, config, cache, state)
+    decoding.go_on(request.max_new_tokens)
+    state = decoding.rows
     new, chances = request.max_new_tokens, state.logprobs
     found = (
         state.tokens[:, :new],
@@ -149,15 +196,15 @@ class Stream(Iterator[np.ndarray]):
         if request.max_new_tokens == 0:
             return
         cache, state, _ = prefill_and_first_token(params, request, config, False)
+        decoding = Decoding(params, request, config, cache, state)
         emitted = 0
         for planned in [*range(1, request.max_new_tokens, chunk), None]:
             following = state
             shown = readable((state.tokens, state.finite, state.done, state.step))
             if planned is not None:
                 limit = min(planned + chunk, request.max_new_tokens)
-                limit = request.place(jnp.asarray(limit, jnp.int32))
-                given = params, cache, state, request.sampling, limit
-                cache, following = decode(*given, config=config, layout=request.layout)
+                decoding.go_on(limit)
+                following = decoding.rows
             tokens, finite, done, step = map(np.asarray, shown)
             self.finite, reached = finite, int(step)
             if reached > emitted:
