@@ -1,11 +1,14 @@
 """Speculative decoding: the tokens of plain decoding, in fewer passes."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.stats
 from generate_helpers import (
     HOT,
     KEY,
@@ -88,6 +91,30 @@ def test_tokens_are_those_of_plain_decoding(kind: str) -> None:
         assert guessed.finite.all(), name
         np.testing.assert_allclose(guessed.logprobs, plain.logprobs, atol=2e-5)
         np.testing.assert_allclose(guessed.prompt_logprobs, plain.prompt_logprobs)
+
+
+def test_the_distribution_is_that_of_the_sampler() -> None:
+    """Pearson's test of the tokens drawn at a guess, and after one that was right."""
+    batch, size, guess = 4000, 8, 6  # the likeliest token, and likely after itself
+    logits = jax.random.normal(jax.random.key(1), (2, size))
+    sampler = Sampler(temperature=0.8, top_k=6)
+    weights = np.asarray(jax.nn.softmax(sampler.warp(logits)), np.float64)
+    rows = SimpleNamespace(
+        lengths=jnp.zeros(batch, jnp.int32), seen=jnp.zeros((batch, size), bool)
+    )
+    keys = jax.random.split(KEY, batch)
+    sampling = SimpleNamespace(keys=keys, sampler=sampler)
+    guesses = jnp.full((batch, 1), guess, jnp.int32)
+    given: Any = jnp.tile(logits, (batch, 1)), rows, guesses, sampling
+    drawn = np.asarray(speculate._draw_each(*given)[0])
+    right = drawn[drawn[:, 0] == guess]
+    for tokens, p in ((drawn[:, 0], weights[0]), (right[:, 1], weights[1])):
+        found = np.bincount(tokens, minlength=size)
+        assert not found[p == 0].any()
+        expected = p[p > 0] / p.sum() * len(tokens)
+        assert expected.min() > 5
+        test = scipy.stats.chisquare(found[p > 0], expected)
+        assert test.pvalue > 1e-3
 
 
 @pytest.mark.parametrize("kind", ["lookup", "layer"])
