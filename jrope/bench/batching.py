@@ -23,7 +23,7 @@ from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
-from jrope.weights.int8 import is_quantized
+from jrope.weights.int8 import quantization_of
 
 PROMPT = (5.6, 32, 2048)  # mean of the logarithm, least, most
 NEW = (5.0, 16, 1024)
@@ -180,7 +180,7 @@ def least_seconds(
     are bound by FLOPs.
     """
     itemsize: int = params["model"]["norm"]["weight"].dtype.itemsize
-    quantize = "int8" if is_quantized(params) else None
+    quantize = quantization_of(params)
     sizes = [(len(work.prompt), work.max_new_tokens) for work in works]
     filled = sum(new * prompt + new * (new + 1) // 2 for prompt, new in sizes)
     read = steps * read_bytes(config, itemsize, quantize)

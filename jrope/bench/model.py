@@ -17,6 +17,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.cache import layer_slots
 from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
+from jrope.model.packed import group_of
 from jrope.rope import Rope
 from jrope.tree import Params, Tree, nest
 from jrope.weights.fuse import fuse, unfuse
@@ -69,7 +70,7 @@ def random_params(
 ) -> Tree:
     """Weights that never leave the device: uniform noise in `dtype`, norms one.
 
-    With "int8" the matrices that `jrope.quantize` takes are made as integers.
+    With "int8" or "int4" the matrices that `jrope.quantize` takes are made as integers.
     """
 
     shapes, flat = parameter_shapes(config), dict[str, jax.Array]()
@@ -77,8 +78,11 @@ def random_params(
     spread = config.initializer_range
     for i, (name, shape) in enumerate(shapes.items()):
         if name in chosen:
-            names = (name, scale_name(name))
-            flat |= zip(names, _integers(i, shape, spread), strict=True)
+            if quantize == "int4":
+                made = _words(i, shape, group_of(name, shape[1]), spread)
+            else:
+                made = _integers(i, shape, spread)
+            flat |= zip((name, scale_name(name)), made, strict=True)
         else:
             flat[name] = _noise(i, shape, spread, dtype)
     return nest(flat)
@@ -98,6 +102,13 @@ def _integers(seed: Any, shape: tuple[int, ...], spread: float) -> Any:
     bits = jax.random.bits(jax.random.key(seed), shape, jnp.uint8)
     whole = jnp.maximum(jax.lax.bitcast_convert_type(bits, jnp.int8), -127)
     return whole, jnp.full(shape[:1], np.float32(spread / 127), jnp.float32)
+
+
+@partial(jax.jit, static_argnames=("shape", "group", "spread"))
+def _words(seed: Any, shape: tuple[int, ...], group: int, spread: float) -> Any:
+    out, width = shape
+    bits = jax.random.bits(jax.random.key(seed), (out, width // 8), jnp.uint32)
+    return bits, jnp.full((out, width // group), spread / 8, jnp.bfloat16)
 
 
 class Weights:

@@ -32,7 +32,7 @@ from jrope.errors import JropeError
 from jrope.generation.request import bucket
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
-from jrope.weights.int8 import Quantization, is_quantized, weight_bytes
+from jrope.weights.int8 import Quantization, quantization_of, weight_bytes
 
 
 @final
@@ -117,7 +117,7 @@ class Bench:
         self.ceilings, self.peer = ceilings, peer
         tree = weights.arranged("none")
         self.itemsize: int = tree["model"]["norm"]["weight"].dtype.itemsize
-        self.quantize: Quantization | None = "int8" if is_quantized(tree) else None
+        self.quantize: Quantization | None = quantization_of(tree)
 
     def rows(self) -> Iterator[Row]:
         """Every row as soon as it is known."""

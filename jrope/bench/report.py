@@ -137,6 +137,7 @@ class Report:
         on = device["kind"] if device["kind"] != "cpu" else device["processor"]
         driver = f", driver {device['driver']}" if device["driver"] else ""
         size = self._weight_bytes()
+        kind = f", {self.quantize} weights" if self.quantize else ""
         best = self.ceilings
         limits = [
             f"reads {_si(best.read, 'B/s')}",
@@ -148,7 +149,7 @@ class Report:
             f"{on}{driver}, {device['cores']} processor cores",
             ", ".join(f"{name} {number}" for name, number in versions.items()),
             f"{self.model}, {self.config.num_hidden_layers} layers, {self.dtype}"
-            f"{', int8 weights' if self.quantize else ''}: {_si(size, 'B')} of weights"
+            f"{kind}: {_si(size, 'B')} of weights"
             f", rope {describe(self.config.rope)}",
             f"at best the device {', '.join(limits)}",
         ]

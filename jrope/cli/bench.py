@@ -176,9 +176,11 @@ def _plan(args: argparse.Namespace) -> Plan:
         got = args.capacity_factor
         raise JropeError(f"--capacity-factor: got {got}, want at least 1")
     if args.quantize and args.versus:
-        raise JropeError("--versus: transformers does not have these int8 weights")
+        raise JropeError(
+            f"--versus: transformers does not have these {args.quantize} weights"
+        )
     if args.quantize and args.fuse == "in_out":
-        raise JropeError("--fuse in_out: int8 weights lie out_in")
+        raise JropeError(f"--fuse in_out: {args.quantize} weights lie out_in")
     return Plan(
         works=("prefill", "decode") if args.only is None else (args.only,),
         batches=args.batch,

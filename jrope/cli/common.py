@@ -14,6 +14,7 @@ from jrope.model.config import LlamaConfig
 from jrope.model.with_rope import with_rope
 from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn
 from jrope.tree import flatten
+from jrope.weights.int8 import KINDS
 
 DTYPES = ("float32", "bfloat16", "float16")
 ROPE_HELP = f"""\
@@ -172,8 +173,9 @@ def add_dtype_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
     """Add --quantize."""
-    text = "hold the matrices as 8-bit integers, with a scale for each output"
-    parser.add_argument("--quantize", choices=("int8",), help=text)
+    text = "hold the matrices as 8-bit integers with a scale for each output, or as "
+    text += "4-bit integers with one for each 128 inputs of each output"
+    parser.add_argument("--quantize", choices=KINDS, help=text)
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:

@@ -60,7 +60,6 @@ from jrope.lab.passkey import NEW
 from jrope.model.config import LlamaConfig
 from jrope.model.placed import layout_on
 from jrope.model.with_rope import with_rope
-from jrope.weights.int8 import quantize
 
 _EPILOG = f"""\
 exit status: 0 all measured, 1 something failed or did not fit, 2 bad input
@@ -77,7 +76,6 @@ Distances: the mean score of all queries against all keys of the text, read with
 trained length, as if they stood so far apart.
 
 """
-_INT8 = ", int8 weights"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +192,7 @@ def _header(
     device = describe_device()
     on_cpu = device["platform"] == "cpu"
     packages = ("jax", "flax", "numpy", "transformers")
+    weights = f", {args.quantize} weights" if args.quantize else ""
     now = datetime.datetime.now(datetime.UTC)
     return {
         "jrope": version("jrope"),
@@ -201,7 +200,7 @@ def _header(
         "model_sha256": hash_model(folder),
         "command": shlex.join(["jrope", *sys.argv[1:]]),
         "device": device["processor"] if on_cpu else device["kind"],
-        "dtype": (args.dtype or _dtype(folder)) + _INT8 * (args.quantize == "int8"),
+        "dtype": (args.dtype or _dtype(folder)) + weights,
         "versions": {name: version(name) for name in packages},
         "trained_length": trained_length(config),
         "theta": config.rope.theta,
@@ -227,9 +226,8 @@ def _weights(folder: Path, args: argparse.Namespace, mesh: Mesh | None) -> Any:
     held = sum(arriving)
     if args.quantize:  # each wide tensor goes when its integers are there
         at_once = 1 if jax.default_backend() == "cpu" else READERS
-        held = sum(array_bytes(jax.eval_shape(quantize, plain))) + sum(
-            arriving[-at_once:]
-        )
+        narrow, _ = load_shapes(folder, args.dtype, quantize=args.quantize)
+        held = sum(array_bytes(narrow)) + sum(arriving[-at_once:])
     if mesh is not None:  # on a CPU the devices of a process share its memory
         layout_on(mesh, config)
         own = mesh.local_devices if jax.default_backend() == "cpu" else [None]

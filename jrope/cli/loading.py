@@ -14,7 +14,6 @@ from jrope.cli.terminal import Progress
 from jrope.hf.checkpoint import load, load_shapes
 from jrope.hf.folders import PathLike
 from jrope.model.placed import shard
-from jrope.weights import int8
 from jrope.weights.int8 import Quantization
 
 
@@ -38,9 +37,7 @@ class Loading:
         adapter: PathLike | None = None,
     ) -> None:
         plain, config = load_shapes(folder, dtype)  # finds what headers can tell
-        self.shapes = (
-            plain if quantize is None else jax.eval_shape(int8.quantize, plain)
-        )
+        self.shapes, _ = load_shapes(folder, dtype, quantize=quantize)
         if mesh is not None:
             self.shapes = shard(self.shapes, mesh, config)
         self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}

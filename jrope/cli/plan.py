@@ -145,7 +145,7 @@ def _weights(work: Work) -> int:
 
 def _head(name: str, work: Work, cluster: Cluster, best: Proposal) -> list[str]:
     device, config = cluster.device, work.config
-    kind = "int8" if work.quantize else work.dtype
+    kind = work.quantize or work.dtype
     rows = {
         "model": f"{name}: {weight_count(config):,} parameters, "
         f"{bytes_text(_weights(work))} in {kind}",

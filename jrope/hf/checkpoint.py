@@ -41,7 +41,7 @@ from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
 from jrope.hf.tensors import DTYPES, Tensors, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.placed import layout_on, shard
-from jrope.sharding.axes import Axes, specs_of
+from jrope.sharding.axes import Axes
 from jrope.tree import Params, Tree, flatten, nest
 from jrope.weights.int8 import Quantization, is_quantized, keeper
 
@@ -85,8 +85,9 @@ def load(
       revision: branch, tag or commit of a hub repository.
       adapter: a LoRA adapter of PEFT, a folder or a hub id, to merge as the weights
         arrive (after `dtype`), see `adapters.open_adapter`; `save` writes the sum.
-      quantize: "int8" for `jrope.quantize` of each tensor, on the device, as it arrives
-        (after `dtype`); memory is that of the int8 tree and one tensor (or eight).
+      quantize: "int8" or "int4" for `jrope.quantize` of each tensor, on the device, as
+        it arrives (after `dtype`); memory is that of the quantised tree and one tensor
+        (or eight).
       mesh: of `jrope.mesh`, or any other: every part is read once and goes straight to
         the devices that hold it, see `jrope.shard`; what is said above of tensors holds
         of parts.
@@ -119,7 +120,7 @@ def load(
         if check_finite:
             finite[name] = _is_finite(array)
         kept = keep(name, array)
-        return kept if there is None else there.place(kept, specs_of(kept, there.axes))
+        return kept if there is None else there.place(kept, there.specs(kept))
 
     # Of several processes each runs the same programs in the same order.
     computes = check_finite or quantize is not None or lora is not None
@@ -238,7 +239,7 @@ def save(
     """
     if is_quantized(params):
         hint = "`jrope.dequantize` them first; what rounding lost stays lost"
-        raise JropeError(f"cannot save {folder}: int8 parameters; {hint}")
+        raise JropeError(f"cannot save {folder}: quantised parameters; {hint}")
     flat = flatten(params)
     if not all(getattr(x, "is_fully_addressable", True) for x in flat.values()):
         hint = "load them in one process to save them"

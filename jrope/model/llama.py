@@ -40,6 +40,7 @@ from jrope.model.layers import (
     rms_norm,
     times,
 )
+from jrope.model.packed import widen
 from jrope.model.placed import cache_specs, logit_specs, on_mesh
 from jrope.model.products import linear
 from jrope.numerics import cpu_barrier
@@ -246,9 +247,9 @@ def _embedded(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
         weight, ids = cpu_barrier(weight, ids)
     if "scale" not in leaves:
         return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
-    rows = weight.at[ids].get(mode="clip").astype(jnp.float32)
+    rows = weight.at[ids].get(mode="clip")
     scale = jnp.asarray(leaves["scale"]).at[ids].get(mode="fill", fill_value=jnp.nan)
-    return (rows * scale[..., None]).astype(model["norm"]["weight"].dtype)
+    return widen(rows, scale, model["norm"]["weight"].dtype)
 
 
 def _embed_share(
@@ -264,7 +265,7 @@ def _embed_share(
     rows = weight.at[local].get(mode="fill", fill_value=0)
     if "scale" in leaves:
         scale = leaves["scale"].at[local].get(mode="fill", fill_value=0)
-        rows = (rows.astype(jnp.float32) * scale[..., None]).astype(dtype)
+        rows = widen(rows, scale, dtype)
     rows = axes.total(rows)  # exact: all but one are zero
     return jnp.where((ids < total)[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
 

@@ -1,5 +1,6 @@
 """x W^T for every way that weights may lie, on every backend; sums are float32."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -7,11 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from jrope.model import packed
 from jrope.numerics import cpu_barrier, matmul_precision, with_rank
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LinearParams
 
-BLOCK = 1024  # rows of int8 weights that a CPU widens at a time
+BLOCK = 1024  # rows of quantised weights that a CPU widens at a time
 PAIRED = 2**25  # int8 weights from which a GPU reads two rows at a time
 
 
@@ -25,17 +27,19 @@ def linear(
 ) -> jax.Array:
     """factor * x W^T + b for W [out, in], summed in float32, rounded once to `dtype`.
 
-    A single token that meets 8- or 16-bit weights is a multiply and a reduction: on GPU
-    and CPU it streams them faster than a matrix product of one row.  `fuse` may hold W
-    as a `kernel` [in, out] instead, which suits larger batches; `quantize` holds it as
-    integers, whose `scale` [out] comes after the sum.  With `axes` the sum goes on over
-    the shares of `in` that other devices hold.
+    A single token that meets weights of at most 16 bits is a multiply and a reduction:
+    on GPU and CPU it streams them faster than a matrix product of one row.  `fuse` may
+    hold W as a `kernel` [in, out] instead, which suits larger batches; `quantize` holds
+    it as integers, whose `scale` [out] comes after the sum, or [out, groups] within it.
+    With `axes` the sum goes on over the shares of `in` that other devices hold.
     """
     bias, scale = weights.get("bias"), weights.get("scale")
     dtype = x.dtype if dtype is None else dtype
     plain = bias is None and factor is None and scale is None and not axes.tensor
     exact = dtype if plain else jnp.float32
-    if is_row(weights, x):
+    if scale is not None and scale.ndim > 1:
+        y, scale = _packed_product(x, weights["weight"], scale), None
+    elif is_row(weights, x):
         y = _row_product(x, weights["weight"])
     elif "kernel" in weights:
         y = _product(x, weights["kernel"], 0, exact)
@@ -53,9 +57,10 @@ def linear(
 
 
 def is_row(weights: LinearParams, x: jax.Array) -> bool:
-    """Whether x is a single token to meet 8- or 16-bit weights [out, in]."""
+    """Whether x is a single token to meet weights [out, in] of at most 16 bits."""
     single = x.size == x.shape[-1] and "weight" in weights
-    return single and jnp.dtype(weights["weight"].dtype).itemsize <= 2
+    narrow = "scale" in weights or jnp.dtype(weights["weight"].dtype).itemsize <= 2
+    return single and narrow
 
 
 def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
@@ -86,30 +91,66 @@ def _product_on_cpu(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Ar
     """
     if axis == 1 and w.dtype.itemsize <= 2:
         w, x = jax.lax.optimization_barrier((w, x))
-    blocks = w.dtype == jnp.int8
-    y = _product_in_blocks(x, w) if blocks else _dot(x, w, axis, jnp.float32)
+    y = _int8_in_blocks(x, w) if w.dtype == jnp.int8 else _dot(x, w, axis, jnp.float32)
     return y.astype(dtype)
 
 
-def _product_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [..., in] times int8 w [out, in]: float32 [..., out].
+def _int8_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
+    return _product_in_blocks(x, (w,), lambda part: part.astype(x.dtype))
+
+
+def _product_in_blocks(
+    x: jax.Array, arrays: tuple[jax.Array, ...], widen: Callable[..., jax.Array]
+) -> jax.Array:
+    """x [..., in] times what `widen` makes of arrays [out, ...]: float32 [..., out].
 
     XLA's CPU backend widens integers before a product, and outside a loop it widens
     those of all layers before the first: here it holds one block of them.
     """
-    out = w.shape[0]
+    out = arrays[0].shape[0]
     size = min(BLOCK, -(-out // 2))  # a loop of one step would be no loop
 
     def block(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, out - size)  # the last may overlap another
-        part = jax.lax.dynamic_slice_in_dim(w, start, size).astype(x.dtype)
+        cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
         return jax.lax.dynamic_update_slice_in_dim(
-            y, _product_on_cpu(x, part, 1, jnp.float32), start, axis=-1
+            y,
+            _product_on_cpu(x, widen(*map(cut, arrays)), 1, jnp.float32),
+            start,
+            axis=-1,
         )
 
     # All is overwritten.  Of x, since XLA would make constants of all layers at once.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(jnp.float32), (*x.shape[:-1], out))
     return jax.lax.fori_loop(0, -(-out // size), block, y)
+
+
+def _packed_product(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    """x [..., in] times 4-bit weights, see `packed`: float32 [..., out]."""
+    row = x.size == x.shape[-1]
+    x = x.astype(jnp.float32) if row else x
+    return jax.lax.platform_dependent(
+        x,
+        words,
+        scale,
+        cpu=_packed_in_blocks,
+        cuda=_packed_row if row else _packed_dot,
+        default=_packed_dot,
+    )
+
+
+def _packed_in_blocks(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    words, scale, x = jax.lax.optimization_barrier((words, scale, x))
+    widen = partial(packed.widen, dtype=x.dtype)
+    return _product_in_blocks(x, (words, scale), widen)
+
+
+def _packed_dot(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    return _dot(x, packed.widen(words, scale, x.dtype), 1, jnp.float32)
+
+
+def _packed_row(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    return packed.row_sums(words, scale, x.reshape(-1)).reshape(*x.shape[:-1], -1)
 
 
 def _row_product(x: jax.Array, w: jax.Array) -> jax.Array:

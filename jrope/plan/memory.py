@@ -2,8 +2,8 @@
 
 Matrices are cut by output where heads, the MLP's width or the vocabulary come out (q,
 k, v, gate, up, embedding, head), by input where they go in (o, down); norms lie whole
-on every device, and so do the biases and int8 scales of o and down.  Rows of a batch
-are cut over `data`.
+on every device, and so do the biases and int8 scales of o and down; int4 scales are cut
+as what they scale.  Rows of a batch are cut over `data`.
 """
 
 import math
@@ -19,7 +19,7 @@ from jrope.generation.request import LONGEST, bucket
 from jrope.model.attention import BLOCK
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.plan.devices import HOST, Cluster
-from jrope.weights.int8 import Quantization, matrices
+from jrope.weights.int8 import Quantization, held_bytes, matrices
 
 AT_ONCE = 8192  # tokens of a prefill chunk on a device, of all rows together
 SHORTEST = 256  # tokens of a row in a chunk
@@ -67,7 +67,7 @@ class Work:
       context: tokens of a row, prompt and generated ones.
       new: how many of these are generated.
       dtype: of activations, cache, and weights that are not quantised.
-      quantize: "int8" or None.
+      quantize: "int8", "int4" or None.
       prefill_chunk: tokens of each row's prompt at a time; None: 8,192 of all rows of a
         device together, but at least 256 of each.
 
@@ -134,17 +134,19 @@ class Memory:
 
 
 def weight_shards(work: Work, mesh: Mesh) -> dict[str, int]:
-    """Bytes of every weight on one device, with the scales of those that are int8."""
-    shapes = parameter_shapes(work.config)
-    chosen = set[str]() if work.quantize is None else matrices(shapes)
+    """Bytes of every weight on one device, with its scales if it is quantised."""
+    kind, shapes = work.quantize, parameter_shapes(work.config)
+    chosen = set[str]() if kind is None else matrices(shapes)
     sizes: dict[str, int] = {}
     for name, shape in shapes.items():
         outputs, inputs = _cuts(name, mesh)
         inputs = inputs if len(shape) == 2 else 1
-        size = math.prod(shape) // outputs // inputs
-        quantised = name in chosen
-        scales = 4 * shape[0] // outputs if quantised else 0
-        sizes[name] = size * (1 if quantised else work.itemsize) + scales
+        if kind is None or name not in chosen:
+            sizes[name] = math.prod(shape) * work.itemsize // outputs // inputs
+            continue
+        whole, scales = held_bytes(name, shape, kind)
+        scales = scales // inputs if kind == "int4" else scales
+        sizes[name] = whole // outputs // inputs + scales // outputs
     return sizes
 
 

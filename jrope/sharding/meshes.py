@@ -111,7 +111,26 @@ class Layout:
 
     def params(self, params: Params) -> Tree:
         """The specs of a tree of parameters."""
-        return nest(specs_of(flatten(params), self.axes))
+        return nest(self.specs(flatten(params)))
+
+    def specs(self, flat: Mapping[str, Any]) -> dict[str, PartitionSpec]:
+        """The specs of parameters by name.
+
+        Raises:
+          JropeError: the mesh cuts through groups of int4 weights.
+        """
+        specs = specs_of(flat, self.axes)
+        for name, spec in specs.items():
+            if not name.endswith(".scale") or len(spec) < 2 or spec[-1] is None:
+                continue
+            groups, cut = flat[name].shape[-1], spec[-1]
+            parts = self.size((cut,) if isinstance(cut, str) else cut)
+            if groups % parts:
+                raise JropeError(
+                    f"{name}: got {groups} groups of int4 inputs over {parts} devices, "
+                    f"want at most {math.gcd(groups, parts)}; or take int8"
+                )
+        return specs
 
     def sharding(self, spec: PartitionSpec) -> NamedSharding:
         """The spec on this mesh, written as jit writes it, which compares them so."""

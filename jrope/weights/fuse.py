@@ -46,7 +46,7 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
         raise JropeError(f"order: got {order!r}, want one of {', '.join(names)}")
 
     if order == "in_out" and is_quantized(params):
-        raise JropeError("order: int8 weights have a scale for each row; want out_in")
+        raise JropeError("order: quantised weights have scales of rows; want out_in")
 
     layout = layout_of(params)
     join = _concatenate

@@ -1,53 +1,67 @@
-"""Weights as 8-bit integers: half of bfloat16's bytes, to hold and to read.
+"""Weights as integers of 8 or 4 bits: a half or a quarter of bfloat16's bytes.
 
-A matrix W [out, in] becomes integers q and one scale for each row, which is an output:
+With "int8" a matrix W [out, in] becomes integers q and one scale for each row, which is
+an output:
 
     m[o] = max_i |W[o, i]|,  s[o] = m[o] / 127,  q[o, i] = round(W[o, i] (127 / m[o]))
 
 in float32, halves to even; s q is W to within s / 2.  Activations stay what they are,
 so that (W x)[o] is s[o] sum_i q[o, i] x[i]: a factor after the sum.
 
+With "int4" each group of 128 elements of a row has a scale:
+
+    m = max |W[o, group]|,  s = m / 7 in bfloat16,  q = round(W[o, i] (1 / s))
+
+in float32, q from -7 to 7.  Since q goes by the scale as it is held, bfloat16 loses
+next to nothing beside float32, for 4.125 bits an element instead of 4.25.
+
 Source: absmax quantisation, a scale for each output of W, Dettmers et al. 2022
-(arXiv:2208.07339, sections 2.1 and 3.1), here of the weights alone.
+(arXiv:2208.07339, sections 2.1 and 3.1), here of the weights alone; for each block of
+a row, Dettmers and Zettlemoyer 2023 (arXiv:2212.09720, section 2.3).
 """
 
 import math
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
+from jrope.model import packed
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
-from jrope.numerics import round_to
+from jrope.numerics import round_to, rounded
 from jrope.sharding.meshes import layout_of, stand
 from jrope.tree import Params, Tree, flatten, nest
 
-Quantization = Literal["int8"]
-LIMIT = np.float32(127)
+Quantization = Literal["int8", "int4"]
+KINDS: tuple[Quantization, ...] = get_args(Quantization)
 
 
-def quantize(params: Params) -> Tree:
-    """Projections and head as int8; the given tree stays as it is.
+def quantize(params: Params, kind: Quantization = "int8") -> Tree:
+    """Projections and head as integers; the given tree stays as it is.
 
     `forward`, `generate`, `stream`, `score` and `fuse` take either tree (`Llama` takes
-    plain ones).  `load` with quantize="int8" does the same to each tensor as it
-    arrives, and never holds both.  A row with a NaN or an infinity gives NaN outputs.
+    plain ones).  `load` with `quantize` does the same to each tensor as it arrives, and
+    never holds both.  A row (or group) with a NaN or an infinity gives NaN outputs.
 
     Args:
       params: a parameter tree, plain or of `fuse` in its order out_in.
+      kind: "int8", a scale for each output, or "int4", one for each 128 of its inputs.
 
     Returns:
       The tree with every matrix but an embedding beside a head of its own as `weight`
-      int8 [out, in] and `scale` float32 [out].  A tied embedding is the head, with a
-      scale for each entry of the vocabulary.  Norms and biases stay.
+      int8 [out, in] and `scale` float32 [out], or as `weight` uint32 [out, in / 8], see
+      `model.packed`, and `scale` bfloat16 [out, in / 128].  A tied embedding is the
+      head, with scales for each entry of the vocabulary.  Norms and biases stay.
 
     Raises:
-      JropeError: the tree is quantised already, or its matrices are kernels [in, out].
+      JropeError: the tree is quantised already, or its matrices are kernels [in, out];
+        another kind; int4 of inputs in no whole groups.
     """
+    _check_kind(kind, KINDS)
     flat = flatten(params)
     if is_quantized(params):
         raise JropeError("quantize: the parameters are quantised already")
@@ -59,7 +73,7 @@ def quantize(params: Params) -> Tree:
     chosen = matrices({name: np.shape(array) for name, array in flat.items()})
     found: dict[str, Any] = {}
     for name, array in flat.items():
-        found |= quantize_tensor(name, array) if name in chosen else {name: array}
+        found |= quantize_tensor(name, array, kind) if name in chosen else {name: array}
     return stand(nest(found), layout_of(params))
 
 
@@ -89,7 +103,15 @@ def dequantize(params: Params, dtype: Any = None) -> Tree:
 
 def is_quantized(params: Params) -> bool:
     """Whether the tree, or a part of one, holds scales."""
-    return any(name.split(".")[-1] == "scale" for name in flatten(params))
+    return quantization_of(params) is not None
+
+
+def quantization_of(params: Params) -> Quantization | None:
+    """How the tree, or a part of one, is quantised; None: it is not."""
+    for name, array in flatten(params).items():
+        if name.split(".")[-1] == "scale":
+            return "int8" if array.dtype == jnp.float32 else "int4"
+    return None
 
 
 def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
@@ -103,9 +125,15 @@ def scale_name(name: str) -> str:
     return name.removesuffix(".weight") + ".scale"
 
 
-def quantize_tensor(name: str, array: Any) -> dict[str, jax.Array]:
-    """One matrix [out, in] as its integers and its scales [out], by name."""
-    weight, scale = _quantize(jnp.asarray(array))
+def quantize_tensor(
+    name: str, array: Any, kind: Quantization = "int8"
+) -> dict[str, jax.Array]:
+    """One matrix [out, in] as its integers and its scales, by name."""
+    array = jnp.asarray(array)
+    if kind == "int8":
+        weight, scale = _quantize(array)
+    else:
+        weight, scale = _quantize_groups(array, packed.group_of(name, array.shape[1]))
     return {name: weight, scale_name(name): scale}
 
 
@@ -115,16 +143,19 @@ def keeper(
     """What `load` keeps of each tensor that arrives: a function of name and array.
 
     Raises:
-      JropeError: `quantize` is neither None nor "int8".
+      JropeError: `quantize` is neither None nor a kind; int4 of inputs in no whole
+        groups.
     """
-    if quantize not in (None, "int8"):
-        raise JropeError(f"quantize is {quantize!r}, want None or 'int8'")
-    chosen = set[str]() if quantize is None else matrices(parameter_shapes(config))
+    _check_kind(quantize, (None, *KINDS))
+    shapes = parameter_shapes(config)
+    chosen = set[str]() if quantize is None else matrices(shapes)
+    for name in chosen if quantize == "int4" else ():
+        packed.group_of(name, shapes[name][1])
 
     def keep(name: str, array: jax.Array) -> dict[str, jax.Array]:
-        if name not in chosen:
+        if quantize is None or name not in chosen:
             return {name: array}
-        return jax.block_until_ready(quantize_tensor(name, array))
+        return jax.block_until_ready(quantize_tensor(name, array, quantize))
 
     return keep
 
@@ -136,38 +167,65 @@ def weight_bytes(
     shapes = parameter_shapes(config)
     chosen = set[str]() if quantize is None else matrices(shapes)
     return {
-        name: math.prod(shape) + 4 * shape[0]
-        if name in chosen
+        name: sum(held_bytes(name, shape, quantize))
+        if quantize is not None and name in chosen
         else math.prod(shape) * itemsize
         for name, shape in shapes.items()
     }
 
 
-@jax.jit
-def _quantize(w: jax.Array) -> tuple[jax.Array, jax.Array]:
+def held_bytes(
+    name: str, shape: tuple[int, ...], kind: Quantization
+) -> tuple[int, int]:
+    """Bytes of a matrix's integers, and of its scales."""
+    out, width = shape
+    if kind == "int8":
+        return out * width, 4 * out
+    return out * width // 2, 2 * out * (width // packed.group_of(name, width))
+
+
+def _check_kind(kind: Any, known: tuple[Any, ...]) -> None:
+    if kind not in known:
+        wanted = " or ".join(map(repr, known))
+        raise JropeError(f"quantize is {kind!r}, want {wanted}")
+
+
+@partial(jax.jit, static_argnames=("group",))
+def _quantize_groups(w: jax.Array, group: int) -> tuple[jax.Array, jax.Array]:
+    levels, scale = _quantize(w.reshape(len(w), -1, group), 7, jnp.bfloat16)
+    return packed.pack(levels), scale
+
+
+@partial(jax.jit, static_argnames=("limit", "held"))
+def _quantize(
+    w: jax.Array, limit: int = 127, held: Any = jnp.float32
+) -> tuple[jax.Array, jax.Array]:
+    """Integers of w's last axis, and a scale for each of the others, as it is held."""
     # Bits of positive floats are in their order, NaN last: XLA's float maximum may be
     # a finite one beside a NaN on a CPU.
     bits = jax.lax.bitcast_convert_type(jnp.abs(w), f"int{8 * w.dtype.itemsize}")
-    most = jax.lax.bitcast_convert_type(jnp.max(bits, axis=1), w.dtype)
+    most = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), w.dtype)
     w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
     most = jnp.where(jnp.isfinite(most), most, jnp.nan).astype(jnp.float32)
-    nothing = most < 127 * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
+    nothing = most < limit * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
     # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
     # quotient is off far behind the bits that stay.
     with jax.enable_x64(True):
-        wide, limit = most.astype(jnp.float64), np.float64(LIMIT)
-        both = round_to(jnp.stack((limit / wide, wide / limit)), np.float32)
-        steps, scale = both.astype(jnp.float32)
-    steps = jnp.where(nothing, 0, steps)[:, None]
-    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -LIMIT, LIMIT)
-    return whole.astype(jnp.int8), jnp.where(nothing, 0, scale)
+        wide, top = most.astype(jnp.float64), np.float64(limit)
+        scale = round_to(wide / top, np.float32).astype(jnp.float32)
+        short = rounded(scale, held)
+        steps = top / wide if held == jnp.float32 else 1 / short.astype(jnp.float64)
+        steps = round_to(steps, np.float32).astype(jnp.float32)
+    steps = jnp.where(nothing, 0, steps)[..., None]
+    whole = jnp.clip(jnp.round(w.astype(jnp.float32) * steps), -limit, limit)
+    return whole.astype(jnp.int8), jnp.where(nothing, 0, short).astype(held)
 
 
 @partial(jax.jit, static_argnames=("dtype",))
 def _widen(array: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
     if scale is None:
         return array.astype(dtype)
-    return (array.astype(jnp.float32) * scale[:, None]).astype(dtype)
+    return packed.widen(array, scale, dtype)
 
 
 def _float(dtype: Any) -> np.dtype[Any]:
