@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[Any, str]] = {
     "to kernels": (lambda p, c: fuse(quantize(p), "in_out"), "want out_in"),
     "plain": (lambda p, c: dequantize(p), "are not quantised"),
     "saved": (lambda p, c: save("/no", quantize(p), c), "`jrope.dequantize` them"),
-    "loaded": (lambda p, c: load(EMBEDDED, quantize="int4"), "'int4', want None or"),
+    "loaded": (lambda p, c: load(EMBEDDED, quantize="int3"), "'int3', want None or"),
 }
 
 

@@ -8,7 +8,7 @@ an output:
 in float32, halves to even; s q is W to within s / 2.  Activations stay what they are,
 so that (W x)[o] is s[o] sum_i q[o, i] x[i]: a factor after the sum.
 
-With "int4" each group of 128 elements of a row has a scale:
+With "int4" each group of 128 elements of a row (64 or 32 if need be) has a scale:
 
     m = max |W[o, group]|,  s = m / 7 in bfloat16,  q = round(W[o, i] (1 / s))
 
