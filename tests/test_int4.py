@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import make_tiny_hf
-from int8_helpers import EMBEDDED, EPS, TOKENS, largest_gap, model, run, wide
+from int8_helpers import EMBEDDED, EPS, TOKENS, largest_gap, run, wide
 from model_helpers import assert_equal, params_of
 
 from jrope.bench.model import random_params
@@ -20,7 +20,7 @@ from jrope.errors import JropeError
 from jrope.generation.run import generate
 from jrope.hf.checkpoint import load, save
 from jrope.model import packed
-from jrope.model.products import linear
+from jrope.model.products import BLOCK, linear
 from jrope.tree import flatten
 from jrope.weights.fuse import fuse, unfuse
 from jrope.weights.int8 import (
@@ -76,7 +76,8 @@ def matrix(width: int, dtype: Any) -> np.ndarray:
 @cache
 def wide_model() -> Any:
     """Two groups in the hidden size, four in the MLP's width."""
-    made = make_tiny_hf(layers=1, hidden_size=256, intermediate_size=512)
+    sizes = {"hidden_size": 256, "intermediate_size": 512}
+    made = make_tiny_hf(layers=1, tied=True, **sizes)
     return params_of(made, "float32")
 
 
@@ -157,17 +158,31 @@ def test_logits_and_tokens_are_those_of_the_dequantised_weights() -> None:
     got, _ = run(tree, TOKENS, config=config)
     assert largest_gap(got, want) <= 4e-6
     assert largest_gap(want, run(params, TOKENS, config=config)[0]) > 1e-2
-    options: dict[str, Any] = {"config": config, "max_new_tokens": 12}
-    found = [generate(p, TOKENS[:1], **options).tokens for p in (tree, plain)]
-    np.testing.assert_array_equal(*found)
+    assert flatten(narrow)["model.embed_tokens.scale"].shape == (61, 2)
+    new = generate(tree, TOKENS[:1], config=config, max_new_tokens=12).tokens
+    text = np.concatenate([TOKENS[:1], new], axis=1)
+    want, _ = run(plain, text, config=config)
+    np.testing.assert_array_equal(new, np.argmax(want, -1)[:, 8:-1])
 
 
-def test_a_tied_embedding_is_the_head() -> None:
-    params, config = model("tied")
-    narrow = quantize(params, "int4")
-    assert flatten(narrow)["model.embed_tokens.scale"].shape == (61, 1)
-    want, _ = run(dequantize(narrow), TOKENS, config=config)
-    assert largest_gap(run(narrow, TOKENS, config=config)[0], want) <= 4e-6
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="as XLA's CPU backend is")
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_cpu_widens_a_block_at_a_time(rows: int) -> None:
+    """In a loop, too, ahead of which XLA would widen all."""
+    out, width = 8 * BLOCK, 256
+    words = jax.ShapeDtypeStruct((out, width // 8), jnp.uint32)
+    scale = jax.ShapeDtypeStruct((out, width // 128), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((rows, 1, width), jnp.bfloat16)
+
+    @jax.jit
+    def steps(weights: Any, x: jax.Array) -> jax.Array:
+        def step(_: int, x: jax.Array) -> jax.Array:
+            return linear(weights, x)[..., :width]
+
+        return jax.lax.fori_loop(0, 9, step, x)
+
+    program = steps.lower({"weight": words, "scale": scale}, x).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 3 * 4 * BLOCK * width
 
 
 # the tree
@@ -222,7 +237,7 @@ WRONG: dict[str, tuple[Any, str]] = {
 def test_says_what_is_wrong(case: str) -> None:
     act, message = WRONG[case]
     with pytest.raises(JropeError, match=message):
-        act(*model("untied"))
+        act(*wide_model())
 
 
 # the commands
