@@ -59,8 +59,9 @@ def linear(
 def is_row(weights: LinearParams, x: jax.Array) -> bool:
     """Whether x is a single token to meet weights [out, in] of at most 16 bits."""
     single = x.size == x.shape[-1] and "weight" in weights
-    narrow = "scale" in weights or jnp.dtype(weights["weight"].dtype).itemsize <= 2
-    return single and narrow
+    return single and (
+        "scale" in weights or jnp.dtype(weights["weight"].dtype).itemsize <= 2
+    )
 
 
 def _product(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Array:
