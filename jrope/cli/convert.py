@@ -24,6 +24,7 @@ from jrope.hf.checkpoint import (
 )
 from jrope.hf.checks import open_checked
 from jrope.hf.folders import companions, find_folder
+from jrope.hf.quantized import without_quantization
 from jrope.hf.tensors import DTYPES
 from jrope.rope import describe
 
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
     _check_target(source, target, force=args.force)
     config_json = read_config(source)
     try:
-        config = config_from_hf(config_json)
+        config = config_from_hf(without_quantization(config_json))
     except JropeError as error:
         raise JropeError(f"{source / 'config.json'}: {error}") from None
     config = apply_rope(config, args)

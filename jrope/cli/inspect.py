@@ -20,6 +20,7 @@ from jrope.cli.terminal import bytes_text
 from jrope.hf.checkpoint import Tensors, read_llama_config
 from jrope.hf.checks import open_checked
 from jrope.hf.folders import find_folder
+from jrope.hf.quantized import Dequantized
 from jrope.hf.tensors import DTYPES
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.rope import Rope, base_frequencies, describe
@@ -69,11 +70,13 @@ def _model(config: LlamaConfig) -> Facts:
 
 def _weights(tensors: Tensors, names: list[str], config: LlamaConfig) -> Facts:
     slots = [tensors.slots[name] for name in names]
+    packed = len(tensors.matrices) if isinstance(tensors, Dequantized) else 0
     shapes = parameter_shapes(config).values()
     return {
         "parameters": sum(math.prod(shape) for shape in shapes),
         "tensors": len(names),
         "dtypes": sorted({DTYPES[slot.dtype].name for slot in slots}),
+        **({"quantized": packed} if packed else {}),
         "bytes": sum(slot.stop - slot.start for slot in slots),
         "files": _files(sorted({slot.path for slot in slots})),
     }
@@ -166,7 +169,12 @@ def _as_text(facts: Facts) -> str:
         f"pad {model['pad_token_id']}",
         "parameters": f"{weights['parameters']:,}",
         "weights": f"{', '.join(weights['dtypes'])}, {bytes_text(weights['bytes'])}, "
-        f"{weights['tensors']} tensors in {files} file{'s' * (files > 1)}",
+        f"{weights['tensors']} tensors in {files} file{'s' * (files > 1)}"
+        + (
+            f", {weights['quantized']} stored quantised"
+            if "quantized" in weights
+            else ""
+        ),
         **_window_rows(model),
         "kv cache": f"{bytes_text(per_token)} a token, {whole_cache} at {longest:,}",
         **_rope_rows(rope),

@@ -21,6 +21,7 @@ from jrope.cli.terminal import bytes_text, warn
 from jrope.errors import JropeError
 from jrope.hf.config import config_from_hf
 from jrope.hf.folders import CONFIG, read_json
+from jrope.hf.quantized import without_quantization
 from jrope.model.config import LlamaConfig
 from jrope.plan.compiled import compiled_temporaries, compiler
 from jrope.plan.devices import DEVICES, Cluster, parse_cluster
@@ -108,7 +109,7 @@ def _read_config(name: str) -> LlamaConfig:
         file = _cached(name)
     fields = read_json(file)
     try:
-        return config_from_hf(fields)
+        return config_from_hf(without_quantization(fields))
     except JropeError as error:
         raise JropeError(f"{file}: {error}") from None
 

@@ -36,6 +36,7 @@ from jrope.hf.folders import (
 )
 from jrope.hf.joined import join, split_shapes
 from jrope.hf.placing import to_mesh
+from jrope.hf.quantized import without_quantization
 from jrope.hf.replacing import replacing
 from jrope.hf.shards import CODES, ShardWriter, most_bytes, write_json
 from jrope.hf.tensors import DTYPES, Tensors, open_tensors
@@ -335,7 +336,7 @@ def read_llama_config(folder: PathLike) -> LlamaConfig:
     if extra.is_file() and (eos := read_json(extra).get("eos_token_id")) is not None:
         config["eos_token_id"] = eos
     try:
-        return config_from_hf(config)
+        return config_from_hf(without_quantization(config))
     except JropeError as error:
         raise JropeError(f"{folder / CONFIG}: {error}") from None
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from jrope.errors import JropeError
 from jrope.hf.folders import TABLES, differences
 from jrope.hf.joined import split
-from jrope.hf.tensors import DTYPES, Tensors, open_tensors
+from jrope.hf.quantized import open_dequantized
+from jrope.hf.tensors import DTYPES, Tensors
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 
 _LAYER = re.compile(r"model\.layers\.([0-9]{1,9})\.")
@@ -32,14 +33,15 @@ def open_checked(
 ) -> tuple[Tensors, list[str]]:
     """A folder's tensors, and which of them to load, once they agree with `config`.
 
-    They have the names of `parameter_shapes`, of which a file may hold some as one.
+    They have the names of `parameter_shapes`, of which a file may hold some as one
+    or quantised.
     Left out are tables of rotary frequencies, and the head of a tied checkpoint, which
     must equal the embedding: that alone is data, and is not looked at unless `data`.
 
     Raises:
       JropeError: tensors missing, left over, of wrong shape or dtype, all at once.
     """
-    tensors = split(open_tensors(folder), config)
+    tensors = split(open_dequantized(folder, config), config)
     shapes, codes = tensors.shapes, tensors.dtypes
     if config.tie_word_embeddings and {EMBEDDING, HEAD} <= {*shapes}:
         if data and not tensors.same(EMBEDDING, HEAD):

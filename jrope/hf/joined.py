@@ -19,6 +19,8 @@ Shape = tuple[int, ...]
 
 def split(tensors: Tensors, config: LlamaConfig) -> Tensors:
     """The folder's tensors under our names: parts of what its family joins."""
+    if not FAMILIES[config.model_type].joined:
+        return tensors
     slots: dict[str, Slot] = {}
     for name, slot in tensors.slots.items():
         parts = _parts(name, slot.shape, config)

@@ -39,6 +39,11 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
+PACKED: dict[str, np.dtype[Any]] = {  # of quantised checkpoints, read by `raw` alone
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+}
 # Bytes per element, those included that we name in errors but do not read.
 _SIZES = {
     **{code: dtype.itemsize for code, dtype in DTYPES.items()},
@@ -142,8 +147,16 @@ class Tensors:
             values = piece.view(stored)
             with np.errstate(all="ignore"):  # too large is found below
                 flat[done : done + values.size] = values
-                _check_range(name, values, flat[done : done + values.size])
+                check_range(name, values, flat[done : done + values.size])
             done += values.size
+        return out
+
+    def raw(self, name: str) -> np.ndarray:
+        """Read one tensor as it is stored, of a dtype in DTYPES or PACKED."""
+        slot = self.slots[name]
+        out = _aligned(slot.shape, {**DTYPES, **PACKED}[slot.dtype])
+        with slot.path.open("rb", buffering=0) as file:
+            _fill(file, slot.start, out.reshape(-1).view(np.uint8))
         return out
 
     def same(self, first: str, second: str) -> bool:
@@ -349,7 +362,8 @@ def _fill(file: FileIO, start: int, out: np.ndarray) -> None:
         filled += count
 
 
-def _check_range(name: str, values: np.ndarray, narrow: np.ndarray) -> None:
+def check_range(name: str, values: np.ndarray, narrow: np.ndarray) -> None:
+    """Raise a JropeError for finite values that became infinite in `narrow`."""
     if values.dtype == narrow.dtype or not np.isinf(narrow).any():
         return
     lost = values[np.isinf(narrow) & np.isfinite(values)]

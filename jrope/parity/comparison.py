@@ -14,7 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load
-from jrope.hf.folders import PathLike
+from jrope.hf.folders import PathLike, find_folder
+from jrope.hf.quantized import is_quantized_folder
 from jrope.model.config import LlamaConfig
 from jrope.model.layers import (
     Step,
@@ -90,6 +91,11 @@ def compare(
     """
     if dtype not in DTYPES:
         raise JropeError(f"dtype: got {dtype!r}, want one of {', '.join(DTYPES)}")
+    if is_quantized_folder(find_folder(folder)):
+        raise JropeError(
+            f"{folder} holds quantised weights, which transformers would run its own "
+            "way; compare the float folder that `jrope convert` writes of it"
+        )
     torch, transformers = import_peers()
     params, config = load(folder, dtype, mesh=mesh, adapter=adapter)
     name, fields = rope if isinstance(rope, tuple) else (rope, {})
