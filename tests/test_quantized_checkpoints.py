@@ -1,0 +1,363 @@
+"""Quantised folders give the weights that their own libraries dequantise to.
+
+fp8 is compared with transformers and compressed-tensors with its package; gptq and awq
+with sums in float64 over loops that are written from the formats' descriptions.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from cli_helpers import fail
+from safetensors.torch import save_file
+
+from jrope.errors import JropeError
+from jrope.hf.checkpoint import load, load_shapes, read_llama_config, save
+from jrope.model.llama import forward
+from jrope.parity import compare
+from jrope.tree import flatten
+
+pytest.importorskip("torch")
+import torch  # noqa: E402
+
+Stored = dict[str, Any]
+Make = Callable[[Any], tuple[Stored, Any]]
+PACK = {"format": "pack-quantized"}
+HALF = torch.bfloat16
+RNG = np.random.default_rng(5)
+
+
+def fp8(weight: Any, dtype: Any = torch.float32) -> tuple[Stored, Any]:
+    """Blocks of 32 rows and 16 columns; transformers' own dequantisation."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    out, width = weight.shape
+    blocks = weight.reshape(out // 32, 32, width // 16, 16)
+    scale = blocks.abs().amax(dim=(1, 3)) / 448
+    q = (blocks / scale[:, None, :, None]).to(torch.float8_e4m3fn)
+    q, scale = q.reshape(out, width), scale.to(HALF)
+    want = Fp8Dequantize(None)._dequantize_one(q, scale, output_dtype=dtype)
+    return {"weight": q, "weight_scale_inv": scale}, want
+
+
+def compressed(
+    weights: Mapping[str, Any], form: str, scale_dtype: Any = HALF
+) -> tuple[dict[str, Any], Make]:
+    """The package's quantization_config, and its compression and decompression."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=weights, format=form)
+    library: Any = BaseCompressor.get_value_from_registry(form)
+
+    def make(weight: Any) -> tuple[Stored, Any]:
+        out = weight.shape[0]
+        rows = weight.reshape(out, -1, weights.get("group_size") or weight.shape[1])
+        rows = rows.reshape(1, 1, -1) if weights["strategy"] == "tensor" else rows
+        low, high = rows.amin(-1), rows.amax(-1)
+        scale, zero = calculate_qparams(low, high, scheme.weights)
+        if weights["strategy"] == "tensor":
+            scale, zero = scale.reshape(1), zero.reshape(1)
+        given = {"weight": weight, "weight_scale": scale.to(scale_dtype)}
+        stored = library.compress({**given, "weight_zero_point": zero}, scheme)
+        stored = {k: v.contiguous() for k, v in stored.items() if v is not None}
+        return stored, library.decompress(stored, scheme)["weight"]
+
+    group = {"targets": ["Linear"], "weights": dict(weights)}
+    fields = {"config_groups": {"group_0": group}, "format": form, "ignore": ["lm_head"]}
+    return {"quant_method": "compressed-tensors", **fields}, make
+
+
+def words(values: np.ndarray, order: tuple[int, ...] = tuple(range(8))) -> Any:
+    """int32 [n, m / 8] of integers [n, m]: nibble i holds column order[i] of eight."""
+    out = np.zeros((values.shape[0], values.shape[1] // 8), np.uint64)
+    for nibble, column in enumerate(order):
+        out |= values[:, column::8].astype(np.uint64) << np.uint64(4 * nibble)
+    return torch.from_numpy(out.astype(np.uint32).view(np.int32).copy())
+
+
+def integers(weight: Any, low: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random q [in, out], and for groups of 32 zeros from `low` on and scales."""
+    out, width = weight.shape
+    zero = RNG.integers(low, 16, (width // 32, out))
+    scale = RNG.uniform(1e-3, 4e-2, zero.shape).astype(np.float16)
+    return RNG.integers(0, 16, (width, out)), zero, scale
+
+
+def product(q: np.ndarray, zero: np.ndarray, scale: np.ndarray) -> Any:
+    """[out, in] in float64, rounded once to the scale's float16."""
+    rows = [
+        (q[i].astype(np.float64) - zero[i // 32]) * scale[i // 32].astype(np.float64)
+        for i in range(len(q))
+    ]
+    return torch.from_numpy(np.stack(rows, axis=1).astype(np.float16))
+
+
+def gptq(weight: Any, version: int = 1) -> tuple[Stored, Any]:
+    q, zero, scale = integers(weight, 1)
+    stored = {
+        "qweight": words(q.T).T.contiguous(),
+        "qzeros": words(zero - (version == 1)),
+        "scales": torch.from_numpy(scale),
+        "g_idx": torch.arange(len(q), dtype=torch.int32) // 32,
+    }
+    return stored, product(q, zero, scale)
+
+
+def awq(weight: Any) -> tuple[Stored, Any]:
+    q, zero, scale = integers(weight, 0)
+    order = (0, 2, 4, 6, 1, 3, 5, 7)
+    stored = {"qweight": words(q, order), "qzeros": words(zero, order)}
+    return {**stored, "scales": torch.from_numpy(scale)}, product(q, zero, scale)
+
+
+def weights(bits: int, kind: str, strategy: str, symmetric: bool = True) -> Stored:
+    group = {"group_size": 32} if strategy == "group" else {}
+    return {"num_bits": bits, "type": kind, "strategy": strategy, **group} | {
+        "symmetric": symmetric
+    }
+
+
+FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic"}
+FP8 |= {"weight_block_size": [32, 16], "modules_to_not_convert": ["lm_head"]}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 32, "zero_point": True}
+FORMATS: dict[str, tuple[Stored, Make]] = {
+    "fp8": (FP8, fp8),
+    "int4-group": compressed(weights(4, "int", "group"), "pack-quantized"),
+    "int4-group-zero": compressed(weights(4, "int", "group", False), "pack-quantized"),
+    "int4-channel": compressed(weights(4, "int", "channel"), "pack-quantized"),
+    "int4-channel-zero": compressed(
+        weights(4, "int", "channel", False), "pack-quantized", torch.float32
+    ),
+    "fp8-tensor": compressed(weights(8, "float", "tensor"), "float-quantized"),
+    "fp8-channel": compressed(weights(8, "float", "channel"), "float-quantized"),
+    "int8-channel": compressed(weights(8, "int", "channel"), "int-quantized"),
+    "int8-float16": compressed(
+        weights(8, "int", "channel"), "int-quantized", torch.float16
+    ),
+    "gptq": (GPTQ, gptq),
+    "gptq_v2": (
+        {**GPTQ, "checkpoint_format": "gptq_v2", "desc_act": True},
+        lambda weight: gptq(weight, 2),
+    ),
+    "awq": ({**AWQ, "version": "gemm"}, awq),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tiny_hf: Any) -> Any:
+    return tiny_hf(layers=1)
+
+
+@pytest.fixture
+def write(tiny: Any, tmp_path: Path) -> Callable[..., Any]:
+    """Write a folder of a format; returns it, and the weights there should be."""
+
+    def writer(fields: Stored, make: Make, **changes: Any) -> tuple[Path, Stored]:
+        folder, stored, want = tmp_path / "model", dict[str, Any](), dict[str, Any]()
+        for name, array in tiny.weights.items():
+            want[name] = stored[name] = torch.from_numpy(np.array(array)).to(HALF)
+            if "_proj.weight" in name:
+                parts, want[name] = make(torch.from_numpy(np.array(array)))
+                del stored[name]
+                module = name.removesuffix(".weight")
+                stored |= {f"{module}.{leaf}": x for leaf, x in parts.items()}
+        folder.mkdir()
+        for name in changes.pop("without", ()):
+            del stored[name]
+        stored |= changes.pop("tensors", {})
+        save_file(stored, folder / "model.safetensors")
+        config = {**tiny.model.config.to_dict(), "quantization_config": fields}
+        config = {**config, "dtype": "bfloat16", **changes}
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder, want
+
+    return writer
+
+
+def assert_equal(got: Any, want: Mapping[str, Any], dtype: Any = None) -> None:
+    flat = flatten(got)
+    assert {*flat} == {*want}
+    for name, array in want.items():
+        theirs = array if dtype is None else array.to(dtype)
+        assert str(theirs.dtype) == f"torch.{flat[name].dtype}", name
+        wide = theirs.float().numpy()
+        assert np.array_equal(np.asarray(flat[name], np.float32), wide), name
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_bit_equal(write: Any, name: str) -> None:
+    fields, make = FORMATS[name]
+    folder, want = write(fields, make)
+    own = {n: x.to(HALF) for n, x in want.items()} if name == "fp8" else want
+    for dtype, theirs in ((None, own), ("float32", want)):
+        params, config = load(folder, dtype)
+        assert_equal(params, theirs, torch.float32 if dtype else None)
+        shapes, _ = load_shapes(folder, dtype)
+        assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
+            lambda x: (x.shape, x.dtype), shapes
+        )
+
+
+def test_logits_and_save(write: Any, tmp_path: Path) -> None:
+    folder, want = write(*FORMATS["int4-group-zero"])
+    params, config = load(folder, "float32")
+    plain = {name: jnp.asarray(x.float().numpy()) for name, x in want.items()}
+    saved = save(tmp_path / "plain", params, config)
+    assert "quantization_config" not in json.loads((saved / "config.json").read_text())
+    again, _ = load(saved)
+    ids = jnp.arange(12)[None]
+    run = jax.jit(lambda tree: forward(tree, ids, config)[0])
+    assert_equal(again, {name: x.float() for name, x in want.items()})
+    from jrope.tree import nest
+
+    assert np.array_equal(run(params), run(nest(plain)))
+
+
+def test_blocks_that_stand_over(write: Any) -> None:
+    """The last block of a row and of a column may be cut off."""
+    block = {**FP8, "weight_block_size": [40, 36]}
+
+    def make(weight: Any) -> tuple[Stored, Any]:
+        q = weight.to(torch.float8_e4m3fn)
+        grid = [math.ceil(n / b) for n, b in zip(weight.shape, (40, 36), strict=True)]
+        scale = torch.arange(1.0, 1 + math.prod(grid)).reshape(grid) / 7
+        full = scale.repeat_interleave(40, 0).repeat_interleave(36, 1)
+        want = q.float() * full[: weight.shape[0], : weight.shape[1]]
+        return {"weight": q, "weight_scale_inv": scale}, want
+
+    params, _ = load((made := write(block, make))[0], "float32")
+    assert_equal(params, made[1], torch.float32)
+
+
+def test_mesh(write: Any) -> None:
+    from jrope.sharding import mesh
+
+    folder, want = write(*FORMATS["gptq"])
+    params, _ = load(folder, mesh=mesh(tensor=2))
+    assert_equal(params, want)
+
+
+NAME = "model.layers.0.self_attn.q_proj"
+CT = FORMATS["int4-group"][0]
+
+
+def in_group(**changes: Any) -> Stored:
+    group = CT["config_groups"]["group_0"]
+    changed = {**group, "weights": {**group["weights"], **changes}}
+    return {**CT, "config_groups": {"group_0": changed}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', want fp8"),
+        ({"quant_method": "mxfp4"}, "quant_method is 'mxfp4', want fp8, .*dequantize"),
+        ([], "quant_method is None"),
+        ({**GPTQ, "bits": 8}, "gptq: bits is 8, want 4; dequantize"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
+        ({**GPTQ, "dynamic": {"-:x": {}}}, "dynamic is"),
+        ({**GPTQ, "group_size": 0}, "group_size is 0, want"),
+        ({**GPTQ, "twist": 1}, "unknown 'twist'"),
+        ({**AWQ, "version": "gemv"}, "awq: version is 'gemv', want 'gemm'"),
+        ({**AWQ, "zero_point": False}, "zero_point is False"),
+        ({**FP8, "activation_scheme": "static"}, "activation_scheme is 'static'"),
+        ({**FP8, "weight_block_size": None}, "weight_block_size is None"),
+        ({**CT, "kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme is"),
+        ({**CT, "sparsity_config": {"format": "sparse-24-bitmask"}}, "sparse-24"),
+        ({**CT, "format": "nvfp4-pack-quantized"}, "format is 'nvfp4"),
+        ({**CT, "config_groups": {}}, "config_groups is"),
+        (in_group(num_bits=8), "num_bits is 8, want 4"),
+        (in_group(strategy="block"), "strategy is 'block', want 'group' or 'channel'"),
+        (in_group(actorder="group"), "actorder is 'group'"),
+    ],
+)
+def test_refused_schemes(
+    tiny: Any, tmp_path: Path, fields: Stored, match: str
+) -> None:
+    config = {**tiny.model.config.to_dict(), "quantization_config": fields}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JropeError, match=match) as caught:
+        read_llama_config(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_two_ways_in_one_folder(tiny: Any) -> None:
+    from jrope.hf.schemes import scheme_of
+
+    one, other = (
+        FORMATS[name][0]["config_groups"]["group_0"]
+        for name in ("int4-group", "int4-channel")
+    )
+    with pytest.raises(JropeError, match="in more than one way"):
+        scheme_of({**CT, "config_groups": {"a": one, "b": other}})
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"without": [f"{NAME}.scales"]}, f"{NAME}.scales is missing"),
+        (
+            {"tensors": {f"{NAME}.scales": torch.ones(3, 3)}},
+            r"q_proj.scales is F32 \[3, 3\], want .* \[2, 64\]",
+        ),
+        (
+            {"tensors": {f"{NAME}.g_idx": torch.arange(64, dtype=torch.int32) % 2}},
+            f"{NAME}.weight: g_idx .*not ascending",
+        ),
+        (
+            {"tensors": {f"{NAME}.g_idx": torch.arange(64, dtype=torch.int32)}},
+            f"{NAME}.weight: g_idx .*not ascending",
+        ),
+        (
+            {"tensors": {f"{NAME}.qzeros": torch.full((2, 8), -1, dtype=torch.int32)}},
+            "stored as 15: readers take it for 0 or 16",
+        ),
+        ({"tensors": {"model.norm.qweight": torch.ones(1)}}, "model.norm.qweight"),
+    ],
+)
+def test_refused_tensors(write: Any, changes: Stored, match: str) -> None:
+    folder, _ = write(*FORMATS["gptq"], **changes)
+    with pytest.raises(JropeError, match=match):
+        load(folder)
+
+
+def test_too_large_for_float16(write: Any) -> None:
+    tensors = {f"{NAME}.weight_scale_inv": torch.full((2, 4), 1e5)}
+    folder, _ = write(*FORMATS["fp8"], tensors=tensors)
+    with pytest.raises(JropeError, match=f"{NAME}.weight: .*too large for float16"):
+        load(folder, "float16")
+
+
+def test_joined_matrices_are_refused(write: Any) -> None:
+    changes = {"model_type": "phi3", "architectures": ["Phi3ForCausalLM"]}
+    folder, _ = write(*FORMATS["awq"], **changes)
+    config = json.loads((folder / "config.json").read_text())
+    for key in ("mlp_bias", "attention_bias", "pretraining_tp", "head_dim"):
+        config.pop(key, None)
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(JropeError, match="'phi3', which joins"):
+        load(folder)
+
+
+def test_commands(write: Any, tmp_path: Path, capsys: Any) -> None:
+    """`inspect` tells, `convert` writes the float weights, `parity` asks for them."""
+    from cli_helpers import describe, succeed
+
+    folder, want = write(*FORMATS["awq"])
+    assert describe(capsys, folder)["weights"]["quantized"] == 7
+    assert "7 stored quantised" in succeed(capsys, "inspect", folder)[0]
+    succeed(capsys, "convert", folder, tmp_path / "plain")
+    assert "quantization_config" not in (tmp_path / "plain/config.json").read_text()
+    assert_equal(load(tmp_path / "plain")[0], want)
+    with pytest.raises(JropeError, match="quantised weights.*jrope convert"):
+        compare(folder)
+    assert "quantised" in fail(capsys, "parity", folder)
