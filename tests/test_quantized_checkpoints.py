@@ -14,21 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from cli_helpers import fail
+from cli_helpers import describe, fail, succeed
 from safetensors.torch import save_file
 
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import load, load_shapes, read_llama_config, save
+from jrope.hf.quantized import open_dequantized
+from jrope.hf.schemes import scheme_of
 from jrope.model.llama import forward
 from jrope.parity import compare
-from jrope.tree import flatten
+from jrope.sharding.meshes import mesh
+from jrope.tree import flatten, nest
 
 pytest.importorskip("torch")
-import torch  # noqa: E402
+import torch
 
 Stored = dict[str, Any]
 Make = Callable[[Any], tuple[Stored, Any]]
-PACK = {"format": "pack-quantized"}
 HALF = torch.bfloat16
 RNG = np.random.default_rng(5)
 
@@ -71,7 +73,11 @@ def compressed(
         return stored, library.decompress(stored, scheme)["weight"]
 
     group = {"targets": ["Linear"], "weights": dict(weights)}
-    fields = {"config_groups": {"group_0": group}, "format": form, "ignore": ["lm_head"]}
+    fields = {
+        "config_groups": {"group_0": group},
+        "format": form,
+        "ignore": ["lm_head"],
+    }
     return {"quant_method": "compressed-tensors", **fields}, make
 
 
@@ -199,7 +205,7 @@ def test_bit_equal(write: Any, name: str) -> None:
     folder, want = write(fields, make)
     own = {n: x.to(HALF) for n, x in want.items()} if name == "fp8" else want
     for dtype, theirs in ((None, own), ("float32", want)):
-        params, config = load(folder, dtype)
+        params, _ = load(folder, dtype)
         assert_equal(params, theirs, torch.float32 if dtype else None)
         shapes, _ = load_shapes(folder, dtype)
         assert jax.tree.map(lambda x: (x.shape, x.dtype), params) == jax.tree.map(
@@ -215,11 +221,21 @@ def test_logits_and_save(write: Any, tmp_path: Path) -> None:
     assert "quantization_config" not in json.loads((saved / "config.json").read_text())
     again, _ = load(saved)
     ids = jnp.arange(12)[None]
-    run = jax.jit(lambda tree: forward(tree, ids, config)[0])
+    run = jax.jit(lambda tree: forward(tree, ids, config=config)[0])
     assert_equal(again, {name: x.float() for name, x in want.items()})
-    from jrope.tree import nest
-
     assert np.array_equal(run(params), run(nest(plain)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_transformers_reads_the_same_fp8(write: Any, dtype: str) -> None:
+    from transformers import FineGrainedFP8Config, LlamaForCausalLM
+
+    folder, _ = write(*FORMATS["fp8"])
+    how = FineGrainedFP8Config(dequantize=True, weight_block_size=(32, 16))
+    model = LlamaForCausalLM.from_pretrained(
+        folder, quantization_config=how, dtype=getattr(torch, dtype)
+    )
+    assert_equal(load(folder, dtype)[0], model.state_dict())
 
 
 def test_blocks_that_stand_over(write: Any) -> None:
@@ -239,11 +255,12 @@ def test_blocks_that_stand_over(write: Any) -> None:
 
 
 def test_mesh(write: Any) -> None:
-    from jrope.sharding import mesh
-
     folder, want = write(*FORMATS["gptq"])
-    params, _ = load(folder, mesh=mesh(tensor=2))
+    params, config = load(folder, mesh=mesh("model=1"))
     assert_equal(params, want)
+    name, part = f"{NAME}.weight", (slice(8, 40), slice(16, 64))
+    got = open_dequantized(folder, config).read(name, part=part)
+    assert np.array_equal(got, want[name].numpy()[part])
 
 
 NAME = "model.layers.0.self_attn.q_proj"
@@ -261,7 +278,7 @@ def in_group(**changes: Any) -> Stored:
     [
         ({"quant_method": "bitsandbytes"}, "quant_method is 'bitsandbytes', want fp8"),
         ({"quant_method": "mxfp4"}, "quant_method is 'mxfp4', want fp8, .*dequantize"),
-        ([], "quant_method is None"),
+        ([4], r"quantization_config is \[\[4\]\], want JSON objects"),
         ({**GPTQ, "bits": 8}, "gptq: bits is 8, want 4; dequantize"),
         ({**GPTQ, "checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'"),
         ({**GPTQ, "dynamic": {"-:x": {}}}, "dynamic is"),
@@ -280,9 +297,7 @@ def in_group(**changes: Any) -> Stored:
         (in_group(actorder="group"), "actorder is 'group'"),
     ],
 )
-def test_refused_schemes(
-    tiny: Any, tmp_path: Path, fields: Stored, match: str
-) -> None:
+def test_refused_schemes(tiny: Any, tmp_path: Path, fields: Stored, match: str) -> None:
     config = {**tiny.model.config.to_dict(), "quantization_config": fields}
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(JropeError, match=match) as caught:
@@ -291,8 +306,6 @@ def test_refused_schemes(
 
 
 def test_two_ways_in_one_folder(tiny: Any) -> None:
-    from jrope.hf.schemes import scheme_of
-
     one, other = (
         FORMATS[name][0]["config_groups"]["group_0"]
         for name in ("int4-group", "int4-channel")
@@ -350,14 +363,12 @@ def test_joined_matrices_are_refused(write: Any) -> None:
 
 def test_commands(write: Any, tmp_path: Path, capsys: Any) -> None:
     """`inspect` tells, `convert` writes the float weights, `parity` asks for them."""
-    from cli_helpers import describe, succeed
-
     folder, want = write(*FORMATS["awq"])
     assert describe(capsys, folder)["weights"]["quantized"] == 7
     assert "7 stored quantised" in succeed(capsys, "inspect", folder)[0]
     succeed(capsys, "convert", folder, tmp_path / "plain")
     assert "quantization_config" not in (tmp_path / "plain/config.json").read_text()
     assert_equal(load(tmp_path / "plain")[0], want)
-    with pytest.raises(JropeError, match="quantised weights.*jrope convert"):
+    with pytest.raises(JropeError, match=r"quantised weights.*jrope convert"):
         compare(folder)
     assert "quantised" in fail(capsys, "parity", folder)

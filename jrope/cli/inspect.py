@@ -170,11 +170,8 @@ def _as_text(facts: Facts) -> str:
         "parameters": f"{weights['parameters']:,}",
         "weights": f"{', '.join(weights['dtypes'])}, {bytes_text(weights['bytes'])}, "
         f"{weights['tensors']} tensors in {files} file{'s' * (files > 1)}"
-        + (
-            f", {weights['quantized']} stored quantised"
-            if "quantized" in weights
-            else ""
-        ),
+        + f", {weights.get('quantized')} stored quantised"
+        * ("quantized" in weights),
         **_window_rows(model),
         "kv cache": f"{bytes_text(per_token)} a token, {whole_cache} at {longest:,}",
         **_rope_rows(rope),

@@ -53,7 +53,7 @@ def scheme_of(fields: Any) -> Scheme:
     Raises:
       JropeError: it is none that is read; says which fields.
     """
-    method = cast(Fields, fields).get("quant_method") if isinstance(fields, dict) else 0
+    method = _objects(KEY, [fields])[0].get("quant_method")
     if not isinstance(method, str) or method not in _SCHEMES:
         names = ", ".join(_SCHEMES)
         raise JropeError(f"{KEY}: quant_method is {method!r}, want {names}; {HINT}")
