@@ -214,7 +214,7 @@ def tokenizer_files() -> list[Path]:
     return sorted(MODEL.glob("tokenizer*"))
 
 
-TOOLS = ("train_tiny", "extend_context", "extension_table", "in_place_ttt")
+TOOLS = ("train_tiny", "extend_context", "extension_table", "in_place_ttt", "ray_batch")
 
 
 @pytest.mark.parametrize(

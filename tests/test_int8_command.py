@@ -113,7 +113,7 @@ def test_prefill_runs_in_the_loops_arrangement() -> None:
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["generate", EMBEDDED, "x", "--quantize", "int4"], "invalid choice: 'int4'"),
+        (["generate", EMBEDDED, "x", "--quantize", "int3"], "invalid choice: 'int3'"),
         (["evaluate", EMBEDDED, "--quantize", "8"], "invalid choice: '8'"),
         (["bench", EMBEDDED, "--quantize"], "--quantize: expected one argument"),
         (["bench", EMBEDDED, "--quantize", "int8", "--fuse", "in_out"], "lie out_in"),
