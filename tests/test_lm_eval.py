@@ -233,6 +233,18 @@ def test_without_lm_eval_a_line_tells_what_to_install(
     assert line.endswith("pip install lm_eval\n") and line.count("\n") == 1
 
 
+def test_a_part_of_lm_eval_that_is_missing_is_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def lacks() -> None:
+        raise ModuleNotFoundError("No module named 'datasets'")
+
+    monkeypatch.setattr(integration, "register", lacks)
+    assert integration.main() == 2
+    line = capsys.readouterr().err
+    assert line == "jrope: error: No module named 'datasets'; pip install lm_eval\n"
+
+
 TASKS = {
     "choose": """
 task: choose

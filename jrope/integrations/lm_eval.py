@@ -252,6 +252,9 @@ def main() -> int:
     except JropeError as error:
         print(f"jrope: error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # installed without what its tasks need
+        print(f"jrope: error: {error}; pip install lm_eval", file=sys.stderr)
+        return 2
     return 0
 
 
