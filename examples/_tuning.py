@@ -22,6 +22,7 @@ import optax
 from train_tiny import cast, clean
 
 import jrope
+from jrope.cli.common import enable_compile_cache
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import vocabulary
 from jrope.errors import JropeError
@@ -60,6 +61,17 @@ class Text:
         halves = self.stream[:cut], self.stream[cut:]
         first, last = (dataclasses.replace(self, stream=half) for half in halves)
         return first, last
+
+
+def command(name: str, run: Callable[[Any], None], args: Any) -> int:
+    """Run an example; what is wrong is one line.  Returns the exit status."""
+    enable_compile_cache()
+    try:
+        run(args)
+    except (JropeError, OSError) as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
 def read_text(

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from _tuning import (
     Text,
+    command,
     compile_step,
     held_out_nats,
     learning_rates,
@@ -34,7 +35,7 @@ from _tuning import (
 )
 
 import jrope
-from jrope.cli.common import apply_rope, enable_compile_cache, trained_length, whole
+from jrope.cli.common import apply_rope, trained_length, whole
 from jrope.cli.terminal import bytes_text
 from jrope.cli.text import load_tokenizer
 from jrope.errors import JropeError
@@ -273,14 +274,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse(argv)
-    enable_compile_cache()
-    try:
-        run(args)
-    except (JropeError, OSError) as error:
-        print(f"extension_table: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("extension_table", run, parse(argv))
 
 
 if __name__ == "__main__":

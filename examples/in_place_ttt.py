@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from _tuning import (
     Text,
+    command,
     compile_step,
     held_out_nats,
     learning_rates,
@@ -33,9 +34,8 @@ from extend_context import EMBEDDED, read, stretch
 from extension_table import draw, markdown, tune
 
 import jrope
-from jrope.cli.common import enable_compile_cache, trained_length, whole
+from jrope.cli.common import trained_length, whole
 from jrope.cli.terminal import bytes_text
-from jrope.errors import JropeError
 from jrope.model.layers import gated, norm_of, rms_norm
 from jrope.model.products import linear
 from jrope.model.scores import token_logprobs
@@ -236,14 +236,7 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    args = parse(argv)
-    enable_compile_cache()
-    try:
-        run(args)
-    except (JropeError, OSError) as error:
-        print(f"in_place_ttt: error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return command("in_place_ttt", run, parse(argv))
 
 
 if __name__ == "__main__":

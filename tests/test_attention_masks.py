@@ -1,6 +1,7 @@
 """Windows and packed sequences: attention against float64, and whole models."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from model_helpers import make as make
 from jrope.errors import JropeError
 from jrope.model import attention
 from jrope.model.attention import attend
+from jrope.model.kernels import cudnn
 from jrope.model.layers import Step, decoder_layer
 from jrope.model.llama import forward, hidden_states
 from jrope.model.scores import score
@@ -69,6 +71,23 @@ def test_a_window_in_decode(window: int) -> None:
         starts = jnp.full(B, at, jnp.int32)
         got = attend(Q[:, at : at + 1], KEYS, VALUES, starts, window=window)
         np.testing.assert_allclose(got[:, 0], want[:, at], atol=64 * EPS, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, 1, 5])
+def test_cudnn_is_asked_for_the_same_windows(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the GPU's kernel is given, through JAX's plain way of the same function."""
+    given = jax.nn.dot_product_attention
+
+    def plain(*args: Any, implementation: str, **how: Any) -> jax.Array:
+        assert implementation == "cudnn"
+        return given(*args, implementation="xla", **how)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", plain)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
+        got = cudnn(Q, KEYS, VALUES, None, scale=None, window=window)
+    np.testing.assert_allclose(got, expected(window, None), atol=64 * EPS, rtol=0)
 
 
 @pytest.mark.parametrize("packed", [False, True])

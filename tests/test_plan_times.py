@@ -118,6 +118,9 @@ def test_4_bit_words_take_as_long_as_int8_and_longer_in_batches():
     assert one["int4"].read == pytest.approx(one["int8"].read, rel=0.05)
     assert one["int4"].bytes < 0.55 * one["int8"].bytes
     assert many["int4"].read > 1.7 * many[None].read
+    asked, tpu = work("llama3-8b", 1, 1024, quantize="int4"), parse_cluster("v6e:1x1")
+    widened = step(asked, ONE, tpu)  # for one row, too
+    assert widened.read > 7 * widened.bytes / (0.92 * tpu.device.bandwidth)
 
 
 def test_a_large_batch_is_bound_by_products():

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import shlex
 import sys
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,7 @@ from jrope.lab.passkey import NEW
 from jrope.model.config import LlamaConfig
 from jrope.model.placed import layout_on
 from jrope.model.with_rope import with_rope
+from jrope.weights.int8 import quantize
 
 _EPILOG = f"""\
 exit status: 0 all measured, 1 something failed or did not fit, 2 bad input
@@ -226,7 +228,7 @@ def _weights(folder: Path, args: argparse.Namespace, mesh: Mesh | None) -> Any:
     held = sum(arriving)
     if args.quantize:  # each wide tensor goes when its integers are there
         at_once = 1 if jax.default_backend() == "cpu" else READERS
-        narrow, _ = load_shapes(folder, args.dtype, quantize=args.quantize)
+        narrow = jax.eval_shape(partial(quantize, kind=args.quantize), plain)
         held = sum(array_bytes(narrow)) + sum(arriving[-at_once:])
     if mesh is not None:  # on a CPU the devices of a process share its memory
         layout_on(mesh, config)

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from jrope.cli.terminal import Progress
 from jrope.hf.checkpoint import load, load_shapes
 from jrope.hf.folders import PathLike
 from jrope.model.placed import shard
+from jrope.weights import int8
 from jrope.weights.int8 import Quantization
 
 
@@ -37,7 +39,9 @@ class Loading:
         adapter: PathLike | None = None,
     ) -> None:
         plain, config = load_shapes(folder, dtype)  # finds what headers can tell
-        self.shapes, _ = load_shapes(folder, dtype, quantize=quantize)
+        self.shapes = plain
+        if quantize is not None:
+            self.shapes = jax.eval_shape(partial(int8.quantize, kind=quantize), plain)
         if mesh is not None:
             self.shapes = shard(self.shapes, mesh, config)
         self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}

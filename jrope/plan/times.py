@@ -31,7 +31,7 @@ READ_ONE = 0.92  # one row: 3.06 to 3.10 TB/s
 READ_ROWS = 0.85  # several: small products and attention read more slowly
 LAYER = 23e-6  # seconds of a layer's step beside reading: norms, launches
 # Reading 4-bit words takes as long as so many bytes for each of theirs: of one row they
-# take what int8 takes, of several they are widened first (README, "Weights"; H100)
+# take what int8 takes on a GPU, else they are widened first (README, "Weights"; H100)
 INT4_ONE, INT4_ROWS = 2.0, 8.5
 PRODUCTS = 0.62  # of the data sheet's 989 TFLOP/s, while a prompt is read
 
@@ -77,7 +77,9 @@ def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
     size = weights + cache_shard(work, mesh, slots)
     flops = rows * token_flops(work.config, work.context) // mesh.ways
     rate = (READ_ONE if rows == 1 else READ_ROWS) * device.bandwidth
-    slower = (INT4_ONE if rows == 1 else INT4_ROWS) if work.quantize == "int4" else 1
+    slower = 1.0
+    if work.quantize == "int4":
+        slower = INT4_ONE if rows == 1 and device.kind == "gpu" else INT4_ROWS
     lasting = size + (slower - 1) * weights
     layers = work.config.num_hidden_layers
     # partial sums of one token are float32; between TPUs the compiler narrows them
