@@ -19,11 +19,12 @@ from jrope.model.attention import attend
 from jrope.model.cache import Slots, grow, write
 from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
+from jrope.model.decode_kernel import kernel_takes, rotate_append_attend
 from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
 from jrope.model.rolling import extend, keep_last
 from jrope.numerics import with_rank
-from jrope.rope import rotate, table
+from jrope.rope import Rope, rotate, table
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LayerParams, LinearParams, Params, flatten, nest
 
@@ -87,8 +88,15 @@ def attention(
         see = partial(attend_growing, **tables, rope=rope, window=window, **how)
     elif rotary:
         precision = "accurate" if config.wide_rotation else rope.precision
-        turn = partial(rotate, **tables, layout=rope.layout, precision=precision)
-        q, k = turn(q), turn(k)
+        turn = partial(rotate, layout=rope.layout, precision=precision)
+        if window is None and _is_kernels(q, k, step, config, rope):
+            fused = partial(
+                rotate_append_attend, precision=precision, scale=config.attention_scale
+            )
+            y, slots = _at_once(fused, turn, see, (q, k, v), step, cos, sin)
+            y = y.reshape(batch, count, -1)
+            return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
+        q, k = turn(q, cos, sin), turn(k, cos, sin)
     if step.share is not None:
         slots = remember(step.slots, (k, v), step.share, capacity)
         seen = (k, v) if step.slots is None else slots
@@ -106,11 +114,61 @@ def attention(
     elif window == step.slots[0].shape[1]:
         y, slots = extend(see, q, (k, v), step.slots, step.starts, step.counts)
     else:
-        keys, values = step.slots
-        slots = write(keys, k, step.starts), write(values, v, step.starts)
-        y = see(q, *slots, step.starts)
+        y, slots = _append(see, q, (k, v), step.slots, step.starts)
     y = y.reshape(batch, count, -1)
     return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
+
+
+def _append(
+    see: Callable[..., jax.Array],
+    q: jax.Array,
+    new: Slots,
+    slots: Slots,
+    starts: jax.Array,
+) -> tuple[jax.Array, Slots]:
+    """Put new keys and values into the slots from each row's start on, and attend."""
+    keys, values = (write(x, y, starts) for x, y in zip(slots, new, strict=True))
+    return see(q, keys, values, starts), (keys, values)
+
+
+def _is_kernels(
+    q: jax.Array, k: jax.Array, step: Step, config: LlamaConfig, rope: Rope
+) -> bool:
+    """Whether a GPU's kernel computes the step: plain attention, whole heads turned."""
+    decodes = step.slots is not None and step.starts is not None and step.share is None
+    bare = decodes and step.segments is None and config.score_cap is None
+    whole = rope.layout == "half" and 2 * step.cos.shape[-1] == config.head_dim
+    return bare and whole and kernel_takes(q, k)
+
+
+def _at_once(
+    fused: Callable[..., tuple[jax.Array, Slots]],
+    turn: Callable[..., jax.Array],
+    see: Callable[..., jax.Array],
+    new: tuple[jax.Array, jax.Array, jax.Array],
+    step: Step,
+    cos: jax.Array,
+    sin: jax.Array,
+) -> tuple[jax.Array, Slots]:
+    """Rotate, remember and attend by the kernel on CUDA, one by one elsewhere."""
+
+    def one_by_one(
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        slots: Slots,
+        starts: jax.Array,
+        *table: jax.Array,
+    ) -> tuple[jax.Array, Slots]:
+        q, k = (turn(x, *table) for x in (q, k))
+        return _append(see, q, (k, v), slots, starts)
+
+    @jax.custom_jvp  # the kernel has no derivative
+    def at_once(*given: Any) -> Any:
+        return jax.lax.platform_dependent(*given, cuda=fused, default=one_by_one)
+
+    at_once.defjvp(partial(jax.jvp, one_by_one))
+    return at_once(*new, step.slots, step.starts, cos, sin)
 
 
 def queries_keys_values(

@@ -1,5 +1,6 @@
 """The rotation of queries and keys, and the two orders that channel pairs come in."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
 
@@ -44,22 +45,29 @@ def rotate(
         a, b = wide[..., :pairs], wide[..., pairs:]
     else:
         a, b = wide[..., 0::2], wide[..., 1::2]
-    if precision == "parity":
-        short = partial(rounded, dtype=x.dtype)
-        cos, sin = short(cos), short(sin)
-        turned = (
-            short(a * cos) - short(b * sin),
-            short(b * cos) + short(a * sin),
-        )
-    else:
-        turned = (a * cos - b * sin, b * cos + a * sin)
+    short = partial(rounded, dtype=x.dtype) if precision == "parity" else None
+    pair = turned(a, b, cos, sin, short)
     if layout == "half":
-        y = jnp.concatenate(turned, axis=-1)
+        y = jnp.concatenate(pair, axis=-1)
     else:
-        y = jnp.stack(turned, axis=-1).reshape(wide.shape)
+        y = jnp.stack(pair, axis=-1).reshape(wide.shape)
     y = y.astype(x.dtype)
     whole = 2 * pairs == x.shape[-1]
     return y if whole else jnp.concatenate([y, x[..., 2 * pairs :]], axis=-1)
+
+
+def turned(
+    a: jax.Array,
+    b: jax.Array,
+    cos: jax.Array,
+    sin: jax.Array,
+    short: Callable[[jax.Array], jax.Array] | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The two channels of pairs turned, float32; `short` rounds what sums are of."""
+    if short is None:
+        return a * cos - b * sin, b * cos + a * sin
+    cos, sin = short(cos), short(sin)
+    return short(a * cos) - short(b * sin), short(b * cos) + short(a * sin)
 
 
 def interleaved_to_half(

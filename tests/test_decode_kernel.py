@@ -1,0 +1,207 @@
+"""The GPU's kernel of a decode step, interpreted: against float64, and in the model."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_helpers import changed, close, tokens_of
+from model_helpers import make as make
+
+from jrope.model import decode_kernel, layers
+from jrope.model.cache import write
+from jrope.model.decode_kernel import kernel_takes, rotate_append_attend
+from jrope.model.llama import forward
+from jrope.rope import Rope, rotate
+
+S = 300
+EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+
+
+def inputs(
+    dtype: Any, lengths: list[int], heads: int, kv_heads: int, width: int
+) -> dict[str, Any]:
+    """Random ones; what lies past a row's length is infinite."""
+    random, batch = np.random.default_rng(0), len(lengths)
+
+    def normal(*shape: int) -> jax.Array:
+        return jnp.asarray(random.standard_normal(shape), dtype)
+
+    past = np.arange(S)[None, :] >= np.asarray(lengths)[:, None]
+    slots = (normal(batch, S, kv_heads, width) for _ in range(2))
+    phase = 9 * random.standard_normal((batch, 1, width // 2))
+    return {
+        "q": normal(batch, 1, heads, width),
+        "k": normal(batch, 1, kv_heads, width),
+        "v": normal(batch, 1, kv_heads, width),
+        "slots": tuple(jnp.where(past[..., None, None], jnp.inf, x) for x in slots),
+        "starts": jnp.asarray(lengths, jnp.int32),
+        "cos": jnp.cos(phase).astype(jnp.float32),
+        "sin": jnp.sin(phase).astype(jnp.float32),
+    }
+
+
+def expected(q: Any, k: Any, v: Any, slots: Any, starts: Any, row: int) -> np.ndarray:
+    """Of a row's rotated query and key, in float64: [N, H]."""
+    end = int(starts[row])
+    keys, values = (
+        np.concatenate([np.asarray(x[row, :end]), np.asarray(new[row])])
+        for x, new in zip(slots, (k, v), strict=True)
+    )
+    keys, values = keys.astype(np.float64), values.astype(np.float64)
+    groups = np.asarray(q[row, 0], np.float64).reshape(keys.shape[1], -1, q.shape[3])
+    scores = np.einsum("kgh,skh->kgs", groups, keys) / np.sqrt(q.shape[3])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("kgs,skh->kgh", weights, values).reshape(q.shape[2:])
+
+
+@pytest.mark.parametrize("programs", [1, 24])
+@pytest.mark.parametrize(
+    ("dtype", "heads", "precision"),
+    [
+        ("float32", (6, 2), "accurate"),
+        ("bfloat16", (9, 3), "parity"),
+        ("float16", (2, 2), "parity"),
+    ],
+)
+def test_a_step(
+    dtype: Any,
+    heads: tuple[int, int],
+    precision: Any,
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Whole shares and empty ones, a first token and the last slot."""
+    monkeypatch.setattr(decode_kernel, "PROGRAMS", programs)
+    given = inputs(dtype, [0, 1, 130, S - 1], *heads, 64)
+    call = partial(rotate_append_attend, precision=precision, scale=None)
+    y, slots = call(**given, interpret=True)
+    turn = partial(rotate, cos=given["cos"], sin=given["sin"], precision=precision)
+    q, k, v = turn(given["q"]), turn(given["k"]), given["v"]
+    for row in range(4):
+        want = expected(q, k, v, given["slots"], given["starts"], row)
+        got = np.asarray(y[row, 0], np.float64)
+        # Values of at most 5; weights and the result are rounded to the dtype.
+        np.testing.assert_allclose(got, want, atol=8 * EPS[dtype], rtol=0)
+    for got, old, new in zip(slots, given["slots"], (k, v), strict=True):
+        want = np.asarray(write(old, new, given["starts"]), np.float32)
+        got = np.asarray(got, np.float32)
+        # Interpreted, XLA skips the roundings of products to float16, not to bfloat16.
+        close = {"float32": 1e-6, "bfloat16": 0, "float16": 4 * EPS["float16"]}
+        np.testing.assert_allclose(got, want, rtol=0, atol=close[dtype])
+
+
+def test_a_full_row_is_not_written() -> None:
+    given = inputs("float32", [S, S + 7], 4, 2, 64)
+    call = partial(rotate_append_attend, precision="parity", scale=None)
+    _, slots = call(**given, interpret=True)
+    for got, old in zip(slots, given["slots"], strict=True):
+        np.testing.assert_array_equal(got, old)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("batch", [1, 200])
+def test_triton_takes_it(width: int, batch: int) -> None:
+    given = inputs("bfloat16", [7] * batch, 8, 2, width)
+    call = jax.jit(partial(rotate_append_attend, precision="parity", scale=0.1))
+    text = call.trace(**given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "rotate_append_attend" in text
+    assert ("join_shares" in text) == (batch == 1)
+
+
+def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k = (jax.ShapeDtypeStruct((1, 1, n, 64), jnp.bfloat16) for n in (4, 2))
+    take: Any = kernel_takes
+    assert not take(q, k)  # no GPU
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert take(q, k)
+    assert not take(q.update(shape=(1, 2, 4, 64)), k)
+    assert not take(q.update(shape=(1, 1, 4, 80)), k)
+    assert not take(q.update(shape=(1, 1, 34, 64)), k)
+    assert not take(q.update(dtype=jnp.dtype("float32")), k)
+    monkeypatch.setattr(decode_kernel, "find_spec", lambda name: None)
+    assert not take(q, k)
+
+
+@pytest.fixture
+def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The model takes the kernel, interpreted; how often it was traced."""
+    count, chosen = list[int](), jax.lax.platform_dependent
+
+    def fused(*given: Any, **how: Any) -> Any:
+        count.append(1)
+        return rotate_append_attend(*given, **how, interpret=True)
+
+    def choose(*given: Any, **ways: Callable[..., Any]) -> Any:
+        own: Any = ways.get("cuda")
+        if isinstance(own, partial) and own.func is fused:
+            return own(*given)
+        return chosen(*given, **ways)
+
+    monkeypatch.setattr(layers, "rotate_append_attend", fused)
+    monkeypatch.setattr(layers, "kernel_takes", lambda q, k: q.shape[1] == 1)
+    monkeypatch.setattr(jax.lax, "platform_dependent", choose)
+    jax.clear_caches()
+    return count
+
+
+def test_the_model_takes_it(make: Any, kernel: list[int]) -> None:
+    """Tokens one by one beside all at once: two layers, groups of two heads."""
+    model = make()
+    tokens = tokens_of(model.config, 2, 9)
+    run = partial(forward, model.params, config=model.config)
+    want, _ = run(tokens)
+    _, cache = run(tokens[:, :6], lengths=[6, 4], capacity=9)
+    for at in range(3):
+        rows = jnp.stack([tokens[0, 6 + at], tokens[1, 4 + at]])
+        got, cache = run(rows[:, None], cache=cache)
+        both = jnp.stack([want[0, 6 + at], want[1, 4 + at]])
+        close(got[:, 0], both)
+    assert kernel  # the layers share their program
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"rope": Rope(theta=1e4, rotary_dim=8, layout="interleaved")},
+        {"rope": Rope(theta=1e4, rotary_dim=4)},
+        {"score_cap": 20.0},
+    ],
+)
+def test_what_it_does_not_compute(
+    make: Any, kernel: list[int], fields: dict[str, Any]
+) -> None:
+    model = make()
+    config = changed(model.config, **fields)
+    tokens = tokens_of(config, 1, 4)
+    _, cache = forward(model.params, tokens[:, :3], config=config, capacity=4)
+    forward(model.params, tokens[:, 3:], cache=cache, config=config)
+    assert not kernel
+
+
+def test_derivatives_and_maps(
+    make: Any, kernel: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are those of rotating, writing and attending one after the other."""
+    model = make()
+    tokens = tokens_of(model.config, 3, 1, 6)
+    run = partial(forward, config=model.config)
+    _, caches = jax.vmap(lambda x: run(model.params, x[:, :5], capacity=6))(tokens)
+
+    def logits(params: Any) -> jax.Array:
+        step = jax.vmap(lambda x, cache: run(params, x[:, 5:], cache=cache)[0])
+        return step(tokens, caches)
+
+    def loss(params: Any) -> jax.Array:
+        return jnp.sum(logits(params) ** 2)
+
+    got = logits(model.params), jax.grad(loss)(model.params)
+    assert kernel
+    monkeypatch.setattr(layers, "kernel_takes", lambda q, k: False)
+    jax.clear_caches()
+    want = logits(model.params), jax.grad(loss)(model.params)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), got, want)
