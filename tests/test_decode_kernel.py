@@ -11,9 +11,10 @@ import pytest
 from model_helpers import changed, close, tokens_of
 from model_helpers import make as make
 
-from jrope.model import decode_kernel, layers
+from jrope.model import decode_parts, layers
 from jrope.model.cache import write
-from jrope.model.decode_kernel import kernel_takes, rotate_append_attend
+from jrope.model.decode_kernel import attend_int8, rotate_append_attend
+from jrope.model.decode_parts import kernel_takes
 from jrope.model.llama import forward
 from jrope.rope import Rope, rotate
 
@@ -76,7 +77,7 @@ def test_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whole shares and empty ones, a first token and the last slot."""
-    monkeypatch.setattr(decode_kernel, "PROGRAMS", programs)
+    monkeypatch.setattr(decode_parts, "PROGRAMS", programs)
     given = inputs(dtype, [0, 1, 130, S - 1], *heads, 64)
     call = partial(rotate_append_attend, precision=precision, scale=None)
     y, slots = call(**given, interpret=True)
@@ -113,18 +114,54 @@ def test_triton_takes_it(width: int, batch: int) -> None:
     assert ("join_shares" in text) == (batch == 1)
 
 
+@pytest.mark.parametrize("programs", [1, 24])
+def test_integers(programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """8-bit slots with scales: what they stand for, in float64."""
+    monkeypatch.setattr(decode_parts, "PROGRAMS", programs)
+    random, lengths = np.random.default_rng(1), np.array([1, 64, 129, S], np.int32)
+    numbers = random.integers(-127, 128, (2, 4, S, 2, 64)).astype(np.int8)
+    scales = random.uniform(0.01, 0.03, (2, 4, S, 2, 1)).astype(jnp.bfloat16)
+    q = jnp.asarray(random.standard_normal((4, 1, 6, 64)), jnp.float32)
+    got = attend_int8(
+        q,
+        (jnp.asarray(numbers[0]), jnp.asarray(numbers[1])),
+        (jnp.asarray(scales[0]), jnp.asarray(scales[1])),
+        jnp.asarray(lengths),
+        scale=0.2,
+        interpret=True,
+    )
+    keys, values = numbers.astype(np.float64) * scales.astype(np.float64)
+    for row, end in enumerate(lengths):
+        groups = np.asarray(q[row, 0], np.float64).reshape(2, 3, 64)
+        scores = 0.2 * np.einsum("kgh,skh->kgs", groups, keys[row, :end])
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        want = np.einsum("kgs,skh->kgh", weights, values[row, :end]).reshape(6, 64)
+        # Scores of at most 40, whose rounding is a relative error of a weight.
+        np.testing.assert_allclose(got[row, 0], want, atol=1e-4, rtol=0)
+
+
+def test_triton_takes_integers() -> None:
+    shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int8)
+    numbers, scales = shape((2, S, 2, 128)), shape((2, S, 2, 1), dtype=jnp.bfloat16)
+    q, lengths = shape((2, 1, 8, 128), dtype=jnp.bfloat16), shape((2,), dtype=jnp.int32)
+    call = jax.jit(partial(attend_int8, scale=None))
+    given = q, (numbers, numbers), (scales, scales), lengths
+    text = call.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
+    assert "attend_int8" in text
+
+
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k = (jax.ShapeDtypeStruct((1, 1, n, 64), jnp.bfloat16) for n in (4, 2))
-    take: Any = kernel_takes
-    assert not take(q, k)  # no GPU
+    q: Any = jax.ShapeDtypeStruct((1, 1, 4, 64), jnp.bfloat16)
+    assert not kernel_takes(q, 2)  # no GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    assert take(q, k)
-    assert not take(q.update(shape=(1, 2, 4, 64)), k)
-    assert not take(q.update(shape=(1, 1, 4, 80)), k)
-    assert not take(q.update(shape=(1, 1, 34, 64)), k)
-    assert not take(q.update(dtype=jnp.dtype("float32")), k)
-    monkeypatch.setattr(decode_kernel, "find_spec", lambda name: None)
-    assert not take(q, k)
+    assert kernel_takes(q, 2)
+    assert not kernel_takes(q.update(shape=(1, 2, 4, 64)), 2)
+    assert not kernel_takes(q.update(shape=(1, 1, 4, 80)), 2)
+    assert not kernel_takes(q.update(shape=(1, 1, 34, 64)), 2)
+    assert not kernel_takes(q.update(dtype=jnp.dtype("float32")), 2)
+    monkeypatch.setattr(decode_parts, "find_spec", lambda name: None)
+    assert not kernel_takes(q, 2)
 
 
 @pytest.fixture
@@ -143,7 +180,7 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return chosen(*given, **ways)
 
     monkeypatch.setattr(layers, "rotate_append_attend", fused)
-    monkeypatch.setattr(layers, "kernel_takes", lambda q, k: q.shape[1] == 1)
+    monkeypatch.setattr(layers, "kernel_takes", lambda q, heads: q.shape[1] == 1)
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     jax.clear_caches()
     return count
@@ -201,7 +238,7 @@ def test_derivatives_and_maps(
 
     got = logits(model.params), jax.grad(loss)(model.params)
     assert kernel
-    monkeypatch.setattr(layers, "kernel_takes", lambda q, k: False)
+    monkeypatch.setattr(layers, "kernel_takes", lambda q, heads: False)
     jax.clear_caches()
     want = logits(model.params), jax.grad(loss)(model.params)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), got, want)

@@ -19,7 +19,8 @@ from jrope.model.attention import attend
 from jrope.model.cache import Slots, grow, write
 from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
-from jrope.model.decode_kernel import kernel_takes, rotate_append_attend
+from jrope.model.decode_kernel import rotate_append_attend
+from jrope.model.decode_parts import kernel_takes
 from jrope.model.growing import attend_growing
 from jrope.model.products import is_row, linear
 from jrope.model.rolling import extend, keep_last
@@ -138,7 +139,7 @@ def _is_kernels(
     decodes = step.slots is not None and step.starts is not None and step.share is None
     bare = decodes and step.segments is None and config.score_cap is None
     whole = rope.layout == "half" and 2 * step.cos.shape[-1] == config.head_dim
-    return bare and whole and kernel_takes(q, k)
+    return bare and whole and kernel_takes(q, k.shape[2])
 
 
 def _at_once(

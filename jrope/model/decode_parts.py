@@ -1,0 +1,217 @@
+"""What the kernels of a decode step on NVIDIA GPUs have in common.
+
+A program has one key/value head of a row, with the query heads that read it, and walks
+a share of the row's filled slots: products by tensor cores, an online softmax in powers
+of two.  Nothing past a row's length is read.  A second, small kernel joins the shares.
+"""
+
+import math
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from importlib.util import find_spec
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+HEADS = 16  # query heads of a tensor core's tile, to which a group is padded
+PROGRAMS = 256  # about so many keep a GPU busy: rows times heads times shares
+SHARE = 128  # slots of a share, at least
+TRITON = "jax.experimental.pallas.triton"  # which JAX will drop, it says since 0.11
+DTYPES = (jnp.bfloat16, jnp.float16)
+MANY = {"block": 64, "stages": 3}  # programs: blocks are loaded while others are used
+FEW = {"block": 128, "stages": 1}  # all of a share's loads are on their way at once
+LOWEST = np.float32(-1e30)  # of hidden scores; unlike infinity it has differences
+
+Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+"""Of query heads: the largest score [16], in powers of two, the sum of exponentials
+relative to it [16], and the values weighted by these [16, H]; float32."""
+
+
+def kernel_takes(q: jax.Array, kv_heads: int) -> bool:
+    """Whether queries [B, T, N, H] are a decode step for these kernels, and here."""
+    head_dim, group = q.shape[3], q.shape[2] // kv_heads
+    fits = q.shape[1] == 1 and head_dim in (64, 128) and group <= HEADS
+    here = q.dtype in DTYPES and jax.default_backend() == "gpu"
+    return fits and here and find_spec(TRITON) is not None
+
+
+def run_shares(
+    body: Any,
+    q: jax.Array,
+    given: tuple[jax.Array, ...],
+    keys: jax.Array,
+    scale: float | None,
+    *,
+    aliases: dict[int, int] | None = None,
+    interpret: bool,
+    name: str,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Call `body(*refs, *changed, *out)` for all shares, and join them.
+
+    Args:
+      body: a kernel that ends with `put`; it is told `group`, `block` and `scale`.
+      q: [B, 1, N, H].
+      given: what it reads.
+      keys: [B, S, K, H].
+      scale: of scores; None: 1 / sqrt(H).
+      aliases: which of `given` it changes, and as which result.
+      interpret: compute it without a GPU.
+      name: of the kernel.
+
+    Returns:
+      [B, 1, N, H] in q's dtype, and what was changed.
+    """
+    batch, _, heads, head_dim = q.shape
+    capacity, kv_heads = keys.shape[1:3]
+    shares, aliases = shares_of(batch * kv_heads, capacity), aliases or {}
+    block, stages = (MANY if shares == 1 else FEW).values()
+    y = jax.typeof(q).update(shape=(batch, heads, head_dim))
+    like = partial(y.update, dtype=jnp.dtype(jnp.float32))
+    sums = [like(shape=(batch, heads, shares, *last)) for last in ((head_dim,), (), ())]
+    scale = 1 / math.sqrt(head_dim) if scale is None else scale
+    how = {"group": heads // kv_heads, "block": block}
+    changed = [jax.typeof(given[i]) for i in aliases]
+    out = _call(
+        partial(body, **how, scale=np.float32(scale * math.log2(math.e))),
+        given,
+        grid=(kv_heads, shares, batch),
+        out_shape=[*changed, *([y] if shares == 1 else sums)],
+        input_output_aliases=aliases,
+        stages=stages,
+        interpret=interpret,
+        name=name,
+    )
+    changed, out = out[: len(aliases)], out[len(aliases) :]
+    if shares > 1:
+        own: Any = {"grid": (heads, batch), "interpret": interpret}
+        out = _call(_join, out, out_shape=[y], **own, name="join_shares")
+    return out[0][:, None], changed
+
+
+def shares_of(rows: int, capacity: int) -> int:
+    """Into how many shares a row's slots are cut, a power of two."""
+    most = max(min(PROGRAMS // rows, capacity // SHARE), 1)
+    return 2 ** (most.bit_length() - 1)
+
+
+def _call(
+    body: Any, given: Any, *, out_shape: list[Any], stages: int = 1, **how: Any
+) -> list[Any]:
+    """A Triton kernel that loads its blocks itself."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*Triton", DeprecationWarning)
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import triton
+
+        where = pl.BlockSpec(memory_space=pl.ANY)
+        call = pl.pallas_call(
+            body,
+            in_specs=[where] * len(given),
+            out_specs=[where] * len(out_shape),
+            out_shape=out_shape,
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
+            **how,
+        )
+        return call(*given)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a program has, inside of a kernel: indices, and slots `begin` to `end`."""
+
+    row: Any
+    kv_head: Any
+    number: Any
+    begin: Any
+    end: Any
+    heads: Any  # int32 [16], of queries
+    own: Any  # bool [16], whether it is one
+    lanes: Any  # int32 [H]
+
+    @classmethod
+    def of(cls, lengths: Any, keys: Any, group: int, block: int) -> "Share":
+        """The running program's, of filled slots [B] and keys [B, S, K, H]."""
+        from jax.experimental import pallas as pl
+
+        kv_head, number, row = (pl.program_id(i) for i in range(3))
+        length = jnp.minimum(lengths[row], keys.shape[1])
+        size = pl.cdiv(pl.cdiv(length, pl.num_programs(1)), block) * block
+        begin = jnp.minimum(number * size, length)
+        end = jnp.minimum(begin + size, length)
+        lanes, member = (jnp.arange(n, dtype=jnp.int32) for n in (keys.shape[3], HEADS))
+        heads, own = kv_head * group + member, member < group
+        return cls(row, kv_head, number, begin, end, heads, own, lanes)
+
+    def queries(self, rows: Any, lanes: Any) -> jax.Array:
+        """The query heads, zeros where there is none, of rows [B, N or more, H]."""
+        from jax.experimental.pallas import triton
+
+        place = rows.at[self.row, self.heads[:, None], lanes[None, :]]
+        return triton.load(place, mask=self.own[:, None], other=0)
+
+    def walk(
+        self,
+        query: jax.Array,
+        slots: Any,
+        scales: Any,
+        block: int,
+        scale: Any,
+        sums: Sums,
+    ) -> Sums:
+        """The sums with this share's slots among them; 8-bit slots have scales."""
+        from jax.experimental import pallas as pl
+        from jax.experimental.pallas import triton
+
+        def see(i: Any, sums: Sums) -> Sums:
+            top, total, acc = sums
+            at = self.begin + i * block + jnp.arange(block, dtype=jnp.int32)
+            seen = at < self.end
+            place = self.row, at[:, None], self.kv_head, self.lanes[None, :]
+            load = partial(triton.load, mask=seen[:, None], other=0)
+            k, v = (load(x.at[place]).astype(query.dtype) for x in slots)
+            load = partial(triton.load, mask=seen, other=0)
+            factors = [load(x.at[self.row, at, self.kv_head, 0]) for x in scales]
+            factors = [x.astype(jnp.float32)[None, :] for x in factors]
+            scores = triton.dot(query, k, trans_b=True) * scale
+            scores = scores * factors[0] if factors else scores
+            scores = jnp.where(seen[None, :], scores, LOWEST)
+            new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+            shrink = jnp.exp2(top - new_top)
+            weights = jnp.exp2(scores - new_top[:, None])
+            total = total * shrink + jnp.sum(weights, axis=1)
+            weights = weights * factors[1] if factors else weights
+            acc = acc * shrink[:, None] + triton.dot(weights.astype(v.dtype), v)
+            return new_top, total, acc
+
+        return jax.lax.fori_loop(0, pl.cdiv(self.end - self.begin, block), see, sums)
+
+    def put(self, out: Any, sums: Sums) -> None:
+        """Write what was found: of the only share the result, else the sums."""
+        from jax.experimental.pallas import triton
+
+        top, total, acc = sums
+        heads, lanes = self.heads[:, None], self.lanes[None, :]
+        store = partial(triton.store, mask=self.own[:, None])
+        if len(out) == 1:
+            y = (acc / total[:, None]).astype(out[0].dtype)
+            store(out[0].at[self.row, heads, lanes], y)
+            return
+        store(out[0].at[self.row, heads, self.number, lanes], acc)
+        for place, x in zip(out[1:], (top, total), strict=True):
+            place = place.at[self.row, self.heads, self.number]
+            triton.store(place, x, mask=self.own)
+
+
+def _join(acc: Any, top: Any, total: Any, out: Any) -> None:
+    """The shares' sums [B, N, P, H] and [B, N, P] of one head of a row, as one."""
+    from jax.experimental import pallas as pl
+
+    head, row = pl.program_id(0), pl.program_id(1)
+    top = top[row, head, :]
+    weights = jnp.exp2(top - jnp.max(top))
+    y = jnp.sum(acc[row, head, :, :] * weights[:, None], axis=0)
+    y = y / jnp.sum(total[row, head, :] * weights)
+    out[row, head, :] = y.astype(out.dtype)
