@@ -142,6 +142,8 @@ BAD = {
     "max_tokens": [0, -1, 2.5, 2**40],
     "logprobs": ["yes", -1, 21],
     "top_logprobs": [21, -1, 3],
+    "response_format": ["text", {}, {"type": []}, {"type": "json_schema"}],
+    "structured_outputs": [5, [], {}, {"grammar": "x"}, {"regex": "["}],
 }
 
 

@@ -175,7 +175,7 @@ class Run:
             found = tokens_to_stop(tokenizer, prompt, tokens.tolist(), stops)
             if found is not None:
                 return found
-        ended = tokens[-1] in work.stop_ids or len(tokens) >= work.max_new_tokens
+        ended = work.is_over(tokens) or len(tokens) >= work.max_new_tokens
         if ended or not self.interrupted():
             return None
         self.cut.add(work.key)
@@ -230,6 +230,7 @@ def _works(row: Row) -> Iterator[Work]:
             max_new_tokens=row.limits[which],
             stop_ids=request.stop_ids,
             logprobs=request.logprobs,
+            structure=row.structure,
         )
 
 

@@ -22,12 +22,19 @@ class Block:
     live: jax.Array  # bool [B], afterwards
     finite: jax.Array  # bool [B]
     spoilt: jax.Array  # bool [B], whether a NaN may stand in the row's cache
+    states: jax.Array | None  # int32 [B], of their structures, where rows have some
     logprobs: jax.Array | None  # float32 [B, n]
     top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
     top_logprobs: jax.Array | None
 
 
-def blank(live: jax.Array, vocabulary: int, size: int, scored: bool) -> Block:
+def blank(
+    live: jax.Array,
+    states: jax.Array | None,
+    vocabulary: int,
+    size: int,
+    scored: bool,
+) -> Block:
     """A block of so many columns with nothing in it, for the rows that are live [B]."""
     count = live.shape[0]
     best = count, size, min(ALTERNATIVES, vocabulary)
@@ -38,6 +45,7 @@ def blank(live: jax.Array, vocabulary: int, size: int, scored: bool) -> Block:
         live=live,
         finite=live,
         spoilt=live,
+        states=states,
         logprobs=jnp.zeros((count, size), jnp.float32) if scored else None,
         top_ids=jnp.zeros(best, jnp.int32) if scored else None,
         top_logprobs=jnp.zeros(best, jnp.float32) if scored else None,

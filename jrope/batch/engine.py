@@ -84,7 +84,7 @@ class Engine:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """What `compile` compiles, by name; nothing is compiled later."""
+        """What `compile` compiles, by name; later only what answers of a form take."""
         return names(self.shapes, self.logprobs)
 
     def compile(self) -> Programs:

@@ -14,12 +14,11 @@ SERVED = {
     *_SAMPLER,
     *_LIMITS,
     *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
+    *("response_format", "structured_outputs"),  # read in `form`
 }
 # Fields of the API that change the answer and are not served, with the values that
-# change nothing.  An answer's grammar, once there is one, leaves this table.
+# change nothing.
 UNSERVED: dict[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
     "logit_bias": ({},),
     "tools": ([],),

@@ -26,6 +26,8 @@ class Programs:
       empty, extend, clean: those of that name.
       begin: width -> the program for first pieces of that width.
       decode: without log-probabilities, and maybe with them.
+      ruled: the same where some rows have structures, called with `Rules` last; jit
+        compiles it when the first one comes.
       seconds: until they were compiled.
     """
 
@@ -34,6 +36,7 @@ class Programs:
     clean: Any
     begin: Mapping[int, Any]
     decode: Mapping[bool, Any]
+    ruled: Mapping[bool, Any]
     seconds: float
 
 
@@ -93,7 +96,9 @@ def compile_programs(
     done = _compiled(lowered())
     if warm:
         _run_once(done, params, nobody)
+    how = {"config": config, "size": size}
     return Programs(
+        ruled={scored: partial(decode, **how, scored=scored) for scored in scorings},
         begin={width: done["begin", width] for width in shapes.first},
         decode={scored: done["decode", scored] for scored in scorings},
         **{name: done[name] for name in ("empty", "extend", "clean")},

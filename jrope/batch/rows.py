@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, TypeAlias, final
 
 from jrope.batch.fields import (
@@ -14,7 +15,10 @@ from jrope.batch.fields import (
     refuse_unserved,
     want,
 )
+from jrope.batch.form import read_form
 from jrope.batch.source import Line
+from jrope.batch.spelling import token_bytes
+from jrope.batch.structure import Structure, Structures
 from jrope.batch.text import chat_ids, prompt_ids
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
@@ -61,6 +65,11 @@ class BatchSettings:
     max_new_tokens: int | None = None
     created: int = 0
 
+    @cached_property
+    def structures(self) -> Structures:
+        """The tables of rows whose answers have a form, made as rows ask for them."""
+        return Structures(token_bytes(self.tokenizer, self.config))
+
 
 @final
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +83,7 @@ class Row:
       request: how to answer.
       limits: new tokens at most, for each prompt.
       extra: fields of a plain row that its answer repeats; `encoding_format`.
+      structure: the form of its answers.
     """
 
     line: Line
@@ -82,6 +92,7 @@ class Row:
     request: Request
     limits: list[int]
     extra: dict[str, Any]
+    structure: Structure | None = None
 
 
 def read_row(line: Line, settings: BatchSettings) -> Row:
@@ -199,6 +210,10 @@ def _row(
     default = settings.sampler if form == "plain" else settings.api_sampler
     seed = int(line.id[:8], 16)
     request = read_request(given, default, seed, settings.config)
+    structure = None
+    if (named := read_form(given)) is not None:
+        want(form != "embeddings", named[0], form, "a row that is answered by text")
+        structure = settings.structures.of(*named, request.stop_ids)
     usual = settings.max_new_tokens or _USUAL[form]
     longest = settings.max_length or settings.config.max_position_embeddings
     limits = list[int]()
@@ -216,4 +231,5 @@ def _row(
         request=request,
         limits=limits,
         extra=extra,
+        structure=structure,
     )

@@ -11,6 +11,7 @@ import numpy as np
 
 from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.programs import Programs, no_prompts
+from jrope.batch.rules import Held, Rules
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
@@ -48,6 +49,7 @@ class Run:
         self.waiting = Waiting(work, shapes, stats.slots)
         self.seats: list[Seat | None] = [None] * stats.slots
         self.ended = list[Seat]()  # but not given yet
+        self.held: Held | None = None  # of structures
         self.slots: Any = None
 
     def rows(self) -> Iterator[Finished]:
@@ -138,8 +140,21 @@ class Run:
             enough = max(wanted - len(self.free()), 1)
         scored = any(seat.work.logprobs is not None for seat in taken)
         given = self.key, going, np.int32(enough)
-        self.slots, block = self._call(self.programs.decode[scored], *given)
+        if any(seat.work.structure is not None for seat in taken):
+            given, programs = (*given, self._rules()), self.programs.ruled
+        else:
+            programs = self.programs.decode
+        self.slots, block = self._call(programs[scored], *given)
         return block
+
+    def _rules(self) -> Rules | None:
+        """What tokens the rows in the slots may draw."""
+        if self.held is None:
+            self.held = Held(self.slots.seen.shape[1], len(self.seats))
+        free = None, 0
+        return self.held.rules(
+            [free if s is None else (s.work.structure, s.state) for s in self.seats]
+        )
 
     def _call(self, program: Any, *given: Any) -> Any:
         """Start a program, or run it, where the device is the host's own processor."""

@@ -21,6 +21,7 @@ class Seat:
       pieces: of its prompt that are still to be computed.
       tokens, scores: what was drawn.
       count: tokens drawn.
+      state: of its structure behind them.
       asked: tokens that the caller has seen.
       over: whether it has ended.
       finite: whether all its logits were finite.
@@ -33,6 +34,7 @@ class Seat:
     tokens: np.ndarray = field(init=False)
     scores: list[list[np.ndarray]] = field(default_factory=list)
     count: int = 0
+    state: int = 0
     asked: int = 0
     over: bool = False
     finite: bool = True
@@ -47,6 +49,7 @@ class Seat:
         own = slice(self.count, self.count + new)
         self.tokens[own] = block.tokens[self.slot, :new]
         self.count += new
+        self.state = 0 if block.states is None else int(block.states[self.slot])
         self.over = not block.live[self.slot]
         self.finite = bool(block.finite[self.slot])
         if self.work.logprobs is not None:
@@ -68,7 +71,7 @@ class Seat:
         """What came of it."""
         count = self.count if self.kept is None else self.kept
         tokens, work = self.tokens[:count].copy(), self.work
-        stopped = self.kept is not None or (count and tokens[-1] in work.stop_ids)
+        stopped = self.kept is not None or work.is_over(tokens)
         scores = dict[str, np.ndarray]()
         if work.logprobs is not None:
             parts = [np.concatenate(x)[:count] for x in zip(*self.scores, strict=True)]

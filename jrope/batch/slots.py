@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jrope.batch.block import Block, blank, recorded
+from jrope.batch.rules import Rules, after, allowed
 from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
@@ -95,6 +96,7 @@ def decode(
     key: jax.Array,
     going: jax.Array,
     enough: jax.Array,
+    rules: Rules | None = None,
     *,
     config: LlamaConfig,
     size: int,
@@ -109,6 +111,7 @@ def decode(
       going: bool [B]; a row that is not ends here.
       enough: int32 [], rows that finish before this returns; it also does when none is
         left or after `size` steps.
+      rules: of the tokens that rows may draw; None: any.
       size: columns of the block.
       scored: whether log-probabilities and alternatives are wanted.
     """
@@ -127,10 +130,19 @@ def decode(
         slots, block = carry
         logits = unembed(params, slots.hidden, config=config)
         own = jax.vmap(jax.random.fold_in)(keys, slots.steps)
-        token, logits, finite = draw(logits, slots.asked.sampler, own, slots.seen)
+        mask = None
+        if rules is not None and block.states is not None:
+            mask = allowed(rules, block.states, slots.asked.stop_ids)
+        token, logits, finite = draw(
+            logits, slots.asked.sampler, own, slots.seen, allowed=mask
+        )
         token = jnp.where(slots.live, token, 0)
         block = recorded(block, slots.live, token, logits)
         slots = _drawn(slots, token, finite)
+        if rules is not None and block.states is not None:
+            states, over = after(rules, block.states, token)
+            block = replace(block, states=states)
+            slots = replace(slots, live=slots.live & ~over)
         now = slots.cache
         x, cache = hidden_states(params, token[:, None], cache=now, config=config)
         # A row that has finished takes no more of the cache's reads.
@@ -140,7 +152,8 @@ def decode(
         hidden = jnp.where(carry[0].live[:, None], x[:, 0], slots.hidden)
         return replace(slots, cache=cache, hidden=hidden), block
 
-    given = slots, blank(slots.live, config.vocab_size, size, scored)
+    states = None if rules is None else rules.states
+    given = slots, blank(slots.live, states, config.vocab_size, size, scored)
     slots, block = jax.lax.while_loop(goes_on, step, given)
     # Beyond its logits, what a row's last token left in the cache.
     wrong = jnp.sum(slots.hidden - slots.hidden, axis=1) != 0

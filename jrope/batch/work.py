@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias, final
 
 import numpy as np
 
+from jrope.batch.structure import Structure
 from jrope.generation.sample import Sampler
 
 
@@ -23,6 +24,7 @@ class Work:
       stop_ids: ids that end it; they count as its last token.
       logprobs: alternatives to report for every token, 0 for the token's own alone;
         None: no log-probabilities.
+      structure: the form of its text; stop ids come where that may end.
     """
 
     key: Hashable
@@ -32,6 +34,13 @@ class Work:
     max_new_tokens: int
     stop_ids: tuple[int, ...]
     logprobs: int | None = None
+    structure: Structure | None = None
+
+    def is_over(self, tokens: np.ndarray) -> bool:
+        """Whether these tokens end it, whatever its limit."""
+        if tokens.size and tokens[-1] in self.stop_ids:
+            return True
+        return self.structure is not None and self.structure.is_over(tokens.tolist())
 
 
 @final
@@ -42,7 +51,8 @@ class Finished:
     Args:
       key: of its `Work`.
       tokens: int32 [n], the new ones, a stop id included.
-      finish_reason: "stop" at a stop id or where the caller stopped it, else "length".
+      finish_reason: "stop" at a stop id, where nothing can follow, or where the caller
+        stopped it, else "length".
       finite: whether every logit that its tokens were drawn from was finite.
       logprobs: float32 [n] under the model itself, where asked for.
       top_ids, top_logprobs: int32 and float32 [n, alternatives], best first.

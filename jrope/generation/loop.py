@@ -239,8 +239,11 @@ def draw(
     keys: jax.Array,
     seen: jax.Array,
     axes: Axes = ONE,
+    allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A token for every row of float32 logits [B, V], each with its own key.
+
+    `allowed` bool [B, V] marks those that may be drawn (None: all of them).
 
     Returns:
       tokens int32 [B], the logits to go on with, and whether a row's are all finite.
@@ -250,7 +253,8 @@ def draw(
     logits = jax.lax.optimization_barrier(logits)
     with jax.named_scope("sample"):
         own = {"axes": axes} if axes.tensor or axes.batch else {}
-        drawn = sampler(logits, keys, seen, **own)
+        free = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
+        drawn = sampler(free, keys, seen, **own)
     # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
     wrong = axes.total(jnp.sum(logits - logits, axis=-1))
     return drawn, logits, wrong == 0

@@ -1,0 +1,107 @@
+"""Structures on the device, where decoding looks up what tokens may come next."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias, final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.batch.structure import MAY_STOP, MUST_STOP, Structure
+
+_ENTRIES, _TABLES = 2**16, 8  # at first, of what is held; each grows by 4
+_Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """Some structures, one after the other, and which of them the rows follow."""
+
+    table: jax.Array  # int32 [N], tables of `Structure`
+    classes: jax.Array  # int16 [G, V], theirs
+    starts: jax.Array  # int32 [G], where each table begins
+    which: jax.Array  # int32 [B], each row's; 0 allows everything
+    states: jax.Array  # int32 [B], each row's, from where its table begins
+
+
+def allowed(rules: Rules, states: jax.Array, stop_ids: jax.Array) -> jax.Array:
+    """Whether each row may draw each token, bool [B, V]; stop ids where it may end."""
+    at = rules.starts[rules.which] + states
+    classes = rules.classes[rules.which].astype(jnp.int32)
+    ways = rules.table[at[:, None] + classes]
+    may_stop = rules.table[at] >= MAY_STOP
+    rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
+    ids = jnp.where(stop_ids < 0, classes.shape[1], stop_ids)
+    return (ways >= 0).at[rows, ids].set(may_stop[:, None], mode="drop")
+
+
+def after(
+    rules: Rules, states: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The states [B] behind one more token each, and whether nothing can follow."""
+    starts = rules.starts[rules.which]
+    classes = rules.classes[rules.which, tokens].astype(jnp.int32)
+    ways = rules.table[starts + states + classes]
+    states = jnp.where(ways < 0, states, ways)
+    return states, rules.table[starts + states] == MUST_STOP
+
+
+@final
+class Held:
+    """What the device holds of structures, to be used again by the next rows.
+
+    Args:
+      vocabulary: tokens.
+      slots: rows at once.
+    """
+
+    def __init__(self, vocabulary: int, slots: int) -> None:
+        free = np.array([[MAY_STOP, 0]], np.int32)
+        self._free = Structure(free, np.ones(vocabulary, np.int16))
+        self._slots, self._entries, self._tables = slots, _ENTRIES, _TABLES
+        self._numbers: dict[Structure, int] = {}
+        self._arrays: _Arrays | None = None
+
+    def rules(self, rows: Sequence[tuple[Structure | None, int]]) -> Rules | None:
+        """The rules for rows with these structures in these states; None: all free."""
+        wanted = {s: None for s, _ in rows if s is not None}
+        if not wanted:
+            return None
+        if self._arrays is None or not wanted.keys() <= self._numbers.keys():
+            self._arrays = self._placed([*wanted])
+        table, classes, starts = self._arrays
+        which = [0 if s is None else self._numbers[s] for s, _ in rows]
+        own: dict[str, Any] = {
+            "which": np.array(which, np.int32),
+            "states": np.array([state for _, state in rows], np.int32),
+        }
+        return Rules(table=table, classes=classes, starts=starts, **own)
+
+    def _placed(self, wanted: list[Structure]) -> _Arrays:
+        """Arrays with these structures, and the earlier ones if there is room."""
+        every = [*dict.fromkeys([self._free, *self._numbers, *wanted])]
+        if not self._fits(every):
+            every = [self._free, *wanted]
+        while not self._fits(every):
+            self._grow(every)
+        self._numbers = {structure: i for i, structure in enumerate(every)}
+        table = np.zeros(self._entries, np.int32)
+        classes = np.ones((self._tables, len(self._free.classes)), np.int16)
+        starts, at = np.zeros(self._tables, np.int32), 0
+        for i, structure in enumerate(every):
+            size = structure.table.size
+            table[at : at + size] = structure.table.ravel()
+            classes[i], starts[i], at = structure.classes, at, at + size
+        return jnp.asarray(table), jnp.asarray(classes), jnp.asarray(starts)
+
+    def _fits(self, structures: Sequence[Structure]) -> bool:
+        size = sum(structure.table.size for structure in structures)
+        return size <= self._entries and len(structures) <= self._tables
+
+    def _grow(self, structures: Sequence[Structure]) -> None:
+        if len(structures) > self._tables:
+            self._tables = min(4 * self._tables, max(self._slots + 1, _TABLES))
+        else:
+            self._entries *= 4
