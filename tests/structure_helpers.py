@@ -7,8 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from jrope.batch.schema import object_regex, schema_regex
-from jrope.batch.structure import MAY_STOP, MUST_STOP, Structure, Structures
+from jrope.batch.automaton import Automata
+from jrope.batch.schema import schema_regex
+from jrope.batch.structure import (
+    MAY_STOP,
+    MUST_STOP,
+    Structure,
+    Vocabulary,
+    make_structure,
+)
+from jrope.batch.values import any_object
 
 PERSON = {
     "type": "object",
@@ -47,19 +55,27 @@ assert len(TOKENS) == 61
 
 
 @cache
-def structures() -> Structures:
-    return Structures(TOKENS)
+def automata() -> Automata:
+    return Automata()
+
+
+@cache
+def table_of(
+    regex: str, stop_ids: tuple[int, ...] = (), tokens: tuple[bytes, ...] = (*TOKENS,)
+) -> Structure:
+    automaton = automata().of("it", regex)
+    return make_structure("it", automaton, Vocabulary(tokens), stop_ids)
 
 
 def regex_of(name: str) -> str:
     """Of SCHEMAS, or of any object."""
     if name == "object":
-        return object_regex(2)
-    return schema_regex("schema", SCHEMAS[name])
+        return any_object(2)
+    return schema_regex("schema", SCHEMAS[name], automata())
 
 
 def structure(name: str, stop_ids: tuple[int, ...] = (EOS,)) -> Structure:
-    return structures().of("schema", regex_of(name), stop_ids)
+    return table_of(regex_of(name), stop_ids)
 
 
 def text_of(tokens: Any, vocabulary: Any = TOKENS) -> str:

@@ -1,18 +1,14 @@
-"""Forms of answers on the host: expressions, tables, and the bytes of tokens."""
+"""Forms of answers on the host: JSON schemas and expressions, and what they allow."""
 
-import dataclasses
 import datetime
 import json
 import re
-import sys
 import uuid
 from typing import Any
 
 import numpy as np
 import outlines_core
 import pytest
-from batch_file_helpers import settings
-from cli_helpers import SIZE, fast
 from hypothesis import given
 from hypothesis import settings as examples
 from hypothesis import strategies as st
@@ -20,31 +16,26 @@ from structure_helpers import (
     EOS,
     SCHEMAS,
     TOKENS,
+    automata,
     drawn,
     regex_of,
     structure,
+    table_of,
     text_of,
     valid,
 )
-from tokenizers import Tokenizer, decoders, models
 
-import jrope.batch.automaton
-import jrope.batch.structure
-from jrope.batch.automaton import automaton
 from jrope.batch.fields import RowError
 from jrope.batch.form import read_form
-from jrope.batch.rows import BatchSettings
 from jrope.batch.schema import schema_regex
-from jrope.batch.spelling import token_bytes
-from jrope.batch.structure import MAY_STOP, MUST_STOP, Structures, make_structure
+from jrope.batch.structure import MAY_STOP, MUST_STOP
 
-BYTES = [bytes([byte]) for byte in range(256)]
+BYTES = tuple(bytes([byte]) for byte in range(256))
 
 
 def schema_text(schema: Any, seed: int) -> str | None:
     """A value of a schema, byte by byte."""
-    made = make_structure("it", automaton("it", schema_regex("it", schema)), BYTES)
-    tokens = drawn(made, seed)
+    tokens = drawn(table_of(schema_regex("it", schema, automata()), (), BYTES), seed)
     return None if tokens is None else text_of(tokens, BYTES)
 
 
@@ -80,12 +71,12 @@ def test_table_is_outlines_cores_index(name: str) -> None:
 
 @pytest.mark.parametrize("name", [*SCHEMAS, "object"])
 def test_what_a_table_allows_is_valid(name: str) -> None:
-    made, texts = structure(name), set[str]()
+    it, texts = structure(name), set[str]()
     for seed in range(150):
-        if (tokens := drawn(made, seed)) is not None:
+        if (tokens := drawn(it, seed)) is not None:
             texts.add(text_of(tokens))
             valid(name, text_of(tokens))
-            assert not made.is_over([]) and EOS not in tokens
+            assert not it.is_over([]) and EOS not in tokens
     assert len(texts) > 4
     if name in ("text", "person"):
         assert any("é" in text for text in texts), "no character of several tokens"
@@ -98,13 +89,13 @@ def test_texts_that_go_on_where_others_end_are_there() -> None:
         r"^.{2}$": ["é1"],
         r"[a\]$^]+\$": ["a]^$$"],
     }.items():
-        asked = read_form({"structured_outputs": {"regex": regex}})
+        asked = read_form({"structured_outputs": {"regex": regex}}, automata())
         assert asked is not None
-        made = make_structure("it", automaton(*asked), BYTES)
+        it = table_of(asked[1], (), BYTES)
         for text in texts:
-            flat, state = made.table.ravel(), 0
+            flat, state = it.table.ravel(), 0
             for byte in text.encode():
-                state = int(flat[state + made.classes[byte]])
+                state = int(flat[state + it.classes[byte]])
                 assert state >= 0, (regex, text)
             assert flat[state] >= MAY_STOP, (regex, text)
             assert re.fullmatch(regex, text)
@@ -169,6 +160,9 @@ def test_schemas_say_no_more_than_they_do() -> None:
         ({"type": "integer", "minimum": 1.5}, "minimum: got 1.5, want a whole number"),
         ({"type": "integer", "minimum": 0, "maximum": 1000}, "1 to 1000 numbers"),
         ({"type": "text"}, "type: got 'text', want of object"),
+        ({"type": "string", "enum": ["a", 1]}, "enum: got .* of type string"),
+        ({"type": "integer", "const": True}, "const: got .* of type integer"),
+        ({"const": float("nan")}, r"const: got \[nan\], want no NaN"),
         ({"type": []}, r"type: got \[\], want of object"),
         ({"enum": []}, r"enum: got \[\], want a list of values"),
         ({"anyOf": []}, r"anyOf: got \[\], want a list of schemas"),
@@ -195,7 +189,10 @@ def test_schemas_say_no_more_than_they_do() -> None:
 def test_schemas_are_refused_by_keyword(schema: Any, told: str) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     with pytest.raises(RowError, match=f"response_format: .*{told}"):
-        read_form({"response_format": form})
+        read_form({"response_format": form}, automata())
+
+
+STRICT = {"name": "x", "schema": {}, "strict": "yes"}
 
 
 @pytest.mark.parametrize(
@@ -210,13 +207,21 @@ def test_schemas_are_refused_by_keyword(schema: Any, told: str) -> None:
             "response_format: got 'json_ob",
         ),
         (
+            {"response_format": {"type": "json_object", "schema": {}}},
+            "response_format: schema: not served; want type$",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": STRICT}},
+            "strict: got 'yes', want true or false",
+        ),
+        (
             {"response_format": {"type": "json_schema"}},
             "json_schema: got None, want",
         ),
-        ({"structured_outputs": {"grammar": "x"}}, "grammar: not served"),
+        ({"structured_outputs": {"grammar": "x"}}, "grammar: not served; want json"),
         (
             {"structured_outputs": {"json": {}, "structural_tag": 1}},
-            "structural_tag: ",
+            "structural_tag: not",
         ),
         ({"structured_outputs": {}}, "structured_outputs: got {}, want one of json, "),
         ({"structured_outputs": {"json": {}, "regex": "a"}}, "want one of json, regex"),
@@ -224,6 +229,7 @@ def test_schemas_are_refused_by_keyword(schema: Any, told: str) -> None:
             {"structured_outputs": "a"},
             "structured_outputs: got 'a', want an obj",
         ),
+        ({"structured_outputs": {"json": "[" * 9**5}}, "json: it is no JSON: "),
         ({"structured_outputs": {"json": "{"}}, "json: it is no JSON: Expecting"),
         ({"structured_outputs": {"regex": 3}}, "regex: got 3, want a text"),
         ({"structured_outputs": {"regex": r"\bx"}}, r"regex: \\b: not served"),
@@ -243,7 +249,7 @@ def test_schemas_are_refused_by_keyword(schema: Any, told: str) -> None:
 )
 def test_forms_are_refused_by_name(given: dict[str, Any], told: str) -> None:
     with pytest.raises(RowError, match=told):
-        read_form(given)
+        read_form(given, automata())
 
 
 KEYWORDS = [
@@ -265,9 +271,9 @@ SUBSCHEMAS = st.recursive(
 @given(st.dictionaries(st.sampled_from(KEYWORDS), SUBSCHEMAS, max_size=3))
 def test_hostile_schemas_are_tables_or_row_errors(schema: Any) -> None:
     try:
-        asked = read_form({"structured_outputs": {"json": schema}})
+        asked = read_form({"structured_outputs": {"json": schema}}, automata())
         assert asked is not None
-        Structures(TOKENS).of(*asked, ())
+        table_of(asked[1])
     except RowError as error:
         assert "internal" not in error.code
 
@@ -280,118 +286,55 @@ def test_long_repetitions_are_refused_before_they_are_made() -> None:
         "a{10}{9000}": "90,000",
     }.items():
         with pytest.raises(RowError, match=f"it takes {told}.* characters") as error:
-            automaton("it", regex)
+            automata().of("it", regex)
         assert error.value.code == "too_long"
     laughs = {
         f"{i}": {"prefixItems": [{"$ref": f"#/$defs/{i + 1}"}] * 9} for i in range(9)
     }
-    with pytest.raises(RowError, match=r"ref: got an expression of [\d,]+ characters"):
-        schema_regex("it", {"$ref": "#/$defs/0", "$defs": {**laughs, "9": {}}})
+    with pytest.raises(RowError, match=r"it: got an expression of [\d,]+ characters"):
+        schema_regex(
+            "it", {"$ref": "#/$defs/0", "$defs": {**laughs, "9": {}}}, automata()
+        )
     for schema in ({"type": "string", "maxLength": 10**9}, {"minItems": 10**9}):
         with pytest.raises(RowError, match="characters, counting all repetitions"):
-            automaton("it", schema_regex("it", schema))
+            automata().of("it", schema_regex("it", schema, automata()))
+
+
+def test_properties_may_be_left_out_but_not_moved() -> None:
+    null, names = {"type": "null"}, "abcd"
+    schema = {"properties": dict.fromkeys(names, null)}
+    for required in ([], ["c"], ["a", "d"]):
+        regex = schema_regex("it", {**schema, "required": required}, automata())
+        regex = re.sub(r"\\x{(..)}", r"\\x\1", regex)  # as Python spells it
+        for mask in range(16):
+            own = [name for i, name in enumerate(names) if mask >> i & 1]
+            for members in (own, own[::-1]):
+                text = json.dumps(dict.fromkeys(members))
+                good = {*required} <= {*own} and members == own
+                assert bool(re.fullmatch(regex, text)) == good, (required, text)
+    many = {"properties": {f"{i}": null for i in range(200)}}
+    sizes = [
+        len(schema_regex("it", {**many, "required": required}, automata()))
+        for required in ([], ["199"])
+    ]
+    assert sizes[0] > 40 * sizes[1]
+
+
+def test_deep_schemas_are_refused() -> None:
+    schema: Any = {}
+    for _ in range(3000):
+        schema = {"items": schema}
+    with pytest.raises(RowError, match="it: it is nested too deeply"):
+        schema_regex("it", schema, automata())
+    wide = {"prefixItems": [True] * 10**6}
+    with pytest.raises(RowError, match=r"it: got an expression of 4,.* at most"):
+        schema_regex("it", wide, automata())
+    optional = {"properties": {f"{i}": {"type": "null"} for i in range(10**5)}}
+    with pytest.raises(RowError, match=r"it: got an expression of 4,.* at most"):
+        schema_regex("it", optional, automata())
 
 
 def test_text_is_no_form() -> None:
-    assert read_form({}) is None
-    assert read_form({"response_format": {"type": "text"}}) is None
-    assert read_form({"structured_outputs": {"json": "true"}}) is not None
-
-
-# --- tables
-
-
-def test_equal_forms_share_a_table() -> None:
-    own = Structures(TOKENS)
-    one = own.of("x", "a+", (EOS,))
-    assert own.of("y", "a+", ()) is one  # EOS is no text
-    letter = TOKENS.index(b"a")
-    other = own.of("x", "a|b", (letter, EOS, letter))  # an id that ends answers
-    assert other is not own.of("x", "a|b", ())
-    assert other.table[0, other.classes[letter]] == -1
-    with pytest.raises(RowError, match="x: no text of the vocabulary's tokens, wi"):
-        own.of("x", "ab", (letter,))
-
-
-def test_tables_without_end_are_refused(monkeypatch: Any) -> None:
-    own = Structures([b"", b"a", b"ab", b"b\xc3"])
-    with pytest.raises(RowError, match="it: no text of the vocabulary's tokens, wi"):
-        own.of("it", "a+é", ())
-    made = own.of("it", "a*ab|abé", ())  # where é cannot come, its first byte must not
-    texts = {
-        text_of(drawn(made, i) or [], [b"", b"a", b"ab", b"b\xc3"]) for i in range(30)
-    }
-    assert texts > {"ab", "aab"}
-    with pytest.raises(RowError, match="it: the empty text alone has this form"):
-        own.of("it", "(?:)", ())
-    with pytest.raises(RowError, match="it: outlines_core cannot compile it: it match"):
-        own.of("it", r"a[^\s\S]", ())
-    calls = list[str]()
-    monkeypatch.setattr(
-        jrope.batch.structure, "automaton", lambda *_: calls.append("made")
-    )
-    with pytest.raises(RowError, match="it match"):  # which is not tried again
-        own.of("it", r"a[^\s\S]", ())
-    assert not calls
-
-
-def test_large_tables_are_refused_with_their_numbers(monkeypatch: Any) -> None:
-    monkeypatch.setattr(jrope.batch.automaton, "STATES", 5)
-    with pytest.raises(
-        RowError, match="it: it takes 10 states, want 5 at most"
-    ) as told:
-        Structures(TOKENS).of("it", "a{9}", ())
-    assert told.value.code == "too_long"
-    monkeypatch.undo()
-    monkeypatch.setattr(jrope.batch.structure, "ENTRIES", 25)
-    with pytest.raises(RowError, match="it takes 10 states and more than 3 classes of"):
-        Structures(TOKENS).of("it", "a{9}", ())
-
-
-def test_without_outlines_core_a_row_says_what_to_install(monkeypatch: Any) -> None:
-    monkeypatch.setitem(sys.modules, "outlines_core", None)
-    with pytest.raises(RowError, match=r'package outlines_core; pip install "jrope\['):
-        Structures(TOKENS).of("it", "a", ())
-
-
-# --- tokens
-
-
-def test_tokens_of_bytes() -> None:
-    given = settings()
-    found = token_bytes(given.tokenizer, given.config)
-    letters = given.tokenizer.backend_tokenizer
-    for text in ("é😀日 \n~", "\x00\x7f\xad"):
-        ids = letters.encode(text).ids
-        assert b"".join(found[id] for id in ids).decode() == text
-    assert found[256:] == [b""] * (SIZE - 256)  # special ones, and those of no token
-    given.tokenizer.add_tokens(["Ġé"])  # in plain letters
-    config = dataclasses.replace(given.config, eos_token_id=(65,))
-    assert token_bytes(given.tokenizer, config)[261] == "Ġé".encode()
-    assert found[65] and not token_bytes(given.tokenizer, config)[65]
-
-
-def sentencepiece() -> BatchSettings:
-    words = {"<s>": 0, "</s>": 1, "<0xC3>": 2, "<0xA9>": 3, "▁a": 4, "é▁": 5}
-    tokenizer = Tokenizer(models.BPE(words, []))
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    )
-    tokenizer.add_special_tokens(["<s>", "</s>"])
-    return settings(tokenizer=fast(tokenizer))
-
-
-def test_tokens_of_sentencepiece() -> None:
-    given = sentencepiece()
-    found = token_bytes(given.tokenizer, given.config)
-    assert found[:6] == [b"", b"", b"\xc3", b"\xa9", b" a", "é ".encode()]
-    made = given.structures.of("it", "é* a", ())
-    assert {text_of(drawn(made, i) or [], found) for i in range(9)} >= {" a", "é a"}
-    assert given.structures is given.structures
-
-
-def test_other_tokens_are_refused() -> None:
-    given = sentencepiece()
-    given.tokenizer.backend_tokenizer.decoder = decoders.WordPiece()
-    with pytest.raises(RowError, match="got a tokenizer that decodes by WordPiece"):
-        token_bytes(given.tokenizer, given.config)
+    assert read_form({}, automata()) is None
+    assert read_form({"response_format": {"type": "text"}}, automata()) is None
+    assert read_form({"structured_outputs": {"json": "true"}}, automata()) is not None

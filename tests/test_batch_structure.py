@@ -21,7 +21,7 @@ from structure_helpers import (
     SCHEMAS,
     TOKENS,
     structure,
-    structures,
+    table_of,
     text_of,
     valid,
 )
@@ -125,7 +125,7 @@ def test_neither_order_nor_company_changes_them(answers: dict[str, Finished]) ->
 def test_one_program_serves_every_form(answers: dict[str, Finished]) -> None:
     before = decode._cache_size()
     got = by_key(engine().run([*formed(2), *ragged(3)]))
-    new = structures().of("it", "(a|b){3}", ())
+    new = table_of("(a|b){3}")
     assert len(next(engine().run([work("it", 3, 60, structure=new)])).tokens)
     assert got and decode._cache_size() == before > 0
 
@@ -163,11 +163,11 @@ def test_the_best_allowed_token_is_drawn_and_told_as_the_models() -> None:
 
 
 def test_a_row_ends_where_nothing_can_follow() -> None:
-    choice = structures().of("it", "(?:true|12|a)", ())
+    choice = table_of("(?:true|12|a)")
     rows = [work(i, 4, 4, seed=i, sampler=HOT[0], structure=choice) for i in range(8)]
-    rows += [work("full", 4, 1, structure=structures().of("it", "(?:a|b)", ()))]
+    rows += [work("full", 4, 1, structure=table_of("(?:a|b)"))]
     letters = TOKENS.index(b"a"), TOKENS.index(b"b")
-    only = structures().of("it", "a{1,3}|b", letters[1:])
+    only = table_of("a{1,3}|b", letters[1:])
     rows += [
         work(f"own {i}", 4, 9, seed=i, sampler=HOT[0], stop_ids=letters[1:])
         for i in range(4)
@@ -186,8 +186,8 @@ def test_a_row_ends_where_nothing_can_follow() -> None:
 def test_tables_are_held_and_replaced(monkeypatch: Any) -> None:
     monkeypatch.setattr(jrope.batch.rules, "_ENTRIES", 1024)
     held = Held(VOCABULARY, 30)
-    every = [structures().of("it", f"a{{{n}}}b*", ()) for n in range(1, 31)]
-    large = structures().of("it", ".{1,400}", ())
+    every = [table_of(f"a{{{n}}}b*") for n in range(1, 31)]
+    large = table_of(".{1,400}")
     sizes = set[tuple[int, ...]]()
 
     def check(rows: list[tuple[Structure | None, int]]) -> None:
@@ -300,4 +300,6 @@ def test_rows_of_a_file_are_refused_alone(tmp_path: Path) -> None:
         "code": "unsupported",
         "message": "response_format: oneOf: not served",
     }
-    assert "response_format: got 'embeddings', want a row" in told["v"]["message"]
+    assert told["v"]["message"] == (
+        "response_format: not served where no text is answered"
+    )

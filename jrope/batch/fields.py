@@ -1,6 +1,6 @@
 """What a row asks for besides its prompt: read and checked, or refused by name."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
@@ -16,10 +16,15 @@ SERVED = {
     *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
     *("response_format", "structured_outputs"),  # read in `form`
 }
+_GUIDED = (  # vLLM's words before structured_outputs
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("guided_decoding_backend", "guided_whitespace_pattern"),
+)
 # Fields of the API that change the answer and are not served, with the values that
 # change nothing.
 UNSERVED: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(_GUIDED, ()),
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
@@ -83,8 +88,15 @@ def want(good: bool, name: str, got: object, wanted: str) -> None:
 def refuse_unserved(given: Mapping[str, Any]) -> None:
     """Raise a RowError that names the fields of the API that would go unheeded."""
     names = [n for n, idle in UNSERVED.items() if n in given and given[n] not in idle]
+    guided = {*names} & {*_GUIDED}
+    refuse(names, "; structured_outputs is" if guided else "")
+
+
+def refuse(names: Sequence[str], why: str = "", where: str = "") -> None:
+    """Raise a RowError that names (shortened) what is not served, if there is any."""
     if names:
-        raise RowError(f"{', '.join(names)}: not served", "unsupported")
+        shown = ", ".join(name[:40] for name in names[:8])
+        raise RowError(f"{where}{shown}: not served{why}", "unsupported")
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:

@@ -1,61 +1,76 @@
 """The form that a row wants its answer to have, as a regular expression."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jrope.batch.fields import RowError, want
+from jrope.batch.automaton import Automata
+from jrope.batch.fields import RowError, refuse, want
 from jrope.batch.regex import literal, one_of, whole
-from jrope.batch.schema import object_regex, schema_regex
+from jrope.batch.schema import schema_regex
+from jrope.batch.values import any_object
 
+NAMES = ("response_format", "structured_outputs")
 _KINDS = ("json", "regex", "choice", "json_object")
 
 
-def read_form(given: Mapping[str, Any]) -> tuple[str, str] | None:
+def read_form(given: Mapping[str, Any], automata: Automata) -> tuple[str, str] | None:
     """What errors call it, and its expression; None: any text.
 
     Args:
       given: a row's fields, without nulls.
+      automata: to check a schema's patterns with.
 
     Raises:
       RowError: it is none that is served.
     """
-    forms = [_response_format(given), _structured_outputs(given)]
+    forms = [_response_format(given, automata), _structured_outputs(given, automata)]
     found = [form for form in forms if form is not None]
     if len(found) > 1:
         raise RowError("response_format and structured_outputs: got both, want one")
     return found[0] if found else None
 
 
-def _response_format(given: Mapping[str, Any]) -> tuple[str, str] | None:
+def _only(name: str, asked: Mapping[str, Any], known: Sequence[str]) -> None:
+    others = [key for key in asked if key not in known]
+    refuse(others, f"; want {' or '.join(known)}", f"{name}: ")
+
+
+def _response_format(
+    given: Mapping[str, Any], automata: Automata
+) -> tuple[str, str] | None:
     name = "response_format"
     if name not in given:
         return None
     asked: Any = given[name]
     kind = asked.get("type") if isinstance(asked, dict) else None
-    want(kind in ("text", "json_object", "json_schema"), name, asked, _FORMATS)
+    wanted = 'an object whose type is "text", "json_object" or "json_schema"'
+    want(kind in ("text", "json_object", "json_schema"), name, asked, wanted)
+    _only(name, asked, ["type", "json_schema"][: 1 + (kind == "json_schema")])
     if kind == "text":
         return None
     if kind == "json_object":
-        return name, object_regex()
+        return name, any_object()
     inner: Any = asked.get("json_schema")
     good = isinstance(inner, dict) and "schema" in inner
     want(good, f"{name}: json_schema", inner, "an object with the schema")
-    return name, schema_regex(name, inner["schema"])
+    _only(f"{name}: json_schema", inner, ("schema", "name", "description", "strict"))
+    strict = inner.get("strict")  # either way an answer is what the schema says
+    good = strict is None or isinstance(strict, bool)
+    want(good, f"{name}: strict", strict, "true or false")
+    return name, schema_regex(name, inner["schema"], automata)
 
 
-_FORMATS = 'an object whose type is "text", "json_object" or "json_schema"'
-
-
-def _structured_outputs(given: Mapping[str, Any]) -> tuple[str, str] | None:
+def _structured_outputs(
+    given: Mapping[str, Any], automata: Automata
+) -> tuple[str, str] | None:
     name = "structured_outputs"
     if name not in given:
         return None
     asked: Any = given[name]
     want(isinstance(asked, dict), name, asked, f"an object with {' or '.join(_KINDS)}")
     own = {key: value for key, value in asked.items() if value is not None}
-    if others := [key for key in own if key not in _KINDS]:
-        raise RowError(f"{name}: {', '.join(others)}: not served", "unsupported")
+    _only(name, own, _KINDS)
     want(len(own) == 1, name, asked, f"one of {', '.join(_KINDS)}")
     (kind, value), *_ = own.items()
     name = f"{name}: {kind}"
@@ -69,8 +84,8 @@ def _structured_outputs(given: Mapping[str, Any]) -> tuple[str, str] | None:
         return name, one_of([*map(literal, value)])
     if kind == "json_object":
         want(value is True, name, value, "true")
-        return name, object_regex()
-    return name, schema_regex(name, _parsed(name, value))
+        return name, any_object()
+    return name, schema_regex(name, _parsed(name, value), automata)
 
 
 def _parsed(name: str, schema: Any) -> Any:
@@ -79,5 +94,5 @@ def _parsed(name: str, schema: Any) -> Any:
         return schema
     try:
         return json.loads(schema)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RowError(f"{name}: it is no JSON: {error}") from None

@@ -7,12 +7,13 @@ import re
 
 from jrope.batch.fields import RowError
 
+LONGEST = 2**22  # characters of an expression
 _PIECE = re.compile(
     r"\\[xuUpP]\{[^}]*\}|\{[0-9]+(?:,[0-9]*)?\}"  # \x{20}, and counts
     r"|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
     re.DOTALL,
 )
-_COUNT = re.compile(r"\{([0-9]+)(?:,([0-9]*))?\}")
+_COUNT = re.compile(r"\{([0-9]{1,19})(?:,([0-9]{0,19}))?\}")
 _ANCHORS = ("^", "$", *(rf"\{letter}" for letter in "AzZbB"))
 _ESCAPED = r'"\\\x00-\x1f'  # what a JSON string holds by an escape alone
 _LARGE = (r"\w", r"\W", r"\p", r"\P")  # of hundreds of ranges
@@ -46,7 +47,15 @@ def inside_string(name: str, regex: str) -> str:
     return "".join(map(_without_escapes, _pieces(name, regex)))
 
 
+def check_length(name: str, length: int) -> None:
+    """Raise a RowError for an expression that is too long to be looked at."""
+    if length > LONGEST:
+        what = f"got an expression of {length:,} characters"
+        raise RowError(f"{name}: {what}, want {LONGEST:,} at most", "too_long")
+
+
 def _pieces(name: str, regex: str) -> list[str]:
+    check_length(name, len(regex))
     pieces = _PIECE.findall(regex)
     pieces = pieces[1:] if pieces[:1] == ["^"] else pieces
     pieces = pieces[:-1] if pieces[-1:] == ["$"] else pieces

@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal, TypeAlias, final
 
 from jrope.batch.fields import (
@@ -11,14 +10,16 @@ from jrope.batch.fields import (
     Request,
     RowError,
     read_request,
+    refuse,
     refuse_unknown,
     refuse_unserved,
     want,
 )
-from jrope.batch.form import read_form
+from jrope.batch.form import NAMES
+from jrope.batch.forms import Forms
 from jrope.batch.source import Line
 from jrope.batch.spelling import token_bytes
-from jrope.batch.structure import Structure, Structures
+from jrope.batch.structure import Structure
 from jrope.batch.text import chat_ids, prompt_ids
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
@@ -54,6 +55,7 @@ class BatchSettings:
       api_sampler: what rows in OpenAI's format do not say.
       max_new_tokens: of rows that name no limit; None: what their format has.
       created: seconds since 1970, in the answers.
+      forms: the tables of rows whose answers have a form, made as rows ask for them.
     """
 
     tokenizer: Any
@@ -64,11 +66,7 @@ class BatchSettings:
     api_sampler: Sampler = field(default_factory=lambda: Sampler(temperature=1.0))
     max_new_tokens: int | None = None
     created: int = 0
-
-    @cached_property
-    def structures(self) -> Structures:
-        """The tables of rows whose answers have a form, made as rows ask for them."""
-        return Structures(token_bytes(self.tokenizer, self.config))
+    forms: Forms = field(default_factory=Forms, repr=False, compare=False)
 
 
 @final
@@ -210,10 +208,12 @@ def _row(
     default = settings.sampler if form == "plain" else settings.api_sampler
     seed = int(line.id[:8], 16)
     request = read_request(given, default, seed, settings.config)
-    structure = None
-    if (named := read_form(given)) is not None:
-        want(form != "embeddings", named[0], form, "a row that is answered by text")
-        structure = settings.structures.of(*named, request.stop_ids)
+    tokenizer, config = settings.tokenizer, settings.config
+    structure = settings.forms.of(
+        given, request.stop_ids, lambda: token_bytes(tokenizer, config)
+    )
+    if structure is not None and form == "embeddings":
+        refuse([name for name in NAMES if name in given], " where no text is answered")
     usual = settings.max_new_tokens or _USUAL[form]
     longest = settings.max_length or settings.config.max_position_embeddings
     limits = list[int]()

@@ -18,15 +18,15 @@ def token_bytes(tokenizer: Any, config: LlamaConfig) -> list[bytes]:
       RowError: the tokenizer's tokens stand neither for bytes nor for sentencepiece's
         pieces.
     """
-    spell = _byte_level if "ByteLevel" in (kinds := _decoders(tokenizer)) else _piece
-    if spell is _piece and not kinds & {"ByteFallback", "Metaspace", "Replace"}:
+    kinds = _decoders(tokenizer)
+    if not kinds & {"ByteLevel", "ByteFallback", "Metaspace", "Replace"}:
         got = f"a tokenizer that decodes by {', '.join(sorted(kinds)) or 'nothing'}"
         wanted = "byte-level tokens or sentencepiece's"
         raise RowError(f"structured output: got {got}, want {wanted}", "unsupported")
-    found = {id: spell(token) for token, id in tokenizer.get_vocab().items()}
-    for id, token in tokenizer.added_tokens_decoder.items():  # in plain letters
-        found[id] = b"" if token.special else token.content.encode()
-    special = *tokenizer.all_special_ids, *config.eos_token_id
+    found = {id: _spelt(token, kinds) for token, id in tokenizer.get_vocab().items()}
+    added = tokenizer.added_tokens_decoder.items()
+    special = {id for id, token in added if token.special}
+    special |= {*tokenizer.all_special_ids, *config.eos_token_id}
     found |= dict.fromkeys(special, b"")
     return [found.get(id, b"") for id in range(config.vocab_size)]
 
@@ -41,12 +41,14 @@ def _decoders(tokenizer: Any) -> set[str]:
     return {step["type"] for step in told.get("decoders", [told])}
 
 
-def _byte_level(token: str) -> bytes:
-    """Of a token in which every byte is a letter."""
-    try:
-        return bytes(map(_BYTES.__getitem__, token))
-    except KeyError:
-        return b""
+def _spelt(token: str, kinds: set[str]) -> bytes:
+    """What a token adds to a text, by decoders of these kinds."""
+    if "ByteLevel" in kinds:  # every byte is a letter, or none is
+        whole = all(letter in _BYTES for letter in token)
+        return bytes(_BYTES[letter] for letter in token) if whole else token.encode()
+    if "ByteFallback" in kinds and (byte := _BYTE.fullmatch(token)) is not None:
+        return bytes([int(byte[1], 16)])
+    return token.replace(_SPACE, " ").encode()
 
 
 def _letters() -> list[str]:
@@ -57,10 +59,3 @@ def _letters() -> list[str]:
 
 
 _BYTES = {letter: byte for byte, letter in enumerate(_letters())}
-
-
-def _piece(token: str) -> bytes:
-    """Of a piece of sentencepiece."""
-    if (byte := _BYTE.fullmatch(token)) is not None:
-        return bytes([int(byte[1], 16)])
-    return token.replace(_SPACE, " ").encode()

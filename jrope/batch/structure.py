@@ -4,19 +4,18 @@ Tokens that lead to the same states from every state are one class: a table has 
 for each, however many tokens there are.
 """
 
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import final
 
 import numpy as np
 
-from jrope.batch.automaton import Automaton, automaton, reached
+from jrope.batch.automaton import Automaton
 from jrope.batch.fields import RowError
 
 ENTRIES = 2**22  # of a table, and of what it is made from, at most
 GO_ON, MAY_STOP, MUST_STOP = 0, 1, 2
-_KEPT = 256  # tables, for rows like those that had them
 
 
 @final
@@ -44,56 +43,52 @@ class Structure:
 
 
 @final
-class Structures:
-    """Makes expressions into tables, each once.
+class Vocabulary:
+    """All tokens as a tree, in which those with the same first bytes share a path.
 
     Args:
-      tokens: the bytes of each token; none where it is never in an answer.
+      tokens: the bytes of each; none where it is never in an answer.
     """
 
     def __init__(self, tokens: Sequence[bytes]) -> None:
-        self._tokens = tokens
-        self._made = OrderedDict[tuple[str, tuple[int, ...]], Structure | RowError]()
-
-    def of(self, name: str, regex: str, stop_ids: Sequence[int]) -> Structure:
-        """The table of the answers that an expression matches as a whole.
-
-        Args:
-          name: what errors call it.
-          regex: as `automaton` takes it.
-          stop_ids: which end an answer, and so are never inside it.
-
-        Raises:
-          RowError: no answer has this form, or the table is too large.
-        """
-        out = tuple(sorted(id for id in {*stop_ids} if self._tokens[id]))
-        found = self._made.get((regex, out))
-        if found is None:
-            tokens = [*self._tokens]
-            for id in out:
-                tokens[id] = b""
-            try:
-                found = make_structure(name, automaton(name, regex), tokens)
-            except RowError as error:
-                found = error
-            self._made[regex, out] = found
-            if len(self._made) > _KEPT:
-                self._made.popitem(last=False)
-        self._made.move_to_end((regex, out))
-        if isinstance(found, RowError):
-            raise RowError(str(found), found.code)
-        return found
+        places, long = {b"": 0}, {token for token in tokens if token}
+        self.levels = list[tuple[np.ndarray, np.ndarray]]()
+        """Of all paths of 1, 2, ... bytes: where each is, less its last, and that."""
+        before, length = {b"": 0}, 1
+        while long:
+            paths = {token[:length]: i for i, token in enumerate(long)}
+            paths = {path: i for i, path in enumerate(paths)}
+            parents = np.array([before[path[:-1]] for path in paths], np.int32)
+            self.levels.append((parents, np.array([path[-1] for path in paths])))
+            places |= {path: len(places) + i for path, i in paths.items()}
+            before, length = paths, length + 1
+            long = {token for token in long if len(token) >= length}
+        self.ends = np.array([places[token] for token in tokens], np.int32)
+        """int32 [V], where each token is among all paths, the shorter ones first."""
 
 
-def make_structure(name: str, made: Automaton, tokens: Sequence[bytes]) -> Structure:
-    """The table of an automaton for tokens, without states that lead to no end."""
-    ways, which = _ways(name, made, tokens)
+def make_structure(
+    name: str, made: Automaton, vocabulary: Vocabulary, without: Sequence[int] = ()
+) -> Structure:
+    """The table of an automaton for tokens, without states that lead to no end.
+
+    Args:
+      name: what errors call it.
+      made: the automaton.
+      vocabulary: the tokens.
+      without: those that are in no answer, such as ids that end it.
+
+    Raises:
+      RowError: no answer has this form, or the table is too large.
+    """
+    ways, which = _ways(name, made, vocabulary)
+    which[[*without]] = 0
     used, classes = np.unique(which, return_inverse=True)
     table = np.stack([ways[i] for i in used], axis=1)
-    states = _alive(table, made)
-    if not states:
-        tokens_ = "the vocabulary's tokens, without those that end the row"
-        raise RowError(f"{name}: no text of {tokens_}, has this form")
+    states = _alive(table, made.accepting)
+    if not len(states):
+        tokens = "the vocabulary's tokens, without those that end the row"
+        raise RowError(f"{name}: no text of {tokens}, has this form")
     numbers = np.full(made.states + 1, -1, np.int32)
     numbers[states] = np.arange(len(states), dtype=np.int32)
     table, merged = np.unique(numbers[table[states]], axis=1, return_inverse=True)
@@ -107,7 +102,7 @@ def make_structure(name: str, made: Automaton, tokens: Sequence[bytes]) -> Struc
 
 
 def _ways(
-    name: str, made: Automaton, tokens: Sequence[bytes]
+    name: str, made: Automaton, vocabulary: Vocabulary
 ) -> tuple[list[np.ndarray], np.ndarray]:
     """Where tokens lead from all states, [S + 1] a class; and each token's class.
 
@@ -116,21 +111,25 @@ def _ways(
     """
     nowhere = np.full(made.states + 1, made.states, np.int32)
     ways = [nowhere, np.arange(made.states + 1, dtype=np.int32)]  # of no bytes
-    known, after = {way.tobytes(): i for i, way in enumerate(ways)}, dict[int, int]()
-    which = np.zeros(len(tokens), np.int32)
-    for id, token in enumerate(tokens):
-        way = 1 if token else 0
-        for byte in token:
-            step = way << 8 | byte
-            if step not in after:
-                leads = made.after[byte][ways[way]]
-                after[step] = known.setdefault(leads.tobytes(), len(ways))
-                if after[step] == len(ways):
-                    ways.append(leads)
-                    _check_size(name, made.states, len(ways))
-            way = after[step]
-        which[id] = way
-    return ways, which
+    known = {way.tobytes(): i for i, way in enumerate(ways)}
+
+    @cache
+    def number(key: int) -> int:
+        """Of where one more byte leads."""
+        leads = made.after[key & 255][ways[key >> 8]]
+        found = known.setdefault(leads.tobytes(), len(ways))
+        if found == len(ways):
+            ways.append(leads)
+            _check_size(name, made.states, len(ways))
+        return found
+
+    level = np.ones(1, np.int32)
+    every = [np.zeros(1, np.int32)]  # a token of no bytes leads nowhere
+    for parents, last in vocabulary.levels:
+        keys, places = np.unique(level[parents] << 8 | last, return_inverse=True)
+        level = np.array([*map(number, keys.tolist())], np.int32)[places]
+        every.append(level)
+    return ways, np.concatenate(every)[vocabulary.ends]
 
 
 def _check_size(name: str, states: int, classes: int) -> None:
@@ -140,13 +139,33 @@ def _check_size(name: str, states: int, classes: int) -> None:
         raise RowError(f"{name}: it takes {got}, want {wanted}", "too_long")
 
 
-def _alive(table: np.ndarray, made: Automaton) -> list[int]:
-    """The states that answers come to and end from, the first one first; or none."""
-    size = np.int64(len(table))
-    codes = np.unique(np.arange(size)[:, None] * size + table)
-    pairs = np.stack(np.divmod(codes, size), axis=1)
-    pairs = pairs[(pairs < made.states).all(axis=1)]
-    ends = np.flatnonzero(made.accepting)
-    ending = {*reached(ends.tolist(), map(tuple, pairs[:, ::-1].tolist()))}
-    inside = [(s, t) for s, t in pairs.tolist() if s in ending and t in ending]
-    return reached([0], inside) if 0 in ending else []
+def _alive(table: np.ndarray, accepting: np.ndarray) -> np.ndarray:
+    """The states that answers come to and end from, in order; none without the first.
+
+    Args:
+      table: int [S + 1, K], where classes lead; S is a dead end.
+      accepting: bool [S + 1].
+    """
+    count = len(table) - 1
+    codes = np.unique(np.arange(count, dtype=np.int64)[:, None] << 32 | table[:-1])
+    pairs = np.stack([codes >> 32, codes & 0xFFFFFFFF], axis=1)
+    pairs = pairs[pairs[:, 1] < count]
+    ending = _reached(np.flatnonzero(accepting), pairs[:, ::-1], count)
+    if not ending[0]:
+        return np.zeros(0, np.int64)
+    return np.flatnonzero(_reached([0], pairs[ending[pairs].all(axis=1)], count))
+
+
+def _reached(starts: Iterable[int], pairs: np.ndarray, count: int) -> np.ndarray:
+    """Where pairs (s, t) lead, from s to t, beginning with these; bool [count]."""
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    places = np.searchsorted(pairs[:, 0], np.arange(count + 1))
+    found, waiting = np.zeros(count, bool), [*starts]
+    found[waiting] = True
+    while waiting:
+        state = waiting.pop()
+        after = pairs[places[state] : places[state + 1], 1]
+        after = after[~found[after]]
+        found[after] = True
+        waiting += after.tolist()
+    return found
