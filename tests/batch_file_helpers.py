@@ -30,6 +30,10 @@ class HashEngine:
     def __init__(self, slots: int = 4, chunk: int = 4, seconds: float = 0) -> None:
         self.slots, self.chunk, self.seconds = slots, chunk, seconds
         self.taken = self.most = 0
+        self.structures: list[bool] = []  # as it was told
+
+    def expect(self, *, structures: bool) -> None:
+        self.structures.append(structures)
 
     def check(self, work: Work) -> None:
         if len(work.stop_ids) > 8:

@@ -26,6 +26,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.packing import WINDOW
 from jrope.batch.programs import Programs, compile_programs
 from jrope.batch.room import slots_for
+from jrope.batch.rules import ENTRIES
 from jrope.batch.slots import empty
 from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
@@ -275,10 +276,12 @@ def test_programs_may_run_once_before_the_first_row(monkeypatch: Any) -> None:
     run_once = jrope.batch.programs._run_once
     monkeypatch.setattr(jrope.batch.programs, "_run_once", counted)
     monkeypatch.setattr(jrope.batch.engine, "compile_programs", compiled)
-    own = engine_of(*model()[1:], logprobs=False, warn=lambda _: None)
+    how = {"logprobs": False, "structures": True, "warn": lambda _: None}
+    own = engine_of(*model()[1:], **how)
     rows = ragged(SLOTS)
     got = by_key(own.run(rows))
-    assert own.stats.slots == 8
+    assert own.stats.slots == 8 and (False, ENTRIES) in ran
+    assert own.stats.compiled == len(own.programs)
     assert len(set(ran)) == len(ran) == len(own.programs)  # "clean" computes nothing
     assert {key: row.tokens.tolist() for key, row in got.items()} == {
         row.key: tokens_alone(row) for row in rows

@@ -30,7 +30,6 @@ import jrope
 import jrope.batch.rules
 from jrope.batch.engine import Engine
 from jrope.batch.rules import Held, after, allowed
-from jrope.batch.slots import decode
 from jrope.batch.structure import MAY_STOP, Structure
 from jrope.batch.work import Finished, Work
 from jrope.cli import batch_live
@@ -80,14 +79,22 @@ def same(one: Finished, other: Finished) -> None:
         np.testing.assert_array_equal(getattr(one, f.name), getattr(other, f.name))
 
 
+@cache
+def own() -> Engine:
+    """The small engine, which then compiles more programs."""
+    made = engine_of(*model()[1:])
+    made._programs = dataclasses.replace(engine().compile(), ruled={})
+    return made
+
+
 @pytest.fixture(scope="module")
 def answers() -> dict[str, Finished]:
     """Of the rows of `formed`, beside others that are free."""
     free = ragged(12)
     rows = [*formed(), *free]
     order = np.random.default_rng(0).permutation(len(rows))
-    got = by_key(engine().run([rows[i] for i in order]))
-    alone = by_key(engine().run(free))
+    got = by_key(own().run([rows[i] for i in order]))
+    alone = by_key(own().run(free))
     for row in free:
         same(got[row.key], alone[row.key])  # they know nothing of the others
     return got
@@ -116,32 +123,50 @@ def test_answers_have_their_form(answers: dict[str, Finished]) -> None:
 
 def test_neither_order_nor_company_changes_them(answers: dict[str, Finished]) -> None:
     rows = formed()
-    again = by_key(engine().run(rows[::-1]))
+    again = by_key(own().run(rows[::-1]))
     for row in rows:
         same(again[row.key], answers[row.key])
-    same(next(engine().run(rows[3:4])), answers[rows[3].key])
+    same(next(own().run(rows[3:4])), answers[rows[3].key])
 
 
 def test_one_program_serves_every_form(answers: dict[str, Finished]) -> None:
-    before = decode._cache_size()
-    got = by_key(engine().run([*formed(2), *ragged(3)]))
-    new = table_of("(a|b){3}")
-    assert len(next(engine().run([work("it", 3, 60, structure=new)])).tokens)
-    assert got and decode._cache_size() == before > 0
+    before, made = own().stats.compiled, list[str]()
+
+    def heard(event: str, *_: Any, **__: Any) -> None:
+        made.append(event) if "backend_compile" in event else None
+
+    jax.monitoring.register_event_duration_secs_listener(heard)
+    try:
+        got = by_key(own().run([*formed(2), *ragged(3)]))
+        new = table_of("(a|b){3}")
+        assert len(next(own().run([work("it", 3, 60, structure=new)])).tokens)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(heard)
+    assert got and not made
+    assert own().stats.compiled == before >= 1
+    assert "decode, structures of 1,048,576" in own().programs
 
 
 def test_free_rows_alone_need_no_tables() -> None:
-    own = engine_of(*model()[1:])
-    own._programs = dataclasses.replace(engine().compile(), ruled={})
-    assert len(by_key(own.run(ragged(4)))) == 4
-    with pytest.raises(KeyError):
-        list(own.run(formed(1)[:1]))
+    free = engine_of(*model()[1:])
+    free._programs = dataclasses.replace(engine().compile(), ruled={})
+    assert len(by_key(free.run(ragged(4)))) == 4
+    assert free.stats.compiled == 0 and len(free.programs) == 8
+    free._programs = None
+    free.expect(structures=True)
+    wanted = tuple(free.programs[n] for n in (2, 3))
+    assert len(free.programs) == 10 and wanted == (
+        "decode, structures of 1,048,576",
+        "decode with log-probabilities, structures of 1,048,576",
+    )
+    free.expect(structures=False)
+    assert free.structures
 
 
 def test_the_best_allowed_token_is_drawn_and_told_as_the_models() -> None:
     _, params, config = model()
     row = work("best", 9, 12, logprobs=3, stop_ids=(EOS,), structure=structure("text"))
-    answer = next(engine().run([row]))
+    answer = next(own().run([row]))
     made, tokens = row.structure, answer.tokens.tolist()
     assert made is not None and answer.logprobs is not None
     whole = jnp.asarray([[*row.prompt.tolist(), *tokens]])
@@ -156,8 +181,8 @@ def test_the_best_allowed_token_is_drawn_and_told_as_the_models() -> None:
         kept += token == int(np.argmax(every[at]))
         state = int(ways[token])
     assert kept < len(tokens), "nothing was out of bounds"
-    own = every[np.arange(len(tokens)), tokens]
-    np.testing.assert_allclose(answer.logprobs, own, atol=2e-5)
+    told = every[np.arange(len(tokens)), tokens]
+    np.testing.assert_allclose(answer.logprobs, told, atol=2e-5)
     assert answer.top_logprobs is not None
     np.testing.assert_allclose(answer.top_logprobs, -np.sort(-every)[:, :3], atol=2e-5)
 
@@ -173,7 +198,7 @@ def test_a_row_ends_where_nothing_can_follow() -> None:
         for i in range(4)
     ]
     rows[-4:] = [dataclasses.replace(row, structure=only) for row in rows[-4:]]
-    got = by_key(engine().run(rows))
+    got = by_key(own().run(rows))
     assert {text_of(got[i].tokens) for i in range(8)} > {"true", "12"}
     assert all(states_of(choice, got[i].tokens.tolist()) for i in range(8))
     assert all(got[row.key].finish_reason == "stop" for row in rows)
@@ -184,17 +209,17 @@ def test_a_row_ends_where_nothing_can_follow() -> None:
 
 
 def test_tables_are_held_and_replaced(monkeypatch: Any) -> None:
-    monkeypatch.setattr(jrope.batch.rules, "_ENTRIES", 1024)
+    monkeypatch.setattr(jrope.batch.rules, "ENTRIES", 1024)
     held = Held(VOCABULARY, 30)
     every = [table_of(f"a{{{n}}}b*") for n in range(1, 31)]
     large = table_of(".{1,400}")
-    sizes = set[tuple[int, ...]]()
+    sizes = set[int]()
 
     def check(rows: list[tuple[Structure | None, int]]) -> None:
         rows += [(None, 0)] * (30 - len(rows))
         rules = held.rules(rows)
-        assert rules is not None
-        sizes.add((rules.table.size, len(rules.classes)))
+        sizes.add(rules.table.size)
+        assert rules.classes.shape == (31, VOCABULARY)
         stops = jnp.full((len(rows), 2), -1).at[:, 1].set(EOS)
         mask = np.asarray(jax.jit(allowed)(rules, rules.states, stops))
         for token in (EOS, TOKENS.index(b"a"), TOKENS.index(b"b")):
@@ -213,15 +238,14 @@ def test_tables_are_held_and_replaced(monkeypatch: Any) -> None:
                     assert states[at] == ways[token]
                     assert over[at] == (flat[ways[token]] == 2)
 
-    assert held.rules([(None, 0)] * 3) is None
     check([(every[0], 0), (None, 0), (every[1], 0)])
     check([(every[0], every[0].table.shape[1]), (None, 0), (every[2], 0)])
     for made in every[3:20]:  # more than there is room for, one after the other
         check([(made, 0), (every[0], 0)])
-    assert sizes == {(1024, 8)}
+    assert sizes == {1024}
     check([(made, 0) for made in every])
     check([(large, 0), (every[5], 0)])
-    assert sizes == {(1024, 8), (4096, 31), (16384, 31)}
+    assert sizes == {1024, 4096, 16384}
 
 
 # --- files
@@ -235,8 +259,16 @@ def asked(name: str, **more: Any) -> dict[str, Any]:
 
 def test_a_tiny_models_answers(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     params, config = jrope.load(TINY)
-    once = cache(lambda: Engine(params, config, capacity=48, slots=2, logprobs=False))
-    monkeypatch.setattr(batch_live, "Engine", lambda *_, **__: once())
+
+    @cache
+    def once(structures: bool) -> Engine:
+        how = {"capacity": 48, "slots": 2, "logprobs": False}
+        return Engine(params, config, structures=structures, **how)
+
+    def made(*_: Any, structures: bool, **__: Any) -> Engine:
+        return once(structures)
+
+    monkeypatch.setattr(batch_live, "Engine", made)
     monkeypatch.setenv("JROPE_CACHE_DIR", "")
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     words = {"choice": ["yes, ma'am", "no", "peut-être"]}
@@ -261,6 +293,7 @@ def test_a_tiny_models_answers(tmp_path: Path, capsys: Any, monkeypatch: Any) ->
     output = tmp_path / "out.jsonl"
     words_ = "batch", TINY, "--input", rows, "--max-length", 48
     out, _ = succeed(capsys, *words_, "--dry-run", status=1)
+    assert "of a form       4\n" in out and "decode, structures of 1,048,576, " in out
     assert "bad             1\n  line 2 (e): structured_outputs: grammar: not s" in out
     succeed(capsys, *words_, "--output", output, status=1)
     found = {record["custom_id"]: record for record in records_of(output)}
@@ -280,6 +313,14 @@ def test_a_tiny_models_answers(tmp_path: Path, capsys: Any, monkeypatch: Any) ->
     output.write_bytes(b"".join(kept) + b'{"custom_id": "cut')  # as a kill leaves it
     succeed(capsys, *words_, "--output", output, status=1)
     assert lines_of(output) == before
+    engine = once(True)
+    assert once.cache_info().currsize == 1 and engine.stats.compiled == len(
+        engine.programs
+    )
+    with pytest.raises(AssertionError):  # of other forms, there are no answers
+        changed = rows.read_text("utf-8").replace("peut-", "peut ")
+        rows.write_text(changed, "utf-8")
+        succeed(capsys, *words_, "--output", output, status=1)
 
 
 _TOLD = "generated_text", "finish_reason"

@@ -37,6 +37,10 @@ class Lines(Protocol):
 class Engine(Protocol):
     """What generates: it takes work as it has room, and gives it back in any order."""
 
+    def expect(self, *, structures: bool) -> None:
+        """Hear, before any work, whether some of it has a structure."""
+        ...
+
     def check(self, work: Work) -> None:
         """Raise a JropeError that says why it cannot run this."""
         ...
@@ -110,6 +114,7 @@ class Run:
         """Answer what is not done."""
         if self.index.done == self.index.rows:
             return
+        engine.expect(structures=self.index.structured)
         given = engine.run(self._work(engine), self._stopped)
         for one in given:
             self._take(one)
@@ -175,8 +180,9 @@ class Run:
             found = tokens_to_stop(tokenizer, prompt, tokens.tolist(), stops)
             if found is not None:
                 return found
-        ended = work.is_over(tokens) or len(tokens) >= work.max_new_tokens
-        if ended or not self.interrupted():
+        if not self.interrupted():
+            return None
+        if work.is_over(tokens) or len(tokens) >= work.max_new_tokens:
             return None
         self.cut.add(work.key)
         return len(tokens)

@@ -24,6 +24,7 @@ class Inspection:
       prompt_tokens: of all rows.
       new_tokens: at most.
       longest: tokens of the longest row, prompt and new ones.
+      structured: good rows whose answers have a form.
     """
 
     forms: Counter[str] = field(default_factory=Counter[str])
@@ -33,6 +34,7 @@ class Inspection:
     prompt_tokens: int = 0
     new_tokens: int = 0
     longest: int = 0
+    structured: int = 0
 
 
 def inspect_rows(source: Source, settings: BatchSettings) -> Inspection:
@@ -56,6 +58,7 @@ def inspect_rows(source: Source, settings: BatchSettings) -> Inspection:
 def _count(found: Inspection, row: Row) -> None:
     n = row.request.n
     found.forms[row.form] += 1
+    found.structured += row.structure is not None
     found.passed.update({*row.extra} - {"custom_id"})
     found.prompt_tokens += sum(map(len, row.prompts))
     found.new_tokens += n * sum(row.limits)

@@ -6,16 +6,18 @@ next rows and the next chunk of decoding, and only then deals with the results, 
 the device is at work.
 """
 
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import final
+from typing import Any, final
 
 import jax
 
 from jrope.batch.admission import check_model, check_windows, check_work
 from jrope.batch.packing import WIDEST, Shapes
-from jrope.batch.programs import Programs, compile_programs, names
+from jrope.batch.programs import Programs, Ruled, compile_programs, lower_decode, names
 from jrope.batch.room import free_memory, slots_for
+from jrope.batch.rules import ENTRIES
 from jrope.batch.running import Run
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
@@ -43,6 +45,8 @@ class Engine:
       piece: tokens of a prompt at a time.
       key: the base key; None: jax.random.key(0).
       logprobs: whether rows may ask for log-probabilities, which takes a program more.
+      structures: whether rows are expected to have them, which takes as many again to
+        decode with; if not, those are compiled when the first such row comes.
       warn: told, in a sentence, what happened; None: `warnings.warn`.
 
     Attributes:
@@ -60,6 +64,7 @@ class Engine:
         piece: int = WIDEST,
         key: jax.Array | None = None,
         logprobs: bool = True,
+        structures: bool = False,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         check_model(params, config)
@@ -73,7 +78,8 @@ class Engine:
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
         self.capacity = capacity
         self.key = jax.random.key(0) if key is None else key
-        self.logprobs, self.stats = logprobs, Stats(slots=slots)
+        self.logprobs, self.structures = logprobs, structures
+        self.stats = Stats(slots=slots)
         self._warn = warn or warnings.warn
         self._programs: Programs | None = None
 
@@ -84,8 +90,14 @@ class Engine:
 
     @property
     def programs(self) -> tuple[str, ...]:
-        """What `compile` compiles, by name; later only what answers of a form take."""
-        return names(self.shapes, self.logprobs)
+        """What `compile` compiles, by name, and what had to be compiled after it."""
+        made = self._programs
+        ruled = self._expected() if made is None else made.ruled
+        return names(self.shapes, self.logprobs, ruled)
+
+    def _expected(self) -> list[Ruled]:
+        scorings = (False, True)[: 1 + self.logprobs] if self.structures else ()
+        return [(scored, ENTRIES) for scored in scorings]
 
     def compile(self) -> Programs:
         """Compile all programs, if that has not been done."""
@@ -94,16 +106,35 @@ class Engine:
                 self.params,
                 self.config,
                 self.shapes,
-                slots=self.stats.slots,
-                capacity=self.capacity,
-                size=self.chunk,
-                key=self.key,
+                **self._how(),
                 logprobs=self.logprobs,
+                ruled=self._expected(),
                 warm=jax.default_backend() != "cpu",
             )
             self.stats.compiled += len(self.programs)
             self.stats.compile_seconds += self._programs.seconds
         return self._programs
+
+    def _how(self) -> dict[str, Any]:
+        same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
+        return {**same, "size": self.chunk, "key": self.key}
+
+    def _ruled(self, way: Ruled) -> Any:
+        """The program to decode rows with structures, compiled if it is not there."""
+        ready = self.compile().ruled
+        if way not in ready:
+            begin, (scored, entries) = time.perf_counter(), way
+            _, own = lower_decode(
+                self.params, self.config, **self._how(), scored=scored, entries=entries
+            )
+            ready[way] = own.compile()
+            self.stats.compiled += 1
+            self.stats.compile_seconds += time.perf_counter() - begin
+        return ready[way]
+
+    def expect(self, *, structures: bool) -> None:
+        """Say, before anything is compiled, whether rows will have structures."""
+        self.structures = self.structures or structures
 
     def check(self, work: Work) -> None:
         """Raise a JropeError that says why this engine cannot run a row."""
@@ -124,8 +155,8 @@ class Engine:
         while True:
             run = None
             try:
-                own = self.params, self.compile(), self.shapes, self.stats, self.key
-                run = Run(*own, rows, stopped)
+                own = self.params, self.compile(), self._ruled, self.shapes
+                run = Run(*own, self.stats, self.key, rows, stopped)
                 yield from run.rows()
                 return
             except jax.errors.JaxRuntimeError as error:

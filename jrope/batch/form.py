@@ -14,6 +14,11 @@ NAMES = ("response_format", "structured_outputs")
 _KINDS = ("json", "regex", "choice", "json_object")
 
 
+def asks(given: Mapping[str, Any]) -> bool:
+    """Whether a row's fields ask for a form."""
+    return any(given.get(name) not in (None, {"type": "text"}) for name in NAMES)
+
+
 def read_form(given: Mapping[str, Any], automata: Automata) -> tuple[str, str] | None:
     """What errors call it, and its expression; None: any text.
 

@@ -8,7 +8,7 @@ from typing import Any, TypeAlias, final
 
 from jrope.batch.automaton import Automata
 from jrope.batch.fields import RowError
-from jrope.batch.form import NAMES, read_form
+from jrope.batch.form import NAMES, asks, read_form
 from jrope.batch.structure import Structure, Vocabulary, make_structure
 
 _KEPT = 2**28  # bytes of tables
@@ -44,7 +44,7 @@ class Forms:
         Raises:
           RowError: it asks for none that is served, or no answer has this form.
         """
-        if not any(name in given for name in NAMES):
+        if not asks(given):
             return None
         text = json.dumps([given.get(name) for name in NAMES], default=repr)
         if self._vocabulary is None:

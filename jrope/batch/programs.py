@@ -5,16 +5,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from itertools import product
+from typing import Any, TypeAlias, final
 
 import jax
 import numpy as np
 
 from jrope.batch.filling import Piece, begin, extend
 from jrope.batch.packing import Shapes
+from jrope.batch.rules import no_rules
 from jrope.batch.slots import STOP_IDS, Asked, clean, decode, empty, greedy
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
+
+Ruled: TypeAlias = tuple[bool, int]  # with log-probabilities? entries of its tables
 
 
 @final
@@ -26,8 +30,7 @@ class Programs:
       empty, extend, clean: those of that name.
       begin: width -> the program for first pieces of that width.
       decode: without log-probabilities, and maybe with them.
-      ruled: the same where some rows have structures, called with `Rules` last; jit
-        compiles it when the first one comes.
+      ruled: the same where some rows have structures, for tables of so many entries.
       seconds: until they were compiled.
     """
 
@@ -36,15 +39,47 @@ class Programs:
     clean: Any
     begin: Mapping[int, Any]
     decode: Mapping[bool, Any]
-    ruled: Mapping[bool, Any]
+    ruled: dict[Ruled, Any]
     seconds: float
 
 
-def names(shapes: Shapes, logprobs: bool) -> tuple[str, ...]:
+def names(
+    shapes: Shapes, logprobs: bool, ruled: Iterable[Ruled] = ()
+) -> tuple[str, ...]:
     """What `compile_programs` compiles, one name a program."""
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
-    decoding = ["decode", "decode with log-probabilities"][: 1 + logprobs]
-    return *decoding, *first, f"further pieces 1 x {shapes.piece}", "empty", "clean"
+    decoding = ["decode", "decode with log-probabilities"]
+    ways = [f"{decoding[scored]}, structures of {size:,}" for scored, size in ruled]
+    further = f"further pieces 1 x {shapes.piece}"
+    return *decoding[: 1 + logprobs], *ways, *first, further, "empty", "clean"
+
+
+def lower_decode(
+    params: Params,
+    config: LlamaConfig,
+    *,
+    slots: int,
+    capacity: int,
+    size: int,
+    key: jax.Array,
+    scored: bool,
+    entries: int = 0,
+) -> tuple[tuple[Any, ...], Any]:
+    """What `decode` is called with beside the slots, for no row; and it, traced.
+
+    Args:
+      params, config, slots, capacity, size, key: as `compile_programs` takes them.
+      scored: whether rows may ask for log-probabilities.
+      entries: of the tables, where rows may have structures.
+    """
+    given: Any = key, np.zeros(slots, bool), np.int32(0)
+    if entries:
+        given = *given, no_rules(slots, config.vocab_size, entries)
+    dtype = params["model"]["norm"]["weight"].dtype
+    how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
+    state = empty.eval_shape(config=config, **how)
+    how = {"config": config, "size": size, "scored": scored}
+    return given, decode.lower(params, state, *given, **how)
 
 
 def compile_programs(
@@ -57,6 +92,7 @@ def compile_programs(
     size: int,
     key: jax.Array,
     logprobs: bool,
+    ruled: Iterable[Ruled] = (),
     warm: bool,
 ) -> Programs:
     """Compile everything, side by side.
@@ -68,6 +104,7 @@ def compile_programs(
       size: steps of a chunk of decoding.
       key: such as tokens will be drawn with.
       logprobs: whether rows may ask for them.
+      ruled: programs for rows with structures.
       warm: whether to run each program once, for no row: the first run on a GPU sets
         it up, for 0.2 s each (jax 0.11, H100), which rows would wait for.
     """
@@ -75,32 +112,31 @@ def compile_programs(
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"config": config, "count": slots, "capacity": capacity}
     state = empty.eval_shape(**how, dtype=dtype)
-    going, nobody = np.zeros(slots, bool), dict[Any, tuple[Any, ...]]()
-    scorings = (False, True)[: 1 + logprobs]
+    same: dict[str, Any] = {"slots": slots, "capacity": capacity, "size": size}
+    ways = [*product((False, True)[: 1 + logprobs], [0]), *ruled]
+    nobody = dict[Any, tuple[Any, ...]]()
 
     def lowered() -> Iterator[tuple[Any, Any]]:
         yield "empty", empty.lower(**how, dtype=dtype)
-        for scored in scorings:
-            given = nobody["decode", scored] = key, going, np.int32(0)
-            own = decode.lower(
-                params, state, *given, config=config, size=size, scored=scored
+        for scored, entries in ways:
+            nobody[scored, entries], own = lower_decode(
+                params, config, **same, key=key, scored=scored, entries=entries
             )
-            yield ("decode", scored), own
+            yield (scored, entries), own
         for width, rows in list(shapes.first.items())[::-1]:
             given = nobody["begin", width] = no_prompts(rows, width)
             yield ("begin", width), begin.lower(params, state, *given, config=config)
         given = nobody["extend"] = no_prompts(1, shapes.piece)[:1]
         yield "extend", extend.lower(params, state, *given, config=config)
-        yield "clean", clean.lower(state, going)
+        yield "clean", clean.lower(state, np.zeros(slots, bool))
 
     done = _compiled(lowered())
     if warm:
         _run_once(done, params, nobody)
-    how = {"config": config, "size": size}
     return Programs(
-        ruled={scored: partial(decode, **how, scored=scored) for scored in scorings},
         begin={width: done["begin", width] for width in shapes.first},
-        decode={scored: done["decode", scored] for scored in scorings},
+        decode={scored: done[scored, 0] for scored, entries in ways if not entries},
+        ruled={way: done[way] for way in ways if way[1]},
         **{name: done[name] for name in ("empty", "extend", "clean")},
         seconds=time.perf_counter() - started,
     )

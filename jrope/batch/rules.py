@@ -10,7 +10,7 @@ import numpy as np
 
 from jrope.batch.structure import MAY_STOP, MUST_STOP, Structure
 
-_ENTRIES, _TABLES = 2**16, 8  # at first, of what is held; each grows by 4
+ENTRIES = 2**20  # at first, of what is held; it grows by 4
 _Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 
 
@@ -48,6 +48,18 @@ def after(
     return states, rules.table[starts + states] == MUST_STOP
 
 
+def no_rules(slots: int, vocabulary: int, entries: int) -> Rules:
+    """Of the shapes that `Held` gives, for rows without structures."""
+    shapes: dict[str, Any] = {
+        "table": np.zeros(entries, np.int32),
+        "classes": np.zeros((slots + 1, vocabulary), np.int16),
+        "starts": np.zeros(slots + 1, np.int32),
+        "which": np.zeros(slots, np.int32),
+        "states": np.zeros(slots, np.int32),
+    }
+    return Rules(**shapes)
+
+
 @final
 class Held:
     """What the device holds of structures, to be used again by the next rows.
@@ -60,15 +72,13 @@ class Held:
     def __init__(self, vocabulary: int, slots: int) -> None:
         free = np.array([[MAY_STOP, 0]], np.int32)
         self._free = Structure(free, np.ones(vocabulary, np.int16))
-        self._slots, self._entries, self._tables = slots, _ENTRIES, _TABLES
+        self._empty, self._entries = no_rules(slots, vocabulary, ENTRIES), ENTRIES
         self._numbers: dict[Structure, int] = {}
         self._arrays: _Arrays | None = None
 
-    def rules(self, rows: Sequence[tuple[Structure | None, int]]) -> Rules | None:
+    def rules(self, rows: Sequence[tuple[Structure | None, int]]) -> Rules:
         """The rules for rows with these structures in these states; None: all free."""
         wanted = {s: None for s, _ in rows if s is not None}
-        if not wanted:
-            return None
         if self._arrays is None or not wanted.keys() <= self._numbers.keys():
             self._arrays = self._placed([*wanted])
         table, classes, starts = self._arrays
@@ -82,26 +92,19 @@ class Held:
     def _placed(self, wanted: list[Structure]) -> _Arrays:
         """Arrays with these structures, and the earlier ones if there is room."""
         every = [*dict.fromkeys([self._free, *self._numbers, *wanted])]
-        if not self._fits(every):
+        if self._size(every) > self._entries or len(every) > len(self._empty.starts):
             every = [self._free, *wanted]
-        while not self._fits(every):
-            self._grow(every)
+        while self._size(every) > self._entries:
+            self._entries *= 4
         self._numbers = {structure: i for i, structure in enumerate(every)}
         table = np.zeros(self._entries, np.int32)
-        classes = np.ones((self._tables, len(self._free.classes)), np.int16)
-        starts, at = np.zeros(self._tables, np.int32), 0
+        classes, starts = np.array(self._empty.classes), np.array(self._empty.starts)
+        at = 0
         for i, structure in enumerate(every):
             size = structure.table.size
             table[at : at + size] = structure.table.ravel()
             classes[i], starts[i], at = structure.classes, at, at + size
         return jnp.asarray(table), jnp.asarray(classes), jnp.asarray(starts)
 
-    def _fits(self, structures: Sequence[Structure]) -> bool:
-        size = sum(structure.table.size for structure in structures)
-        return size <= self._entries and len(structures) <= self._tables
-
-    def _grow(self, structures: Sequence[Structure]) -> None:
-        if len(structures) > self._tables:
-            self._tables = min(4 * self._tables, max(self._slots + 1, _TABLES))
-        else:
-            self._entries *= 4
+    def _size(self, structures: Sequence[Structure]) -> int:
+        return sum(structure.table.size for structure in structures)

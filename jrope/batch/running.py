@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from typing import Any, final
 
@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jrope.batch.packing import Shapes, Waiting
-from jrope.batch.programs import Programs, no_prompts
+from jrope.batch.programs import Programs, Ruled, no_prompts
 from jrope.batch.rules import Held, Rules
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
@@ -27,6 +27,7 @@ class Run:
     Args:
       params: the model's.
       programs: compiled for them, for so many slots and these shapes.
+      ruled: that for rows with structures, compiled now if it was not ahead.
       shapes: of prompts.
       stats: to count in.
       key: that tokens are drawn with.
@@ -38,14 +39,15 @@ class Run:
         self,
         params: Params,
         programs: Programs,
+        ruled: Callable[[Ruled], Any],
         shapes: Shapes,
         stats: Stats,
         key: jax.Array,
         work: Iterable[Work],
         stopped: Stopped | None,
     ) -> None:
-        self.params, self.programs, self.shapes = params, programs, shapes
-        self.stats, self.key, self.stopped = stats, key, stopped
+        self.params, self.programs, self.ruled = params, programs, ruled
+        self.shapes, self.stats, self.key, self.stopped = shapes, stats, key, stopped
         self.waiting = Waiting(work, shapes, stats.slots)
         self.seats: list[Seat | None] = [None] * stats.slots
         self.ended = list[Seat]()  # but not given yet
@@ -140,14 +142,14 @@ class Run:
             enough = max(wanted - len(self.free()), 1)
         scored = any(seat.work.logprobs is not None for seat in taken)
         given = self.key, going, np.int32(enough)
+        program = self.programs.decode[scored]
         if any(seat.work.structure is not None for seat in taken):
-            given, programs = (*given, self._rules()), self.programs.ruled
-        else:
-            programs = self.programs.decode
-        self.slots, block = self._call(programs[scored], *given)
+            rules = self._rules()
+            given, program = (*given, rules), self.ruled((scored, rules.table.size))
+        self.slots, block = self._call(program, *given)
         return block
 
-    def _rules(self) -> Rules | None:
+    def _rules(self) -> Rules:
         """What tokens the rows in the slots may draw."""
         if self.held is None:
             self.held = Held(self.slots.seen.shape[1], len(self.seats))

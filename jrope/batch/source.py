@@ -8,6 +8,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
+from jrope.batch.form import asks
 from jrope.errors import JropeError
 from jrope.hf.folders import parse_json
 
@@ -36,15 +37,26 @@ class Line:
     fields: dict[str, Any]
     problem: str | None = None
 
+    @property
+    def structured(self) -> bool:
+        """Whether it asks for a form of its answer."""
+        body = self.fields.get("body")
+        return asks(self.fields) or (isinstance(body, dict) and asks(body))
+
 
 @final
 class Index:
-    """The rows of an input by their ids, 16 bytes each, and which are done."""
+    """The rows of an input by their ids, 16 bytes each, and which are done.
+
+    Attributes:
+      rows: how many.
+      structured: whether some ask for a form of their answers.
+    """
 
     def __init__(self) -> None:
         self._bodies: dict[bytes, bytes] = {}
         self._done: set[bytes] = set()
-        self.rows = 0
+        self.rows, self.structured = 0, False
 
     def add(self, id: str, *, mine: bool = True) -> bool:
         """Add a row, of this shard or not; False: one of this custom_id is there."""
@@ -116,7 +128,9 @@ class Source:
         """
         found, twice = Index(), list[str]()
         for line in self:
-            if not found.add(line.id, mine=self._is_mine(line)):
+            mine = self._is_mine(line)
+            found.structured |= mine and line.structured
+            if not found.add(line.id, mine=mine):
                 twice.append(f"{line.custom_id!r} (line {line.number})")
         if twice:
             more = f" and {len(twice) - _FEW} more" if len(twice) > _FEW else ""

@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         found = inspect_rows(_source(args), _settings(args, folder, config))
         _tell_rows(found)
-        _tell_programs(args, folder, config)
+        _tell_programs(args, folder, config, found.structured > 0)
         return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
@@ -176,15 +176,20 @@ def _tell_rows(found: Inspection) -> None:
     print(f"prompt tokens   {found.prompt_tokens:,}")
     print(f"new tokens      {found.new_tokens:,} at most")
     print(f"longest row     {found.longest:,} tokens")
+    if found.structured:
+        print(f"of a form       {found.structured:,}")
     if found.passed:
         names = ", ".join(f"{name} ({count:,})" for name, count in found.passed.items())
         print(f"passed through  {names}")
 
 
-def _tell_programs(args: argparse.Namespace, folder: Path, config: LlamaConfig) -> None:
+def _tell_programs(
+    args: argparse.Namespace, folder: Path, config: LlamaConfig, structures: bool
+) -> None:
     shapes, _ = load_shapes(folder, args.dtype)
     capacity = longest_row(args.max_length, config)
-    engine = Engine(shapes, config, capacity=capacity, slots=args.slots)
+    how: dict[str, Any] = {"slots": args.slots, "structures": structures}
+    engine = Engine(shapes, config, capacity=capacity, **how)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")
     print(f"programs        {len(engine.programs)}: {', '.join(engine.programs)}")

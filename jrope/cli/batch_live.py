@@ -46,6 +46,11 @@ class Live:
         self._bar: TimeLeft | None = None
         self._seconds: dict[str, float] = {}
         self._signal: int | None = None
+        self._structures = False
+
+    def expect(self, *, structures: bool) -> None:
+        """As the engine hears it, which is not there yet."""
+        self._structures = structures
 
     def check(self, work: Work) -> None:
         """As the engine does."""
@@ -87,6 +92,7 @@ class Live:
                 capacity=self._capacity,
                 slots=self._args.slots,
                 key=jax.random.key(self._args.seed or 0),
+                structures=self._structures,
                 warn=note,
             )
         return self._engine

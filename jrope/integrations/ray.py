@@ -92,6 +92,7 @@ class JropePredictor:
         """Answer the rows, in their order."""
         lines = [self._line(number, row) for number, row in enumerate(_rows(batch))]
         index = Index()
+        index.structured = any(line.structured for line in lines)
         given = _Given([line for line in lines if index.add(line.id)])
         never, nothing = lambda: False, lambda _: None
         Run(given, self._settings, index, given, never, nothing, None).drain(
