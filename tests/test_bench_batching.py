@@ -1,6 +1,7 @@
 """`jrope bench batch`: its rows, its two ways, the limit beside them."""
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from bench_helpers import CEILINGS, tiny
 from bench_helpers import quick as quick
 
 from jrope.batch.stats import Stats
+from jrope.batch.structure import MAY_STOP
 from jrope.batch.work import Finished
 from jrope.bench import batching
 from jrope.bench.batching import (
@@ -17,6 +19,8 @@ from jrope.bench.batching import (
     compare,
     in_batches,
     least_seconds,
+    structured,
+    vocabulary,
     workload,
 )
 from jrope.bench.model import cache_bytes, prefill_flops, random_params, read_bytes
@@ -106,6 +110,28 @@ def test_limit_counts_weights_slots_and_prompts(asked: Any) -> None:
     assert len(list(compare(params, config, works, CEILINGS, slots=4, size=0))) == 1
 
 
+def test_answers_of_a_form_are_as_long(asked: Any) -> None:
+    works = workload(tiny(), 4, shrink=64)
+    tokens = vocabulary(500)
+    assert len(tokens) == len({*tokens[:256]}) + 244 and max(map(len, tokens)) == 7
+    assert vocabulary(500) == tokens != vocabulary(500)[::-1]
+    rows = structured(works, 500)
+    for row, work in zip(rows, works, strict=True):
+        made = row.structure
+        assert made is not None and replace(row, structure=None).key == work.key
+        assert made.table[:, 0].max() == MAY_STOP, "an answer may be over early"
+        assert (made.table[:, 1:] >= 0).any(axis=1).all()
+        ids = [tokens.index(bytes([byte])) for byte in b'{"a": [1, true]},']
+        assert not made.is_over(ids)
+        assert row.max_new_tokens == work.max_new_tokens
+    assert len({id(row.structure) for row in rows}) == 1
+    how: Any = {"slots": 4, "size": 0, "forms": True}
+    params = random_params(tiny(), "float32")
+    found = [*compare(params, tiny(), works, CEILINGS, **how)]
+    assert [one.by for one in found] == ["slots", "slots, structured"]
+    assert found[0].tokens == found[1].tokens == sum(w.max_new_tokens for w in works)
+
+
 def command(*words: str) -> int:
     base = ["--shape", "smollm2-135m", "--layers", "1", "--shrink", "16"]
     return main(["bench", "batch", *base, "--rows", "6", "--slots", "4", *words])
@@ -119,6 +145,11 @@ def test_command_prints_both_and_the_ratio(asked: Any, capsys: Any) -> None:
     assert report["batching"][0]["stats"]["steps"] == 12 and "rows" not in report
     assert "6 rows, " in captured.err and "useful tokens/s" in captured.err
     assert "x as fast as static batches" in captured.err
+
+
+def test_command_prints_what_forms_take(asked: Any, capsys: Any) -> None:
+    assert command("--static", "0", "--structured") == 0
+    assert "x as fast as slots, structured\n" in capsys.readouterr().out
 
 
 def test_command_says_what_it_does_not_take(capsys: Any) -> None:
@@ -144,5 +175,5 @@ def test_command_takes_all_the_slots_there_are(
     file = tmp_path / "report.json"
     words = ["--shape", "smollm2-135m", "--layers", "1", "--json", str(file)]
     assert main(["bench", "batch", *words]) == 0
-    assert given == {"slots": None, "size": 64}
+    assert given == {"slots": None, "size": 64, "forms": False}
     assert len(json.loads(file.read_text("utf-8"))["batching"]) == 1

@@ -1,19 +1,24 @@
 """Rows of all lengths: an engine's slots beside batches that wait for their longest.
 
 The rows are drawn once: prompts of clip(exp(N(5.6, 1)), 32, 2048) tokens, and
-clip(exp(N(5, 1)), 16, 1024) new ones each, which nothing ends early.
+clip(exp(N(5, 1)), 16, 1024) new ones each, which nothing ends early.  Their answers may
+be of a form, JSON values one behind the other without end, for tokens that are drawn.
 """
 
 import gc
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any, final
 
 import jax
 import numpy as np
 
 from jrope.batch.engine import Engine
+from jrope.batch.forms import Forms
+from jrope.batch.stats import Stats
+from jrope.batch.values import COMMA, anything
 from jrope.batch.work import Work
 from jrope.bench.device import Ceilings
 from jrope.bench.model import cache_bytes, prefill_flops, read_bytes
@@ -37,7 +42,7 @@ class Measured:
     """What one way of batching took.
 
     Args:
-      by: "slots" or "static batches".
+      by: "slots", "slots, structured" or "static batches".
       rows: at once.
       tokens: new ones that were asked for.
       seconds: for all rows, after compiling.
@@ -100,6 +105,27 @@ def workload(config: LlamaConfig, rows: int, shrink: int = 1) -> list[Work]:
             stop_ids=(),
         )
         for i in range(rows)
+    ]
+
+
+def structured(works: list[Work], size: int) -> list[Work]:
+    """The same rows with answers of a form, which each takes all of its tokens for."""
+    regex = f"(?:{anything(2)}{COMMA})*"
+    given = {"structured_outputs": {"regex": regex}}
+    structure = Forms().of(given, (), partial(vocabulary, size))
+    return [replace(work, structure=structure) for work in works]
+
+
+def vocabulary(size: int) -> list[bytes]:
+    """All bytes, and then words of 1 to 7 letters of which the first may be a sign."""
+    random, letters = np.random.default_rng(6), b"abcdefghijklmnopqrstuvwxyz"
+    signs = np.frombuffer(letters + b' "{}[],:-.0123456789', np.uint8)
+    text = random.choice(signs[:26], (size, 7))
+    text[:, 0] = random.choice(signs, size)
+    words = zip(text, random.integers(1, 8, size), strict=True)
+    return [
+        bytes([i]) if i < 256 else word[:length].tobytes()
+        for i, (word, length) in enumerate(words)
     ]
 
 
@@ -197,14 +223,22 @@ def compare(
     *,
     slots: int | None,
     size: int,
+    forms: bool = False,
 ) -> Iterator[Measured]:
-    """The engine, then batches of `size` rows; none where that is 0."""
-    engine = Engine(
-        params, config, slots=slots, capacity=capacity_of(works), logprobs=False
-    )
-    found = in_slots(engine, works)
-    least = least_seconds(params, config, works, found.steps, best)
-    yield replace(found, of_limit=least / found.seconds)
+    """The engine, then batches of `size` rows; none where that is 0.
+
+    With `forms` the engine takes the rows again with answers of a form.
+    """
+    how: dict[str, Any] = {"slots": slots, "logprobs": False, "structures": forms}
+    engine = Engine(params, config, capacity=capacity_of(works), **how)
+    runs = {"slots": works}
+    if forms:
+        runs["slots, structured"] = structured(works, config.vocab_size)
+    for by, rows in runs.items():
+        found = in_slots(engine, rows)
+        least = least_seconds(params, config, works, found.steps, best)
+        yield replace(found, by=by, of_limit=least / found.seconds)
+        engine.stats = Stats(slots=engine.stats.slots)
     del engine
     gc.collect()
     if size:

@@ -17,7 +17,8 @@ EPILOG = """\
 jrope bench batch: rows of all lengths (prompts of 32 to 2,048 tokens, 16 to 1,024 new
 ones), decoded in slots which the next row enters as soon as one has finished, and in
 batches of --static rows which run until their longest is done.  The limit counts what
-every step has to read and the prompts' FLOPs.
+every step has to read and the prompts' FLOPs.  --structured decodes the same rows once
+more with answers of a form, JSON for tokens that are made up.
 """
 
 
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--slots", metavar="N", type=whole(1), help=text)
     text = "rows of a batch beside it (64); 0 leaves these out"
     add("--static", metavar="N", type=whole(0), default=64, help=text)
+    text = "once more in slots, with a form for every row's answer"
+    add("--structured", action="store_true", help=text)
     text = "divides all lengths, for a CPU (1)"
     add("--shrink", metavar="N", type=whole(1), default=1, help=text)
 
@@ -52,13 +55,13 @@ def run(args: argparse.Namespace, params: Params, report: Report) -> int:
     weights = Weights(params, config)
     del params
     tree, best, found = weights.arranged(order), report.ceilings, []
-    sizes = {"slots": args.slots, "size": args.static}
-    for measured in compare(tree, config, works, best, **sizes):
+    how = {"slots": args.slots, "size": args.static, "forms": args.structured}
+    for measured in compare(tree, config, works, best, **how):
         print(*measured.lines(), sep="\n", file=table, flush=True)
         found.append(measured)
-    if len(found) == 2:
-        ratio = found[1].seconds / found[0].seconds
-        print(f"slots are {ratio:.2f}x as fast as static batches", file=table)
+    for other in found[1:]:
+        ratio = other.seconds / found[0].seconds
+        print(f"slots are {ratio:.2f}x as fast as {other.by}", file=table)
     if args.json:
         whole_report = json.loads(report.to_json())
         del whole_report["rows"]
