@@ -1,7 +1,10 @@
 """Forms as tables: each made once, in a process of its own, for the bytes of tokens."""
 
 import dataclasses
+import json
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -86,6 +89,10 @@ def test_one_process_makes_all_and_knows_no_jax() -> None:
     with pytest.raises(RowError, match="outlines_core cannot compile it: "):
         own.of("it", "(?=a)")
     assert own._process is process and process.poll() is None
+    if sys.platform == "linux":
+        maps = Path(f"/proc/{process.pid}/maps").read_text("utf-8")
+        assert "outlines_core" in maps and "jaxlib" not in maps and "numpy" not in maps
+        assert os.getsid(process.pid) != os.getsid(0), "Ctrl-C reaches it"
     del own
     assert process.returncode is not None, "left behind"
 
@@ -93,9 +100,7 @@ def test_one_process_makes_all_and_knows_no_jax() -> None:
 @pytest.mark.skipif(sys.platform != "linux", reason="limits of memory")
 def test_an_expression_may_not_take_all_memory() -> None:
     own = Automata(memory=2**20)  # which is less than any takes
-    told = (
-        "it: outlines_core needs more than 1,048,576 bytes of memory for it: give low"
-    )
+    told = "it: outlines_core ended, as it does where it needs more than 1,048,576 by"
     for _ in range(2):
         with pytest.raises(RowError, match=told) as error:
             own.of("it", "[a-z]{1,2000}")
@@ -106,10 +111,25 @@ def test_an_expression_may_not_take_all_memory() -> None:
 
 def test_an_expression_may_not_take_all_day() -> None:
     own = Automata(seconds=0.0)
-    with pytest.raises(RowError, match="it: outlines_core needs more than 0 s for it"):
+    with pytest.raises(RowError, match="it: outlines_core took more than 0 s: give"):
         own.of("it", "a")
     own._seconds = 60.0
     assert own.of("it", "a").states == 2
+
+
+def test_an_answer_that_nobody_waited_for_is_nobodys(monkeypatch: Any) -> None:
+    own = Automata()
+
+    def interrupted(process: Any, regex: str) -> Any:
+        process.stdin.write(json.dumps(regex).encode() + b"\n")
+        process.stdin.flush()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jrope.batch.automaton, "_asked", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            own.of("it", "a")
+    assert own.of("it", "aa").states == 3
 
 
 def test_a_process_that_was_ended_is_begun_anew() -> None:

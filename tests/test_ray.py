@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from batch_file_helpers import HashEngine, write_rows
+from batch_file_helpers import HashEngine
 from cli_helpers import TEMPLATE
 from cli_helpers import model as model
 
@@ -117,6 +118,20 @@ def test_chats_ids_and_logprobs(predict: Any) -> None:
     assert ids["logprobs"] is None and chat["num_input_tokens"] == 4
     sizes = [len(entry["top_logprobs"]) for entry in chat["logprobs"]]
     assert sizes == [2] * chat["num_generated_tokens"]
+
+
+def test_forms_are_told_from_each_other(predict: Any, monkeypatch: Any) -> None:
+    own = HashEngine()
+    monkeypatch.setattr(predict, "_engine", own)
+    given = []
+    for names in ("ab", "ba"):
+        schema = {"properties": {name: {"type": "null"} for name in names}}
+        form = {"structured_outputs": {"json": schema}}
+        given.append({"prompt": "a", "sampling_params": form})
+    first, other = rows_of(predict(batch_of(given)))
+    assert first["request_id"] != other["request_id"] and own.structures == [True]
+    predict(batch_of([{"prompt": "a"}]))
+    assert own.structures == [True, False]
 
 
 def test_an_engine_that_fails_ends_the_batch(predict: Any) -> None:

@@ -95,18 +95,17 @@ class Automata:
         late.start()
         try:
             return _asked(process, regex)
-        except (OSError, ValueError):  # a pipe that has broken, or half an answer
+        except BaseException as error:  # Ctrl-C, too, leaves half an answer
             self._end()
-            got = f"{self._memory:,} bytes of memory"
-            if time.monotonic() - begin >= self._seconds:
-                got = f"{self._seconds:g} s"
-            hint = "give lower counts, and less that repeats inside of what repeats"
-            raise RowError(
-                f"{name}: outlines_core needs more than {got} for it: {hint}",
-                "too_long",
-            ) from None
+            if not isinstance(error, OSError | ValueError):
+                raise
         finally:
             late.cancel()
+        what = f"ended, as it does where it needs more than {self._memory:,} bytes"
+        if time.monotonic() - begin >= self._seconds:
+            what = f"took more than {self._seconds:g} s"
+        hint = "give lower counts, and less that repeats inside of what repeats"
+        raise RowError(f"{name}: outlines_core {what}: {hint}", "too_long")
 
     def _begun(self) -> subprocess.Popen[bytes]:
         """The process; a session of its own keeps Ctrl-C from it."""

@@ -72,7 +72,7 @@ class Engine:
         capacity = -(-capacity // ROUND) * ROUND
         check_windows(config, capacity)
         if slots is None:
-            slots = slots_for(params, config, capacity, free_memory())
+            slots = slots_for(params, config, capacity, free_memory(), structures)
         for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece)):
             check_count(name, value, 1)
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece

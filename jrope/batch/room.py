@@ -15,14 +15,19 @@ MOST = {"cpu": 16}  # slots, where more rows at once gain nothing
 MOST_ELSEWHERE = 128
 SPARE = 0.9  # of the free memory; the rest is the allocator's, and what nobody counts
 DRAWING = 16  # bytes that live for every logit while a token is drawn
+RULED = 8  # more of them where rows may have structures
 
 
 def slots_for(
-    params: Params, config: LlamaConfig, capacity: int, memory_bytes: int
+    params: Params,
+    config: LlamaConfig,
+    capacity: int,
+    memory_bytes: int,
+    structures: bool = False,
 ) -> int:
     """Slots for which there is memory, 1 at least and 128 at most (16 on a CPU).
 
-        slots = (0.9 memory - fixed) / (slot + 16 V)
+        slots = (0.9 memory - fixed) / (slot + 16 V), with structures 24 V
 
     slot counts what a row keeps: keys and values, and which ids it has seen.  fixed is
     what prompts take while they are computed, C tokens at once, and one row's keys and
@@ -32,13 +37,15 @@ def slots_for(
       params, config: the model.
       capacity: tokens of a row.
       memory_bytes: what is free beside the weights.
+      structures: whether rows may have them.
     """
     dtype: Any = params["model"]["norm"]["weight"].dtype
     state = empty.eval_shape(config=config, count=1, capacity=capacity, dtype=dtype)
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
     fixed = WIDEST * wide * dtype.itemsize + 2 * slot
-    fit = int(SPARE * memory_bytes - fixed) // (slot + DRAWING * config.vocab_size)
+    slot += (DRAWING + RULED * structures) * config.vocab_size
+    fit = int(SPARE * memory_bytes - fixed) // slot
     return min(max(fit, 1), MOST.get(jax.default_backend(), MOST_ELSEWHERE))
 
 

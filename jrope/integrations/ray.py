@@ -112,7 +112,7 @@ class JropePredictor:
             problem = f"sampling_params: {error}"
         name = None if name is None else str(name)
         fields |= {key: row[key] for key in _PROMPTS if row.get(key) is not None}
-        text = json.dumps(fields, default=repr, sort_keys=True)
+        text = json.dumps(dict(sorted(fields.items())), default=repr)
         id = line_id(text if name is None else f"id {name}", text.encode())
         return Line(number, id, name, {**fields, "custom_id": name}, problem)
 
