@@ -41,6 +41,11 @@ def test_equal_forms_share_a_table(monkeypatch: Any) -> None:
     other = formed(own, "a|b", (letter, EOS, letter))  # an id that ends answers
     assert other is not formed(own, "a|b")
     assert other.table[0, other.classes[letter]] == -1
+    tables = [
+        own.of({"structured_outputs": {"json": {"enum": [order]}}}, (), lambda: TOKENS)
+        for order in ({"a": 1, "b": 2}, {"b": 2, "a": 1})
+    ]
+    assert tables[0] is not tables[1], "the order of properties counts"
     for _ in range(2):  # of which the second is not made again
         with pytest.raises(RowError, match="regex: no text of the vocabulary's tok"):
             formed(own, "ab", (letter,))

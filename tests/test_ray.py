@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 from batch_file_helpers import HashEngine, write_rows
-from batch_file_helpers import HashEngine
 from cli_helpers import TEMPLATE
 from cli_helpers import model as model
 

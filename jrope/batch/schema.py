@@ -237,13 +237,14 @@ class _Schema:
 
     def _members(self, properties: Mapping[str, Any], required: set[str]) -> str:
         first, later = "", ""  # what follows on nothing, and on another property
-        needed = False  # whether one of those that follow has to be there
         for name, schema in [*properties.items()][::-1]:
             own = f"{exactly([name])}{COLON}{self.value(schema)}"
             if name in required:
-                first, later, needed = f"{own}{later}", f"{COMMA}{own}{later}", True
+                first, later = f"{own}{later}", f"{COMMA}{own}{later}"
                 continue
-            either = f"(?:{own}{COMMA})?{first}", f"(?:{own}{later}|{first})"
-            first, later = either[not needed], f"(?:{COMMA}{own})?{later}"
+            # Before one that has to be there a comma follows on any of them.
+            alone = f"(?:{own}{later}|{first})"
+            first = f"(?:{own}{COMMA})?{first}" if required else alone
+            later = f"(?:{COMMA}{own})?{later}"
             check_length(self.name, len(first))
         return first
