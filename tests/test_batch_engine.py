@@ -219,6 +219,7 @@ def test_slots_follow_from_memory() -> None:
         assert slots_for(params, config, 96, memory) == count
         more = memory + 8 * config.vocab_size * count / 0.9
         assert slots_for(params, config, 96, int(more) + 1, True) == count
+        assert slots_for(params, config, 96, memory, True) == max(count - 1, 1)
     assert slots_for(params, config, 96, 0) == 1
     assert slots_for(params, config, 96, 10**12) == 16  # on a CPU
     assert 1 <= Engine(params, config, capacity=96).stats.slots <= 16

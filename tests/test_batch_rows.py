@@ -154,10 +154,16 @@ def test_bad_values_are_named(name: str) -> None:
         assert name in problem(api({name: value}))
 
 
-@pytest.mark.parametrize("name", UNSERVED)
+GUIDED = [
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("guided_decoding_backend", "guided_whitespace_pattern"),
+]
+
+
+@pytest.mark.parametrize("name", {**UNSERVED, **dict.fromkeys(GUIDED)})
 def test_what_is_not_served_is_named(name: str) -> None:
     for fields in ({"prompt": "x", name: {"x": 1}}, api({name: {"x": 1}})):
-        hint = "; structured_outputs is" if name.startswith("guided_") else ""
+        hint = "; structured_outputs is" if name in GUIDED else ""
         assert problem(fields) == f"{name}: not served{hint}"
 
 
