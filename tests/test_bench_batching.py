@@ -153,8 +153,8 @@ def test_command_prints_what_forms_take(asked: Any, capsys: Any) -> None:
 
 
 def test_command_says_what_it_does_not_take(capsys: Any) -> None:
-    assert command("--versus", "transformers") == 2
-    assert "bench batch: has no --versus" in capsys.readouterr().err
+    assert command("--versus", "transformers", "--quantize", "int8") == 2
+    assert "does not have these int8 weights" in capsys.readouterr().err
     assert main(["bench", "a", "b"]) == 2
     assert "bench: got a b, want one FOLDER" in capsys.readouterr().err
     assert main(["bench", "batch"]) == 2

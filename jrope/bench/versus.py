@@ -26,7 +26,7 @@ def import_peers() -> tuple[Any, Any]:
     """The torch and transformers modules.
 
     Raises:
-      JropeError: one is not installed, or torch does not see the GPU that JAX has.
+      JropeError: one is not installed.
     """
     found: list[Any] = []
     for name in ("torch", "transformers"):
@@ -38,6 +38,18 @@ def import_peers() -> tuple[Any, Any]:
                 f"--versus transformers needs {name} ({error}): {hint}"
             ) from None
     return found[0], found[1]
+
+
+def torch_device(torch: Any) -> str:
+    """Where torch runs beside jrope: "cuda" or "cpu".
+
+    Raises:
+      JropeError: torch does not see the GPU that JAX has.
+    """
+    gpu = jax.default_backend() == "gpu"
+    if gpu and not torch.cuda.is_available():
+        raise JropeError("--versus: JAX runs on a GPU that torch does not see")
+    return "cuda" if gpu else "cpu"
 
 
 class Peer:
@@ -54,11 +66,8 @@ class Peer:
         self.torch, self.transformers = import_peers()
         self.config = config
         self.criteria = self.transformers.StoppingCriteriaList
-        gpu = jax.default_backend() == "gpu"
-        if gpu and not self.torch.cuda.is_available():
-            raise JropeError("--versus: JAX runs on a GPU that torch does not see")
-        self.device = "cuda" if gpu else "cpu"
-        self.modes = (EAGER, COMPILED) if gpu else (EAGER,)
+        self.device = torch_device(self.torch)
+        self.modes = (EAGER, COMPILED) if self.device == "cuda" else (EAGER,)
         self.model = self._build(flatten(params))
 
     def prefill(self, batch: int, context: int) -> Callable[[], float]:

@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--repeat", metavar="N", type=whole(1), default=5, help=text)
     text = "begin no run after so many seconds of a row (60)"
     add("--patience", metavar="S", type=number, default=60, help=text)
-    add("--versus", choices=("transformers",), help="time it too, in turns")
+    add("--versus", choices=("transformers",), help="time it too")
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
     bench_batch.add_arguments(parser)
@@ -102,8 +102,6 @@ def run(args: argparse.Namespace) -> int:
     if len(words) > 1:
         raise JropeError(f"bench: got {' '.join(words)}, want one FOLDER")
     args.folder = words[0] if words else None
-    if batching and args.versus:
-        raise JropeError("bench batch: has no --versus; static batches are beside it")
     if (args.folder is None) == (args.shape is None):
         raise JropeError("bench: give either a FOLDER or --shape NAME")
     if args.mesh is not None:
@@ -112,15 +110,17 @@ def run(args: argparse.Namespace) -> int:
             "predicts meshes, and `jrope generate --mesh` tells its tokens/s"
         )
     plan, busy = _plan(args), host_load()
-    _prepare_memory(args.versus is not None)
+    shared = args.versus is not None and not batching
+    _prepare_memory(shared)
     config, dtype = _model(args)
-    _check_weights(config, dtype, args)
+    others = bench_batch.others(args, config, dtype) if batching else []
+    _check_weights(config, dtype, args, copies=2 if shared else 1)
     table = sys.stderr if args.json == "-" else sys.stdout
     ceilings = measure_ceilings(jnp.dtype(dtype))
     begin = time.perf_counter()
     params = _weights(args, config, dtype)
     loaded = time.perf_counter() - begin
-    peer = Peer(params, config) if args.versus else None
+    peer = Peer(params, config) if shared else None
     report = Report(
         model=args.folder or args.shape,
         dtype=dtype,
@@ -132,7 +132,7 @@ def run(args: argparse.Namespace) -> int:
         quantize=args.quantize,
     )
     if batching:
-        return bench_batch.run(args, params, report)
+        return bench_batch.run(args, params, report, others)
     print(*report.head(), sep="\n", file=table, flush=True)
     weights = Weights(params, config, keep=peer is not None)
     del params
@@ -229,8 +229,10 @@ def _weights(args: argparse.Namespace, config: LlamaConfig, dtype: str) -> Tree:
     return first_layers(params, config.num_hidden_layers)
 
 
-def _check_weights(config: LlamaConfig, dtype: str, args: argparse.Namespace) -> None:
-    copies, limit = 1 if args.versus is None else 2, memory_limit()
+def _check_weights(
+    config: LlamaConfig, dtype: str, args: argparse.Namespace, copies: int
+) -> None:
+    limit = memory_limit()
     sizes = weight_bytes(config, jnp.dtype(dtype).itemsize, args.quantize)
     size, kind = sum(sizes.values()), args.quantize or dtype
     if limit is not None and size * copies > limit:

@@ -3,13 +3,16 @@
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from jrope.bench.batching import capacity_of, compare, workload
+from jrope.bench.beside import Beside, beside
 from jrope.bench.model import Weights
 from jrope.bench.report import Report
 from jrope.cli.common import whole
+from jrope.cli.terminal import note
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
 
@@ -18,7 +21,9 @@ jrope bench batch: rows of all lengths (prompts of 32 to 2,048 tokens, 16 to 1,0
 ones), decoded in slots which the next row enters as soon as one has finished, and in
 batches of --static rows which run until their longest is done.  The limit counts what
 every step has to read and the prompts' FLOPs.  --structured decodes the same rows once
-more with answers of a form, JSON for tokens that are made up.
+more with answers of a form, JSON for tokens that are made up.  --versus transformers
+runs the same rows first, in a process of its own with random weights: by continuous
+batching, and on a CPU by static batches of several sizes, too; the fastest is compared.
 """
 
 
@@ -36,7 +41,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--shrink", metavar="N", type=whole(1), default=1, help=text)
 
 
-def run(args: argparse.Namespace, params: Params, report: Report) -> int:
+def others(args: argparse.Namespace, config: LlamaConfig, dtype: str) -> list[Beside]:
+    """What --versus takes, before JAX holds the device's memory; else nothing."""
+    if args.versus is None:
+        return []
+    note(f"{args.versus} takes its turn first, in a process of its own")
+    return beside(config, dtype, workload(config, args.rows, args.shrink))
+
+
+def run(
+    args: argparse.Namespace,
+    params: Params,
+    report: Report,
+    others: Sequence[Beside] = (),
+) -> int:
     """Measure both, and print what they took."""
     config: LlamaConfig = report.config
     works = workload(config, args.rows, args.shrink)
@@ -50,6 +68,8 @@ def run(args: argparse.Namespace, params: Params, report: Report) -> int:
         file=table,
         flush=True,
     )
+    for one in others:
+        print(one.line(), file=table)
     order = "out_in" if args.quantize else "in_out"
     order = order if args.fuse == "auto" else args.fuse
     weights = Weights(params, config)
@@ -62,10 +82,15 @@ def run(args: argparse.Namespace, params: Params, report: Report) -> int:
     for other in found[1:]:
         ratio = other.seconds / found[0].seconds
         print(f"slots are {ratio:.2f}x as fast as {other.by}", file=table)
+    if others:
+        best = max(others, key=lambda one: one.speed)
+        ratio = found[0].tokens / found[0].seconds / best.speed
+        print(f"slots are {ratio:.2f}x as fast as {best.by}", file=table)
     if args.json:
         whole_report = json.loads(report.to_json())
         del whole_report["rows"]
         whole_report["batching"] = [asdict(measured) for measured in found]
+        whole_report["beside"] = [asdict(one) for one in others]
         text = json.dumps(whole_report, indent=2, allow_nan=False)
         if args.json == "-":
             print(text)
