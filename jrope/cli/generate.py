@@ -28,6 +28,7 @@ from jrope.cli.report import (
     tell_not_finite,
 )
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
+from jrope.cli.speculating import Guessing, add_speculate_argument
 from jrope.cli.terminal import warn
 from jrope.cli.text import (
     Answer,
@@ -39,7 +40,7 @@ from jrope.cli.text import (
 from jrope.cli.together import add_mesh_arguments, mesh_of, shared
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.guesser import PromptLookup
+from jrope.generation.guesser import Guesser
 from jrope.generation.request import Options, prepare
 from jrope.generation.run import Stream, stream
 from jrope.generation.sample import Sampler
@@ -70,8 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add("--stop", metavar="TEXT", action="append", default=[], help="end before it")
     add("--prefill-chunk", metavar="N", type=whole(1), help="prompt tokens at a time")
-    text = "guess N tokens at a time (7) from the text, where it repeats itself"
-    add("--speculate", metavar="prompt[:N]", type=_speculation, help=text)
+    add_speculate_argument(parser)
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
@@ -89,18 +89,23 @@ def run(args: argparse.Namespace) -> int:
     sampler = make_sampler(args, folder)
     mesh = mesh_of(args)
     layout = None if mesh is None else layout_on(mesh, config)
-    with Loading(folder, args.dtype, args.quantize, mesh, args.adapter) as loading:
+    how = args.dtype, args.quantize, mesh, args.adapter
+    with (
+        Loading(folder, *how) as loading,
+        Guessing(args.speculate, loading.shapes) as guessing,
+    ):
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds
         ids = _encoded(tokenizer, prompts, config, args)
         prompt, lengths = _pad(ids)
         new = _new(args, folder, prompt, config)
-        options = _options(args, sampler, new)
+        options = _options(args, sampler, new, guessing.guesser)
         prepare(prompt, lengths, config, layout, **options)  # or says what is wrong
         _warn(tokenizer, prompt.shape[1] + new, config)
         loading.show()
         if new:
             compile_ahead(loading.shapes, prompt, lengths, config=config, **options)
         params, timing = loading.wait()
+        options["speculate"] = guessing.wait()
     stops = [text for text in args.stop if text]
     answers = [Answer(tokenizer, row, config.eos_token_id, stops) for row in ids]
     blocks = stream(params, prompt, lengths, config=config, **options)
@@ -150,21 +155,15 @@ def _encoded(
     ]
 
 
-def _speculation(word: str) -> PromptLookup:
-    """The type of --speculate."""
-    kind, colon, count = word.partition(":")
-    if kind != "prompt" or (colon and not count.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{word!r} is not prompt, or such as prompt:7")
-    return PromptLookup(whole(1)(count)) if colon else PromptLookup()
-
-
-def _options(args: argparse.Namespace, sampler: Sampler, new: int) -> Options:
+def _options(
+    args: argparse.Namespace, sampler: Sampler, new: int, guesser: Guesser | None
+) -> Options:
     return {
         "sampler": sampler,
         "key": jax.random.key(args.seed or 0),
         "max_new_tokens": new,
         "prefill_chunk": args.prefill_chunk,
-        "speculate": args.speculate,
+        "speculate": guesser,
     }
 
 
