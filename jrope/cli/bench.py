@@ -25,7 +25,7 @@ from jrope.bench.model import (
 from jrope.bench.plan import Bench, Plan
 from jrope.bench.report import Report
 from jrope.bench.versus import Peer, import_peers
-from jrope.cli import bench_batch
+from jrope.cli import bench_batch, bench_speculate
 from jrope.cli.common import (
     DTYPES,
     add_quantize_argument,
@@ -36,6 +36,7 @@ from jrope.cli.common import (
     number,
     whole,
 )
+from jrope.cli.speculating import add_speculate_argument
 from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load, open_tensors, read_llama_config
@@ -87,12 +88,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "begin no run after so many seconds of a row (60)"
     add("--patience", metavar="S", type=number, default=60, help=text)
     add("--versus", choices=("transformers",), help="time it too")
+    add_speculate_argument(parser)
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
     bench_batch.add_arguments(parser)
     add("--mesh", help=argparse.SUPPRESS)
     add_rope_arguments(parser)
-    parser.epilog = f"{_EPILOG}\n{bench_batch.EPILOG}\n{parser.epilog}"
+    parser.epilog = (
+        f"{_EPILOG}\n{bench_batch.EPILOG}\n{bench_speculate.EPILOG}\n{parser.epilog}"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -104,6 +108,8 @@ def run(args: argparse.Namespace) -> int:
     args.folder = words[0] if words else None
     if (args.folder is None) == (args.shape is None):
         raise JropeError("bench: give either a FOLDER or --shape NAME")
+    if args.speculate is not None and (batching or args.versus):
+        raise JropeError("bench: --speculate goes with neither batch nor --versus")
     if args.mesh is not None:
         raise JropeError(
             "--mesh: bench measures one device against its own limits; `jrope plan` "
@@ -133,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
     )
     if batching:
         return bench_batch.run(args, params, report, others)
+    if args.speculate is not None:
+        return bench_speculate.run(args, params, report)
     print(*report.head(), sep="\n", file=table, flush=True)
     weights = Weights(params, config, keep=peer is not None)
     del params

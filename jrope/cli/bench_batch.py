@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from jrope.bench.batching import capacity_of, compare, workload
 from jrope.bench.beside import Beside, beside
@@ -86,14 +87,21 @@ def run(
         best = max(others, key=lambda one: one.speed)
         ratio = found[0].tokens / found[0].seconds / best.speed
         print(f"slots are {ratio:.2f}x as fast as {best.by}", file=table)
-    if args.json:
-        whole_report = json.loads(report.to_json())
-        del whole_report["rows"]
-        whole_report["batching"] = [asdict(measured) for measured in found]
-        whole_report["beside"] = [asdict(one) for one in others]
-        text = json.dumps(whole_report, indent=2, allow_nan=False)
-        if args.json == "-":
-            print(text)
-        else:
-            Path(args.json).write_text(text + "\n", encoding="utf-8")
+    measured = {"batching": found, "beside": others}
+    write_json(args.json, report, measured)
     return 0
+
+
+def write_json(file: str | None, report: Report, found: dict[str, Any]) -> None:
+    """The report with what was found instead of its rows; - is standard output."""
+    if file is None:
+        return
+    whole = json.loads(report.to_json())
+    del whole["rows"]
+    for name, each in found.items():
+        whole[name] = [asdict(one) for one in each]
+    text = json.dumps(whole, indent=2, allow_nan=False)
+    if file == "-":
+        print(text)
+    else:
+        Path(file).write_text(text + "\n", encoding="utf-8")
