@@ -26,7 +26,8 @@ from jrope.model.config import LlamaConfig
 
 SIZES = (8, 16, 32, 64)  # rows of a static batch that are tried
 PAGE = 256  # tokens of a block of transformers' cache
-MOST_BLOCKS = 256  # on a CPU, where a mask spans all of them
+# On a CPU, where a mask of all tokens of a step over all blocks is made:
+MOST_BLOCKS, MOST_TOKENS = 256, 2048
 WARM = 64  # rows that run before the clock starts, with few new tokens
 
 Row: TypeAlias = "tuple[list[int], int]"
@@ -143,6 +144,7 @@ def _continuous(model: Any, rows: Sequence[Row], by: str) -> Beside:
         continuous_batching_config=transformers.ContinuousBatchingConfig(
             allow_block_sharing=False,  # no two prompts begin alike
             num_blocks=min(blocks + 1, MOST_BLOCKS) if cpu else None,
+            max_batch_tokens=MOST_TOKENS if cpu else None,
         ),
         warmup=not cpu,  # of CUDA graphs
         workload_hints=hints(*longest, len(rows)),
