@@ -4,6 +4,7 @@ import zlib
 from functools import cache
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from generate_helpers import KEY, VOCABULARY, model
 
@@ -31,6 +32,17 @@ def engine_of(params: Any, config: LlamaConfig, **options: Any) -> Engine:
 @cache
 def engine() -> Engine:
     return engine_of(*model()[1:])
+
+
+def without(bad: int) -> Engine:
+    """An engine for a model that has a NaN for one token."""
+    _, params, config = model()
+    table = np.array(params["model"]["embed_tokens"]["weight"])
+    table[bad] = np.nan
+    table = {"embed_tokens": {"weight": jnp.asarray(table)}}
+    own = engine_of({**params, "model": {**params["model"], **table}}, config)
+    own._programs = engine().compile()
+    return own
 
 
 def work(key: Any, size: int, new: int, **fields: Any) -> Work:

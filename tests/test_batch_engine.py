@@ -16,6 +16,7 @@ from batch_helpers import (
     engine_of,
     ragged,
     tokens_alone,
+    without,
     work,
 )
 from generate_helpers import model
@@ -292,17 +293,6 @@ def test_programs_may_run_once_before_the_first_row(monkeypatch: Any) -> None:
 
 
 # --- NaN
-
-
-def without(bad: int) -> Engine:
-    """An engine for a model that has a NaN for one token."""
-    _, params, config = model()
-    table = np.array(params["model"]["embed_tokens"]["weight"])
-    table[bad] = np.nan
-    table = {"embed_tokens": {"weight": jnp.asarray(table)}}
-    own = engine_of({**params, "model": {**params["model"], **table}}, config)
-    own._programs = engine().compile()
-    return own
 
 
 def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:

@@ -60,6 +60,7 @@ def test_lengths_of_the_whole_batch_are_refused() -> None:
         ({"stop_ids": tuple(range(17))}, "stop_ids: got 17, want at most 16"),
         ({"max_new_tokens": 0}, "max_new_tokens: got 0"),
         ({"max_new_tokens": 110}, "got 110 after a prompt of 3, want 112 in all"),
+        ({"shared": 3}, "shared: got 3, want tokens of a prompt of 3, not all"),
         ({"logprobs": 21}, "logprobs: got 21, want None, or an integer from 0 to 20"),
         ({"sampler": Sampler(top_k=np.array([1, 2]))}, "sampler: top_k: got"),
     ],

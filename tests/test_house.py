@@ -37,7 +37,7 @@ ARROWS = {
     "bench": "errors numerics tree rope model weights hf generation batch",
     "plan": "errors model weights generation bench sharding",
     "lab": "errors locks tree rope sharding model generation",
-    "batch": "errors locks numerics tree sharding model hf generation",
+    "batch": "errors locks numerics tree rope sharding model hf generation",
     "cli": "errors tree rope sharding model weights hf generation parity bench plan "
     "lab batch",
     "integrations": "errors tree model weights hf generation batch cli",

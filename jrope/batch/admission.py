@@ -51,6 +51,8 @@ def _check_row(work: Work, config: LlamaConfig, capacity: int) -> None:
     got = f"{prompt.dtype} {list(prompt.shape)}"
     check(bool(whole and prompt.size), "prompt", got, "integers [T], at least one")
     _check_ids("prompt", prompt, config)
+    good = is_integer(work.shared, at_least=0) and work.shared < len(prompt)
+    check(good, "shared", work.shared, f"tokens of a prompt of {len(prompt)}, not all")
     _check_ids("stop_ids", np.asarray(work.stop_ids, np.int64), config)
     got = len(work.stop_ids)
     check(got <= STOP_IDS, "stop_ids", got, f"at most {STOP_IDS} of them")

@@ -12,6 +12,7 @@ from jrope.batch.answers import Record, answer, failure
 from jrope.batch.embeddings import embedding
 from jrope.batch.fields import RowError
 from jrope.batch.journal import Output
+from jrope.batch.neighbours import Neighbours
 from jrope.batch.rows import BatchSettings, Row, read_row
 from jrope.batch.source import Index, Line
 from jrope.batch.text import tokens_to_stop
@@ -102,6 +103,7 @@ class Run:
     interrupted: Callable[[], bool]
     progress: Progress
     embed: Embed | None
+    neighbours: Neighbours | None = None  # None: no row shares what others have
 
     def __post_init__(self) -> None:
         self.begun, self.begin = False, time.monotonic()
@@ -134,6 +136,8 @@ class Run:
                     f"{self.source.path}: line {line.number} changed while it was read"
                 )
             if self.index.is_done(line.id):
+                if self.neighbours is not None:
+                    self.neighbours.passed(line)
                 continue
             try:
                 yield from self._begun(read_row(line, self.settings), engine)
@@ -142,6 +146,9 @@ class Run:
         self._embed()
 
     def _begun(self, row: Row, engine: Engine) -> Iterator[Work]:
+        shared = [0] * len(row.prompts)
+        if self.neighbours is not None:
+            shared = self.neighbours.shared(row)
         if row.form == "embeddings":
             if self.embed is None:
                 raise RowError("embeddings are not served here", "unsupported")
@@ -149,7 +156,7 @@ class Run:
             if sum(len(text.prompts) for text in self.texts) >= _TEXTS:
                 self._embed()
             return
-        works = [*_works(row)]
+        works = [*_works(row, shared)]
         _check(engine, works)
         self.pending[row.line.id] = _Pending(row, [None] * len(works))
         for work in works:
@@ -223,7 +230,7 @@ class Run:
         self.progress(self.summary)
 
 
-def _works(row: Row) -> Iterator[Work]:
+def _works(row: Row, shared: list[int]) -> Iterator[Work]:
     """n sequences for the first prompt, n for the second, ..."""
     request = row.request
     for at in range(len(row.prompts) * request.n):
@@ -237,6 +244,7 @@ def _works(row: Row) -> Iterator[Work]:
             stop_ids=request.stop_ids,
             logprobs=request.logprobs,
             structure=row.structure,
+            shared=shared[which],
         )
 
 

@@ -9,13 +9,21 @@ the device is at work.
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, final
 
 import jax
 
 from jrope.batch.admission import check_model, check_windows, check_work
 from jrope.batch.packing import WIDEST, Shapes
-from jrope.batch.programs import Programs, Ruled, compile_programs, lower_decode, names
+from jrope.batch.programs import (
+    Programs,
+    Ruled,
+    compile_programs,
+    lower_decode,
+    lower_share,
+    names,
+)
 from jrope.batch.room import free_memory, slots_for
 from jrope.batch.rules import ENTRIES
 from jrope.batch.running import Run
@@ -86,14 +94,15 @@ class Engine:
     @property
     def shapes(self) -> Shapes:
         """Those that prompts are computed in."""
-        return Shapes.of(self.stats.slots, self.capacity, self.piece)
+        rope = self.config.rope
+        return Shapes.of(self.stats.slots, self.capacity, self.piece, rope)
 
     @property
     def programs(self) -> tuple[str, ...]:
         """What `compile` compiles, by name, and what had to be compiled after it."""
-        made = self._programs
-        ruled = self._expected() if made is None else made.ruled
-        return names(self.shapes, self.logprobs, ruled)
+        if (made := self._programs) is None:
+            return names(self.shapes, self.logprobs, self._expected())
+        return names(self.shapes, self.logprobs, made.ruled, made.share)
 
     def _expected(self) -> list[Ruled]:
         scorings = (False, True)[: 1 + self.logprobs] if self.structures else ()
@@ -121,13 +130,21 @@ class Engine:
 
     def _ruled(self, way: Ruled) -> Any:
         """The program to decode rows with structures, compiled if it is not there."""
-        ready = self.compile().ruled
+        how = {**self._how(), "scored": way[0], "entries": way[1]}
+        lower = partial(lower_decode, self.params, self.config, **how)
+        return self._later(self.compile().ruled, way, lambda: lower()[1])
+
+    def _share(self) -> Any:
+        """The program for what follows a prefix, compiled when the first is shared."""
+        way = self.shapes.behind
+        how = {"slots": self.stats.slots, "capacity": self.capacity, "behind": way}
+        lower = partial(lower_share, self.params, self.config, **how)
+        return self._later(self.compile().share, way, lower)
+
+    def _later(self, ready: dict[Any, Any], way: Any, lower: Callable[[], Any]) -> Any:
         if way not in ready:
-            begin, (scored, entries) = time.perf_counter(), way
-            _, own = lower_decode(
-                self.params, self.config, **self._how(), scored=scored, entries=entries
-            )
-            ready[way] = own.compile()
+            begin = time.perf_counter()
+            ready[way] = lower().compile()
             self.stats.compiled += 1
             self.stats.compile_seconds += time.perf_counter() - begin
         return ready[way]
@@ -155,8 +172,8 @@ class Engine:
         while True:
             run = None
             try:
-                own = self.params, self.compile(), self._ruled, self.shapes
-                run = Run(*own, self.stats, self.key, rows, stopped)
+                own = self.params, self.compile(), self._ruled, self._share
+                run = Run(*own, self.shapes, self.stats, self.key, rows, stopped)
                 yield from run.rows()
                 return
             except jax.errors.JaxRuntimeError as error:

@@ -9,6 +9,7 @@ from typing import Any
 from jrope.batch.answering import BatchSummary, Embed, Engine, Progress, Run
 from jrope.batch.journal import JsonLines, put_in_order
 from jrope.batch.manifest import Manifest
+from jrope.batch.neighbours import Neighbours
 from jrope.batch.parquet import ParquetParts
 from jrope.batch.rows import BatchSettings
 from jrope.batch.source import PARQUET, Source
@@ -67,7 +68,8 @@ def run_batch(
         settings = replace(settings, created=manifest.created)
         records = ParquetParts(output, index) if parquet else JsonLines(output, index)
         try:
-            run = Run(source, settings, index, records, interrupted, progress, embed)
+            how = interrupted, progress, embed, Neighbours(settings)
+            run = Run(source, settings, index, records, *how)
             run.drain(engine)
         finally:
             records.close()

@@ -1,6 +1,7 @@
 """How prompts come into their slots: by pieces, each put where its row is, in place.
 
-The first piece is computed by itself, the others beside what the slot holds already.
+The first piece is computed by itself, the others beside what the slot holds already, or
+what another slot holds of the same prompt.
 """
 
 from dataclasses import dataclass, replace
@@ -55,26 +56,9 @@ def begin(
         rope_lengths=planned,
     )
 
-    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return all_.at[rows].set(own)
-
-    def write(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return _put(all_, rows, jnp.zeros_like(rows), own)
-
-    slots = replace(
-        slots,
-        cache=KVCache(
-            keys=tuple(map(write, cache.keys, new.keys)),
-            values=tuple(map(write, cache.values, new.values)),
-            lengths=put(cache.lengths, new.lengths),
-            rope_lengths=put(cache.rope_lengths, new.rope_lengths),
-        ),
-        seen=slots.seen.at[rows].set(False),
-        finite=slots.finite.at[rows].set(True),
-        steps=slots.steps.at[rows].set(0),
-        asked=jax.tree.map(put, slots.asked, asked),
-    )
-    return _entered(slots, piece, x)
+    seen = slots.seen.at[rows].set(False)
+    slots = replace(slots, cache=_written(cache, rows, new), seen=seen)
+    return _entered(_anew(slots, rows, asked), piece, x)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
@@ -99,6 +83,67 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
         lengths=cache.lengths.at[rows].set(new.lengths),
     )
     return _entered(replace(slots, cache=cache), piece, x)
+
+
+@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+def share(
+    params: Params,
+    slots: Slots,
+    piece: Piece,
+    asked: Asked,
+    sources: jax.Array,
+    starts: jax.Array,
+    *,
+    config: LlamaConfig,
+) -> Slots:
+    """Go on with prompts of which other slots hold the first tokens, which are copied.
+
+    Args:
+      params, config: the model.
+      slots: those that go on.
+      piece: the pieces that follow.
+      asked: what the R rows ask for.
+      sources: int32 [R], the slots that hold what comes before; maybe the rows' own.
+      starts: int32 [R], how many tokens that is.
+    """
+    rows, cache = piece.rows, slots.cache
+    own = replace(jax.tree.map(lambda x: x[sources], cache), lengths=starts)
+    x, new = hidden_states(
+        params, piece.tokens, cache=own, lengths=piece.lengths, config=config
+    )
+    cache = _written(cache, rows, new)
+    seen = slots.seen.at[rows].set(slots.seen[sources])
+    return _entered(
+        _anew(replace(slots, cache=cache, seen=seen), rows, asked), piece, x
+    )
+
+
+def _written(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
+    """The cache with what new rows hold, from their first slot on."""
+
+    def write(all_: jax.Array, own: jax.Array) -> jax.Array:
+        return _put(all_, rows, jnp.zeros_like(rows), own)
+
+    return KVCache(
+        keys=tuple(map(write, cache.keys, new.keys)),
+        values=tuple(map(write, cache.values, new.values)),
+        lengths=cache.lengths.at[rows].set(new.lengths),
+        rope_lengths=cache.rope_lengths.at[rows].set(new.rope_lengths),
+    )
+
+
+def _anew(slots: Slots, rows: jax.Array, asked: Asked) -> Slots:
+    """The slots with nothing drawn yet in some rows, and with what these ask for."""
+
+    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
+        return all_.at[rows].set(own)
+
+    return replace(
+        slots,
+        finite=slots.finite.at[rows].set(True),
+        steps=slots.steps.at[rows].set(0),
+        asked=jax.tree.map(put, slots.asked, asked),
+    )
 
 
 @jax.jit  # traced once, not for every layer's keys and values

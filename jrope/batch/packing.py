@@ -12,11 +12,15 @@ from typing import final
 
 import numpy as np
 
+from jrope.batch.prefix import Prefix
 from jrope.batch.work import Work
 from jrope.generation.request import bucket
+from jrope.rope import Rope
 
 WIDEST = 2048  # tokens of a row in a piece, and of all rows of a program
 NARROWEST = 32  # parts of the widest
+BEHIND = 16  # parts of the widest, of a piece behind a prefix
+TOGETHER = 4  # parts of it, of all rows of such a program: enough to keep a GPU busy
 SHARE = 8  # of the slots: so many that one program fills at most
 WINDOW = 16  # rows waiting, in terms of the slots
 WINDOW_TOKENS = 2**20  # of their prompts together
@@ -30,13 +34,19 @@ class Shapes:
     Args:
       piece: tokens of every piece but a prompt's first, one row at a time.
       first: width -> rows, of first pieces.
+      behind: (width, rows) of pieces behind a prefix; rows 0: none is shared.
+      rope: what turns the keys.
     """
 
     piece: int
     first: Mapping[int, int]
+    behind: tuple[int, int] = 1, 0
+    rope: Rope | None = None
 
     @classmethod
-    def of(cls, slots: int, capacity: int, piece: int = WIDEST) -> "Shapes":
+    def of(
+        cls, slots: int, capacity: int, piece: int = WIDEST, rope: Rope | None = None
+    ) -> "Shapes":
         """Buckets up to the widest piece, each with rows for as many tokens."""
         piece = min(piece, capacity)
         widths = [piece]
@@ -44,13 +54,41 @@ class Shapes:
             widths.append(narrower)
         most = max(slots // SHARE, 1)
         rows = {w: min(max(piece // w, 1), most) for w in reversed(widths)}
-        return cls(piece=piece, first=rows)
+        width = next(w for w in rows if w * BEHIND >= piece)
+        some = min(max(piece // TOGETHER // width, 1), most)
+        behind = width, some if slots > 1 else 0
+        return cls(piece=piece, first=rows, behind=behind, rope=rope)
 
-    def pieces(self, prompt: np.ndarray) -> list[np.ndarray]:
-        """A prompt in pieces, all but the first as wide as can be."""
-        first = (len(prompt) - 1) % self.piece + 1
-        ends = range(first, len(prompt) + 1, self.piece)
-        return [prompt[max(end - self.piece, 0) : end] for end in ends]
+    def pieces(self, prompt: np.ndarray, shared: int = 0) -> list[np.ndarray]:
+        """A prompt in pieces, all but the first as wide as can be.
+
+        Those behind its first tokens, where these are shared.
+        """
+        width, prompt = self.behind[0] if shared else self.piece, prompt[shared:]
+        first = (len(prompt) - 1) % width + 1
+        ends = range(first, len(prompt) + 1, width)
+        return [prompt[max(end - width, 0) : end] for end in ends]
+
+    def shared(self, row: Work) -> int:
+        """How many of its first tokens a row takes from another slot.
+
+        Half pieces, so that a token that some rows share by chance makes no prefix of
+        its own; two whole ones and half of the prompt at least, else it gains little.
+        """
+        width, rows = self.behind
+        shared = row.shared - row.shared % max(width // 2, 1)
+        enough = shared >= max(2 * width, len(row.prompt) - shared)
+        return shared if rows and enough else 0
+
+    def group(self, row: Work) -> int | Prefix:
+        """What rows have in common that may enter together: a width, or a prefix."""
+        if shared := self.shared(row):
+            return Prefix.of(row, shared, self.rope)
+        return self.width(row.prompt)
+
+    def rows(self, group: int | Prefix) -> int:
+        """How many rows of a group enter together."""
+        return self.behind[1] if isinstance(group, Prefix) else self.first[group]
 
     def width(self, prompt: np.ndarray) -> int:
         """The width that its first piece is padded to."""
@@ -65,7 +103,7 @@ def _below(width: int) -> int:
 
 @final
 class Waiting:
-    """The rows that no slot has taken yet, by the width of their first piece.
+    """The rows that no slot has taken yet, by what they enter together with.
 
     Only so many are read from `work` at a time.  Those that may become longest go
     first: the end, when nobody waits any more, is as long as the last rows are.
@@ -79,8 +117,7 @@ class Waiting:
     def __init__(self, work: Iterable[Work], shapes: Shapes, slots: int) -> None:
         self.shapes, self.room = shapes, WINDOW * slots
         self._work = enumerate(work)
-        self._rows: dict[int, list[tuple[int, int, Work]]] = {}  # heaps
-        self._rows |= {width: [] for width in shapes.first}
+        self._rows: dict[int | Prefix, list[tuple[int, int, Work]]] = {}  # heaps
         self._tokens = 0
 
     def __len__(self) -> int:
@@ -93,17 +130,27 @@ class Waiting:
             if row is None:
                 return
             entry = -row.max_new_tokens, number, row
-            heapq.heappush(self._rows[self.shapes.width(row.prompt)], entry)
+            heapq.heappush(self._rows.setdefault(self.shapes.group(row), []), entry)
             self._tokens += len(row.prompt)
 
-    def take(self, free: int) -> tuple[int, list[Work]] | None:
-        """A width and rows that enter together into the free slots, if they should."""
-        width, count = self._next()
+    def take(self, free: int) -> tuple[int | Prefix, list[Work]] | None:
+        """A group and rows that enter together into the free slots, if they should."""
+        group, count = self._next()
         if not 0 < count <= free:
             return None
-        rows = [heapq.heappop(self._rows[width])[-1] for _ in range(count)]
+        rows = [heapq.heappop(self._rows[group])[-1] for _ in range(count)]
+        if not self._rows[group]:
+            del self._rows[group]
         self._tokens -= sum(len(row.prompt) for row in rows)
-        return width, rows
+        return group, rows
+
+    def prefix(self) -> Prefix | None:
+        """What the next rows begin with, where they share it."""
+        group, _ = self._next()
+        return group if isinstance(group, Prefix) else None
+
+    def __contains__(self, group: int | Prefix) -> bool:
+        return group in self._rows
 
     def wanted(self) -> int | None:
         """Free slots with which `take` would give rows; None: nobody waits."""
@@ -114,12 +161,13 @@ class Waiting:
         read = sorted(entry[1:] for rows in self._rows.values() for entry in rows)
         return (row for _, row in itertools.chain(read, self._work))
 
-    def _next(self) -> tuple[int, int]:
-        """A width, and how many rows of it enter next.
+    def _next(self) -> tuple[int | Prefix, int]:
+        """A group, and how many rows of it enter next.
 
         The group whose first row may become longest, full or not: who waits for company
         may be the last to finish.
         """
-        some = [width for width, rows in self._rows.items() if rows]
-        width = min(some, key=lambda w: self._rows[w][0][:2], default=self.shapes.piece)
-        return width, min(len(self._rows[width]), self.shapes.first[width])
+        if not self._rows:
+            return 0, 0
+        group = min(self._rows, key=lambda group: self._rows[group][0][:2])
+        return group, min(len(self._rows[group]), self.shapes.rows(group))

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias, final
 import jax
 import numpy as np
 
-from jrope.batch.filling import Piece, begin, extend
+from jrope.batch.filling import Piece, begin, extend, share
 from jrope.batch.packing import Shapes
 from jrope.batch.rules import no_rules
 from jrope.batch.slots import STOP_IDS, Asked, clean, decode, empty, greedy
@@ -31,6 +31,7 @@ class Programs:
       begin: width -> the program for first pieces of that width.
       decode: without log-probabilities, and maybe with them.
       ruled: the same where some rows have structures, for tables of so many entries.
+      share: (width, rows) -> the program for pieces behind prefixes, once it is there.
       seconds: until they were compiled.
     """
 
@@ -40,18 +41,23 @@ class Programs:
     begin: Mapping[int, Any]
     decode: Mapping[bool, Any]
     ruled: dict[Ruled, Any]
+    share: dict[tuple[int, int], Any]
     seconds: float
 
 
 def names(
-    shapes: Shapes, logprobs: bool, ruled: Iterable[Ruled] = ()
+    shapes: Shapes,
+    logprobs: bool,
+    ruled: Iterable[Ruled] = (),
+    share: Iterable[tuple[int, int]] = (),
 ) -> tuple[str, ...]:
     """What `compile_programs` compiles, one name a program."""
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
     decoding = ["decode", "decode with log-probabilities"]
     ways = [f"{decoding[scored]}, structures of {size:,}" for scored, size in ruled]
-    further = f"further pieces 1 x {shapes.piece}"
-    return *decoding[: 1 + logprobs], *ways, *first, further, "empty", "clean"
+    further = [f"further pieces 1 x {shapes.piece}"]
+    further += [f"pieces behind a prefix {rows} x {width}" for width, rows in share]
+    return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
 
 
 def lower_decode(
@@ -80,6 +86,22 @@ def lower_decode(
     state = empty.eval_shape(config=config, **how)
     how = {"config": config, "size": size, "scored": scored}
     return given, decode.lower(params, state, *given, **how)
+
+
+def lower_share(
+    params: Params,
+    config: LlamaConfig,
+    *,
+    slots: int,
+    capacity: int,
+    behind: tuple[int, int],
+) -> Any:
+    """`share` for pieces of (width, rows), traced."""
+    dtype = params["model"]["norm"]["weight"].dtype
+    how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
+    state = empty.eval_shape(config=config, **how)
+    piece, asked, numbers = no_prompts(behind[1], behind[0])
+    return share.lower(params, state, piece, asked, numbers, numbers, config=config)
 
 
 def compile_programs(
@@ -134,6 +156,7 @@ def compile_programs(
     if warm:
         _run_once(done, params, nobody)
     return Programs(
+        share={},
         begin={width: done["begin", width] for width in shapes.first},
         decode={scored: done[scored, 0] for scored, entries in ways if not entries},
         ruled={way: done[way] for way in ways if way[1]},

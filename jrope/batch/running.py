@@ -10,13 +10,16 @@ import jax
 import numpy as np
 
 from jrope.batch.packing import Shapes, Waiting
-from jrope.batch.programs import Programs, Ruled, no_prompts
+from jrope.batch.pieces import next_pieces
+from jrope.batch.prefix import Prefix
+from jrope.batch.programs import Programs, Ruled
 from jrope.batch.rules import Held, Rules
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.tree import Params
 
+KEEP = 4  # parts of the slots, that hold prefixes at most
 BURST = 4  # widest pieces of prompts between two chunks, where most slots are live
 
 
@@ -28,6 +31,7 @@ class Run:
       params: the model's.
       programs: compiled for them, for so many slots and these shapes.
       ruled: that for rows with structures, compiled now if it was not ahead.
+      share: that for what follows a prefix, as well.
       shapes: of prompts.
       stats: to count in.
       key: that tokens are drawn with.
@@ -40,16 +44,19 @@ class Run:
         params: Params,
         programs: Programs,
         ruled: Callable[[Ruled], Any],
+        share: Callable[[], Any],
         shapes: Shapes,
         stats: Stats,
         key: jax.Array,
         work: Iterable[Work],
         stopped: Stopped | None,
     ) -> None:
-        self.params, self.programs, self.ruled = params, programs, ruled
-        self.shapes, self.stats, self.key, self.stopped = shapes, stats, key, stopped
+        self.params, self.programs = params, programs
+        self.ruled, self.share, self.shapes = ruled, share, shapes
+        self.stats, self.key, self.stopped = stats, key, stopped
         self.waiting = Waiting(work, shapes, stats.slots)
         self.seats: list[Seat | None] = [None] * stats.slots
+        self.kept = dict[Prefix, int]()  # the slots that hold them, used last come last
         self.ended = list[Seat]()  # but not given yet
         self.held: Held | None = None  # of structures
         self.slots: Any = None
@@ -83,10 +90,14 @@ class Run:
 
     def taken(self) -> list[Seat]:
         """The rows in the slots."""
+        return [seat for seat in self.seated() if seat.keeps is None]
+
+    def seated(self) -> list[Seat]:
+        """What the slots hold: rows, and prefixes of others."""
         return [seat for seat in self.seats if seat is not None]
 
     def free(self) -> list[int]:
-        """The slots without a row."""
+        """The slots that hold nothing."""
         return [slot for slot, seat in enumerate(self.seats) if seat is None]
 
     def fill(self) -> None:
@@ -95,42 +106,71 @@ class Run:
         most = BURST * self.shapes.piece if 2 * live > len(self.seats) else None
         begin = self.stats.padded_tokens
         while most is None or self.stats.padded_tokens - begin < most:
-            begun = [seat for seat in self.taken() if seat.pieces]
-            if begun:
+            begun = [seat for seat in self.seated() if seat.pieces]
+            behind = [seat for seat in begun if seat.shared]
+            if behind:
+                self._share(behind)
+            elif begun:
                 self._extend(begun[0])
-            elif group := self.waiting.take(len(self.free())):
-                self._begin(*group)
-            else:
+            elif not self._enter():
                 return
 
-    def _begin(self, width: int, group: list[Work]) -> None:
-        count = self.shapes.first[width]
-        piece, asked, planned = no_prompts(count, width)
-        placed = [*zip(self.free(), group, strict=False)]
-        placed += [placed[0]] * (count - len(placed))  # what is left of the shape
-        for i, (slot, row) in enumerate(placed):
-            first, *more = self.shapes.pieces(row.prompt)
-            self.seats[slot] = Seat(work=row, slot=slot, pieces=deque(more))
-            piece.rows[i], piece.lengths[i], piece.last[i] = slot, len(first), not more
-            piece.tokens[i, : len(first)] = first
-            planned[i] = len(row.prompt) + row.max_new_tokens
-            asked.limits[i], asked.seeds[i] = row.max_new_tokens, row.seed % 2**32
-            asked.stop_ids[i, : len(row.stop_ids)] = row.stop_ids
-            for name, column in vars(asked.sampler).items():
-                column[i] = getattr(row.sampler, name)
-        self.slots = self._call(self.programs.begin[width], piece, asked, planned)
-        self._count(int(piece.lengths[: len(group)].sum()), piece)
+    def _enter(self) -> bool:
+        """Give slots to the next rows, or first to what they share; False: not now."""
+        prefix, free = self.waiting.prefix(), self.free()
+        if prefix is not None and prefix not in self.kept:
+            if free:
+                self._keep(prefix, free[0])
+            return bool(free)
+        _, rows = self.waiting.take(len(free)) or (None, [])
+        seats = [self._seat(*both) for both in zip(free, rows, strict=False)]
+        if seats and prefix is None:
+            self._begin(seats)
+        elif seats and prefix is not None:
+            source = self.kept[prefix] = self.kept.pop(prefix)
+            for seat in seats:
+                seat.source = source
+            self._share(seats)
+            self.stats.shared_tokens += sum(seat.shared for seat in seats)
+        return bool(seats)
+
+    def _keep(self, prefix: Prefix, slot: int) -> None:
+        """Compute a prefix in a slot, from which its rows take it."""
+        if len(self.kept) >= max(len(self.seats) // KEEP, 1):
+            del self.kept[next(iter(self.kept))]  # the slot itself is free after `take`
+        self.kept[prefix] = slot
+        self._begin([self._seat(slot, prefix.work(), keeps=prefix)])
+
+    def _seat(self, slot: int, row: Work, keeps: Prefix | None = None) -> Seat:
+        shared = self.shapes.shared(row)
+        seat = self.seats[slot] = Seat(
+            work=row,
+            slot=slot,
+            pieces=deque(self.shapes.pieces(row.prompt, shared)),
+            source=slot,
+            filled=shared,
+            shared=shared,
+            keeps=keeps,
+        )
+        return seat
+
+    def _begin(self, seats: list[Seat]) -> None:
+        width = self.shapes.width(seats[0].work.prompt)
+        *given, _ = next_pieces(seats, self.shapes.first[width], width)
+        self._put(self.programs.begin[width], seats, *given)
 
     def _extend(self, seat: Seat) -> None:
-        piece, _, _ = no_prompts(1, self.shapes.piece)
-        piece.tokens[0] = seat.pieces.popleft()
-        piece.rows[0], piece.lengths[0] = seat.slot, self.shapes.piece
-        piece.last[0] = not seat.pieces
-        self.slots = self._call(self.programs.extend, piece)
-        self._count(self.shapes.piece, piece)
+        piece, *_ = next_pieces([seat], 1, self.shapes.piece)
+        self._put(self.programs.extend, [seat], piece)
 
-    def _count(self, tokens: int, piece: Any) -> None:
-        self.stats.prefill_tokens += tokens
+    def _share(self, seats: list[Seat]) -> None:
+        width, rows = self.shapes.behind
+        piece, asked, _, held = next_pieces(seats[:rows], rows, width)
+        self._put(self.share(), seats[:rows], piece, asked, *held)
+
+    def _put(self, program: Any, seats: list[Seat], piece: Any, *given: Any) -> None:
+        self.slots = self._call(program, piece, *given)
+        self.stats.prefill_tokens += int(piece.lengths[: len(seats)].sum())
         self.stats.padded_tokens += piece.tokens.size
 
     def decode(self) -> Any:
@@ -176,10 +216,18 @@ class Run:
                 seat.take(block)
             if seat.over:
                 self._leave(seat)
+        self._let_go()
         spoilt = np.array(block.spoilt)
-        spoilt[[seat.slot for seat in self.taken()]] = False
+        spoilt[[seat.slot for seat in self.seated()]] = False
         if spoilt.any():
             self.slots = self.programs.clean(self.slots, spoilt)
+
+    def _let_go(self) -> None:
+        """Free the slots of prefixes that no row is to take any more."""
+        self.kept = {x: slot for x, slot in self.kept.items() if x in self.waiting}
+        for seat in self.seated():
+            if seat.keeps is not None and self.kept.get(seat.keeps) != seat.slot:
+                self.seats[seat.slot] = None
 
     def _leave(self, seat: Seat) -> None:
         self.seats[seat.slot] = None

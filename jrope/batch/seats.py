@@ -7,6 +7,7 @@ from typing import final
 import numpy as np
 
 from jrope.batch.block import Block
+from jrope.batch.prefix import Prefix
 from jrope.batch.work import Finished, Stopped, Work
 
 
@@ -19,6 +20,10 @@ class Seat:
       work: the row.
       slot: where it is.
       pieces: of its prompt that are still to be computed.
+      source: the slot that holds the tokens before them.
+      filled: how many these are.
+      shared: those of them that another slot gives.
+      keeps: a prefix, which is all that this slot is for; it has no row.
       tokens, scores: what was drawn.
       count: tokens drawn.
       state: of its structure behind them.
@@ -31,6 +36,10 @@ class Seat:
     work: Work
     slot: int
     pieces: deque[np.ndarray]
+    source: int
+    filled: int = 0
+    shared: int = 0
+    keeps: Prefix | None = None
     tokens: np.ndarray = field(init=False)
     scores: list[list[np.ndarray]] = field(default_factory=list)
     count: int = 0

@@ -12,7 +12,8 @@ class Stats:
     Args:
       slots: rows that are decoded at once.
       rows: finished ones.
-      prefill_tokens: of prompts, as given.
+      prefill_tokens: of prompts, that were computed.
+      shared_tokens: of prompts, that were copied from another slot instead.
       padded_tokens: as computed, with what fills the shapes up.
       decode_tokens: drawn for rows that were live.
       steps: of decoding, over all slots each.
@@ -30,6 +31,7 @@ class Stats:
     slots: int = 0
     rows: int = 0
     prefill_tokens: int = 0
+    shared_tokens: int = 0
     padded_tokens: int = 0
     decode_tokens: int = 0
     steps: int = 0

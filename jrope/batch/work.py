@@ -25,6 +25,8 @@ class Work:
       logprobs: alternatives to report for every token, 0 for the token's own alone;
         None: no log-probabilities.
       structure: the form of its text; stop ids come where that may end.
+      shared: first tokens of the prompt, not all, that other rows have, too: they are
+        computed apart and copied, which rounds otherwise.
     """
 
     key: Hashable
@@ -35,6 +37,7 @@ class Work:
     stop_ids: tuple[int, ...]
     logprobs: int | None = None
     structure: Structure | None = None
+    shared: int = 0
 
     def is_over(self, tokens: np.ndarray) -> bool:
         """Whether these tokens end it, whatever its limit."""
