@@ -47,6 +47,15 @@ def rounded(x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return jnp.where(jnp.abs(x) < float(kind.tiny), jnp.round(x / step) * step, short)
 
 
+def absmax(x: jax.Array) -> jax.Array:
+    """The largest magnitude along the last axis; NaN where one is not finite."""
+    # Bits of positive floats are in their order, NaN last: XLA's float maximum may be
+    # a finite one beside a NaN on a CPU.
+    bits = jax.lax.bitcast_convert_type(jnp.abs(x), f"int{8 * x.dtype.itemsize}")
+    most = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), x.dtype)
+    return jnp.where(jnp.isfinite(most), most, jnp.nan)
+
+
 def with_rank(x: Any, ndim: int) -> Any:
     """x [...] with axes of size 1 in front, to broadcast against `ndim` dimensions."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)

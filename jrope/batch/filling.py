@@ -78,8 +78,8 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
 
     cache = replace(
         cache,
-        keys=tuple(map(write, cache.keys, new.keys)),
-        values=tuple(map(write, cache.values, new.values)),
+        keys=jax.tree.map(write, cache.keys, new.keys),
+        values=jax.tree.map(write, cache.values, new.values),
         lengths=cache.lengths.at[rows].set(new.lengths),
     )
     return _entered(replace(slots, cache=cache), piece, x)
@@ -125,8 +125,8 @@ def _written(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
         return _put(all_, rows, jnp.zeros_like(rows), own)
 
     return KVCache(
-        keys=tuple(map(write, cache.keys, new.keys)),
-        values=tuple(map(write, cache.values, new.values)),
+        keys=jax.tree.map(write, cache.keys, new.keys),
+        values=jax.tree.map(write, cache.values, new.values),
         lengths=cache.lengths.at[rows].set(new.lengths),
         rope_lengths=cache.rope_lengths.at[rows].set(new.rope_lengths),
     )

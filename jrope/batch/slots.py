@@ -190,8 +190,8 @@ def clean(slots: Slots, rows: jax.Array) -> Slots:
     cache = slots.cache
     cache = replace(
         cache,
-        keys=tuple(map(cleaned, cache.keys)),
-        values=tuple(map(cleaned, cache.values)),
+        keys=jax.tree.map(cleaned, cache.keys),
+        values=jax.tree.map(cleaned, cache.values),
     )
     hidden = jnp.where(rows[:, None], jnp.zeros((), slots.hidden.dtype), slots.hidden)
     return replace(slots, cache=cache, hidden=hidden, finite=slots.finite | rows)

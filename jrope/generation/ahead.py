@@ -61,7 +61,7 @@ def compile_ahead(
     layout = request.layout
     static: dict[str, Any] = {"config": config, "scored": logprobs, "layout": layout}
     first = (params, *chunk_inputs(request, 0), None, None)
-    static_first = {**static, "capacity": request.capacity}
+    static_first = {**static, **request.fresh_cache}
     last, cache, _ = prefill.eval_shape(*first, **static_first)
     if layout is not None:  # which eval_shape forgets
         specs = layout.rows(), cache_specs(layout)
@@ -102,8 +102,8 @@ def _lower_guessing(
     if isinstance(guesser, Draft):
         how = {"config": guesser.config, "scored": False, "layout": None}
         first = (guesser.params, *chunk_inputs(request, 0), None, None)
-        last, memory, _ = prefill.eval_shape(*first, capacity=request.capacity, **how)
-        one = prefill.lower(*first, capacity=request.capacity, **how)
+        last, memory, _ = prefill.eval_shape(*first, **request.fresh_cache, **how)
+        one = prefill.lower(*first, **request.fresh_cache, **how)
         lowered["draft_prefill"] = one
         if request.prefill_chunk < request.width:
             later = (*first[:-2], memory, last)

@@ -24,6 +24,7 @@ from jrope.generation.sample import Sampler, log_probs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.context import context_share
+from jrope.model.int8_cache import CacheDtype
 from jrope.model.llama import hidden_states, last_token, unembed
 from jrope.model.placed import cache_specs, logit_specs, row_specs, share_of
 from jrope.model.scores import token_logprobs
@@ -57,7 +58,7 @@ def state_specs(layout: Layout) -> Any:
 
 @partial(
     jax.jit,
-    static_argnames=("config", "capacity", "scored", "axes", "layout"),
+    static_argnames=("config", "capacity", "cache_dtype", "scored", "axes", "layout"),
     donate_argnames=("cache",),
 )
 def prefill(
@@ -71,6 +72,7 @@ def prefill(
     config: LlamaConfig,
     capacity: int | None,
     scored: bool,
+    cache_dtype: CacheDtype | None = None,
     axes: Axes = ONE,
     layout: Layout | None = None,
 ) -> tuple[jax.Array, KVCache, jax.Array | None]:
@@ -83,7 +85,7 @@ def prefill(
       rope_lengths: int32 [B], planned totals.
       cache: what the chunks before left, None for the first one.
       last: [B, D], hidden states that rows without a token in this chunk keep.
-      capacity: slots of a fresh cache.
+      capacity, cache_dtype: of a fresh cache.
       scored: whether to return log p(token t + 1 | tokens up to t).
       axes: as in `forward`.
       layout: where params stand, which makes this the same for each device's share.
@@ -94,7 +96,8 @@ def prefill(
     given = tokens, lengths, rope_lengths, cache, last
     if layout is not None:
         how = {"config": share_of(config, layout), "axes": layout.axes}
-        share = partial(prefill, capacity=capacity, scored=scored, **how)
+        how |= {"capacity": capacity, "cache_dtype": cache_dtype}
+        share = partial(prefill, scored=scored, **how)
         specs = layout.params(params), *row_specs(layout, given)
         rows = layout.rows()
         returned = rows, cache_specs(layout), rows if scored else None
@@ -108,6 +111,7 @@ def prefill(
         lengths=lengths,
         rope_lengths=rope_lengths,
         capacity=capacity,
+        cache_dtype=cache_dtype,
         axes=axes,
     )
     score = partial(token_logprobs, params, config=config, axes=axes, share=share)
@@ -268,9 +272,9 @@ def prefill_prompts(
     static = {"config": config, "scored": scored, "layout": request.layout}
 
     def chunk(at: int, *so_far: Any) -> tuple[jax.Array, KVCache, jax.Array | None]:
-        capacity = None if at else request.capacity
+        fresh = {} if at else request.fresh_cache
         args = (*chunk_inputs(request, at), *so_far)
-        return prefill(params, *args, capacity=capacity, **static)
+        return prefill(params, *args, **{"capacity": None, **fresh}, **static)
 
     last, cache, score = chunk(0, None, None)
     scores = [score]

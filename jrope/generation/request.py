@@ -19,6 +19,7 @@ from jrope.generation.guesser import Guesser, check_guesser
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import PAD_RIGHT, refuse_unknown
+from jrope.model.int8_cache import CacheDtype, check_cache_dtype
 from jrope.model.placed import check_divides, check_rows, row_specs
 from jrope.sharding.axes import Sums
 from jrope.sharding.meshes import Layout
@@ -51,6 +52,8 @@ class Options(TypedDict, total=False):
       stop_ids: ids that end a row; None: the config's eos_token_id.
       pad_id: fills rows after their stop; None: the config's pad_token_id, else 0.
       prefill_chunk: tokens of the prompt at a time; None: all at once.
+      cache_dtype: "int8" for keys and values in half the memory of 16 bits, each to
+        within 0.4 % of the largest in its head; None: what the model computes in.
       sums: on a mesh, how devices add up their products: see `sharding.axes.Sums`.
       speculate: a `PromptLookup` or a `Draft`, which guesses tokens that one pass of
         the model then checks: the same tokens in fewer passes.  In 16 bits rounding may
@@ -64,6 +67,7 @@ class Options(TypedDict, total=False):
     stop_ids: Collection[int] | None
     pad_id: int | None
     prefill_chunk: int | None
+    cache_dtype: CacheDtype | None
     sums: Sums
     speculate: Guesser | None
 
@@ -92,12 +96,19 @@ class Request:
     width: int  # T as given
     layout: Layout | None = None  # the mesh, and what it splits
     speculate: Guesser | None = None  # what guesses `tokens` at a time
+    cache_dtype: CacheDtype | None = None
 
     @property
     def capacity(self) -> int:
         """Cache slots: of the padded prompt and everything that may follow."""
         guesses = 0 if self.speculate is None else self.speculate.tokens
         return self.prompt.shape[1] + self.output_slots + guesses
+
+    @property
+    def fresh_cache(self) -> dict[str, Any]:
+        """What `prefill` is told of the cache that it makes."""
+        own = {} if self.cache_dtype is None else {"cache_dtype": self.cache_dtype}
+        return {"capacity": self.capacity, **own}
 
     def place(self, tree: Any) -> Any:
         """Arrays whose first axis, if any, is the batch, as the layout splits rows."""
@@ -144,6 +155,7 @@ def prepare(
     stop_ids: Collection[int] | None = None,
     pad_id: int | None = None,
     prefill_chunk: int | None = None,
+    cache_dtype: CacheDtype | None = None,
     sums: Sums = "auto",
     speculate: Guesser | None = None,
     **unknown: Any,
@@ -179,6 +191,7 @@ def prepare(
         raise JropeError(f"max_new_tokens: got {got}, want at most {LONGEST} in all")
     if prefill_chunk is not None:
         check_count("prefill_chunk", prefill_chunk, 1)
+    check_cache_dtype(cache_dtype)
     if sums not in (kinds := get_args(Sums)):
         raise JropeError(f"sums: got {sums!r}, want one of {', '.join(kinds)}")
     padded = bucket(width)
@@ -201,6 +214,7 @@ def prepare(
         prefill_chunk=chunk,
         width=width,
         layout=layout,
+        cache_dtype=cache_dtype,
     )
     if speculate is None:
         return request

@@ -7,7 +7,6 @@ Query t of a row stands in slot start + t and sees the slots up to its own, or t
 prompt never builds a T x S matrix for all heads.
 """
 
-import math
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,8 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.model.int8_cache import Keys, Scaled, by_head, parts
 from jrope.model.kernels import cudnn, cudnn_takes, flash, flash_takes
-from jrope.numerics import cpu_barrier, matmul_precision
+from jrope.model.queries import Queries, einsum, steps
+from jrope.numerics import cpu_barrier
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 
@@ -32,8 +33,8 @@ relative to it, both [...], and the values weighted by these, [..., H]."""
 
 def attend(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     starts: jax.Array | None = None,
     *,
     window: int | None = None,
@@ -46,7 +47,8 @@ def attend(
 
     Args:
       q: [B, T, N, H], rotated.
-      k, v: [B, S, K, H]; slots past a row's last query may hold anything finite.
+      k, v: [B, S, K, H], arrays or 8-bit integers; slots past a row's last query may
+        hold anything finite.
       starts: int32 [B], the slot of each row's first query; None: 0 for all, T = S.
       window: a query sees this many slots up to its own, as many as there are or more
         being all of them; None: all of them.
@@ -66,16 +68,36 @@ def attend(
     if bare and flash_takes(q):
         return jax.lax.platform_dependent(q, k, v, tpu=flash, default=_causal)
     last = q.shape[1] == 1 and window is None
+    if isinstance(k, Scaled) and isinstance(v, Scaled):
+        integers = k.numbers.dtype == jnp.int8
+        if plain and last and integers and starts is not None:
+            return attend_int8(q, k, v, starts + 1, scale)
+        return _xla(q, k, v, starts, window, segments, slots, scale, cap)
     if plain and cudnn_takes(q) and (starts is None or last):
         ways = {"cuda": partial(cudnn, **how), "default": partial(_xla, **how)}
         return jax.lax.platform_dependent(q, k, v, starts, **ways)
     return _xla(q, k, v, starts, window, segments, slots, scale, cap)
 
 
+def attend_int8(
+    q: jax.Array, k: Scaled, v: Scaled, lengths: jax.Array, scale: float | None
+) -> jax.Array:
+    """A decode step over 8-bit slots, which cuDNN does not read.
+
+    Args:
+      q: [B, 1, N, H], rotated.
+      k, v: integers [B, S, K, H] and their scales [B, S, K, 1].
+      lengths: int32 [B], filled slots, the query's own among them.
+      scale: of the scores; None: 1 / sqrt(H).
+    """
+    ways = {"default": partial(_xla, scale=scale)}  # a platform's kernel goes here
+    return jax.lax.platform_dependent(q, k, v, lengths - 1, **ways)
+
+
 def _xla(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     starts: jax.Array | None,
     window: int | None = None,
     segments: jax.Array | None = None,
@@ -99,40 +121,6 @@ def _xla(
     return _blockwise(q, k, v, queries, segments)
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("slots", "segments"),
-    meta_fields=("window", "scale", "cap"),
-)
-@dataclass(frozen=True, kw_only=True)
-class Queries:
-    """Where queries stand, int32 [B, T], what they see, and how they score it."""
-
-    slots: jax.Array
-    segments: jax.Array | None
-    window: int | None
-    scale: float | None = None
-    cap: float | None = None
-
-    def scores(self, q: jax.Array, products: jax.Array) -> jax.Array:
-        """Of products of queries [..., H] and keys, float32."""
-        scale = scale_of(q) if self.scale is None else np.float32(self.scale)
-        scores = products * scale
-        if self.cap is None:
-            return scores
-        return jnp.tanh(scores / np.float32(self.cap)) * np.float32(self.cap)
-
-    def hidden(self, keys: jax.Array, key_segments: jax.Array | None) -> jax.Array:
-        """Which keys, in slots [S] and segments [B, S], they may not see: [B, T, S]."""
-        slots, keys = self.slots[:, :, None], keys[None, None, :]
-        hidden = keys > slots
-        if self.window is not None:
-            hidden |= keys <= slots - self.window
-        if self.segments is not None and key_segments is not None:
-            hidden |= self.segments[:, :, None] != key_segments[:, None, :]
-        return hidden
-
-
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return _xla(q, k, v, None)
 
@@ -145,38 +133,30 @@ def _slots(q: jax.Array, starts: jax.Array | None) -> jax.Array:
     return starts[:, None] + at
 
 
-def steps(count: int) -> jax.Array:
-    """0, 1, 2, ...: int32 [count]."""
-    return jnp.arange(count, dtype=jnp.int32)
-
-
-def scale_of(q: jax.Array) -> np.float32:
-    """What scores are multiplied by, unless a model says otherwise."""
-    return np.float32(1 / math.sqrt(q.shape[-1]))
-
-
 def _whole(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     queries: Queries,
     segments: jax.Array | None,
 ) -> jax.Array:
     """All T x S scores at once: short prompts."""
     batch, tokens, _, head_dim = q.shape
+    (k, k_scales), (v, v_scales) = parts(k), parts(v)
     grouped = q.reshape(batch, tokens, k.shape[2], -1, head_dim)
-    scores = queries.scores(q, einsum("BTKGH,BSKH->BKGTS", grouped, k))
+    products = einsum("BTKGH,BSKH->BKGTS", grouped, k)
+    scores = queries.scores(q, by_head(products, k_scales))
     hidden = queries.hidden(steps(k.shape[1]), segments)
     scores = jnp.where(hidden[:, None, None], -jnp.inf, scores)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = einsum("BKGTS,BSKH->BTKGH", weights, v)
+    weights = by_head(jax.nn.softmax(scores, axis=-1), v_scales)
+    y = einsum("BKGTS,BSKH->BTKGH", weights.astype(q.dtype), v)
     return y.astype(q.dtype).reshape(q.shape)
 
 
 def one_query(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     queries: Queries,
     segments: jax.Array | None = None,
     axes: Axes = ONE,
@@ -194,9 +174,11 @@ def one_query(
     own = np.repeat(np.eye(kv_heads, dtype=bool), heads // kv_heads, axis=0)
     own = own[None, :, :, None]  # [1, N, K, 1]
     spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
+    (k, k_scales), (v, v_scales) = parts(k), parts(v)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
-    scores = queries.scores(q, einsum("BNX,BSX->BNS", spread, k))
+    products = einsum("BNX,BSX->BNS", spread, k)
+    scores = queries.scores(q, by_head(products, k_scales))
     hidden = queries.hidden(stripes.slots(k.shape[1], axes), segments)
     if axes.context:
         scores = jnp.where(hidden, LOWEST, scores)
@@ -204,7 +186,8 @@ def one_query(
         weights = jnp.exp(scores - top)
     else:
         weights = jax.nn.softmax(jnp.where(hidden, -jnp.inf, scores), axis=-1)
-    y = einsum("BNS,BSX->BNX", weights.astype(v.dtype), v)
+    seen = by_head(weights, v_scales).astype(q.dtype)
+    y = einsum("BNS,BSX->BNX", seen, v)
     y = jnp.where(own, y.reshape(batch, heads, kv_heads, head_dim), 0)
     y = jnp.sum(y, axis=2)
     if axes.context:
@@ -216,8 +199,8 @@ def one_query(
 
 def _one_query_on_tpu(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     queries: Queries,
     segments: jax.Array | None,
 ) -> jax.Array:
@@ -230,24 +213,29 @@ def _one_query_on_tpu(
     batch, _, heads, head_dim = q.shape
     slots, kv_heads = k.shape[1:3]
     group = heads // kv_heads
+    (k, k_scales), (v, v_scales) = parts(k), parts(v)
     k, v = (x.reshape(batch, slots * kv_heads, head_dim) for x in (k, v))
+    k_scales, v_scales = jax.tree.map(
+        lambda x: x.reshape(batch, slots * kv_heads, 1, 1), (k_scales, v_scales)
+    )
     # Of one head XLA would make sums, which want all slots in another order.
     rows = jnp.pad(q[:, 0], ((0, 0), (0, 7 if heads == 1 else 0), (0, 0)))
-    scores = queries.scores(q, einsum("BNH,BXH->BNX", rows, k))
+    products = einsum("BNH,BXH->BNX", rows, k)
+    scores = queries.scores(q, by_head(products, k_scales))
     at, own = steps(slots * kv_heads), steps(rows.shape[1]) // group
     hidden = queries.hidden(at // kv_heads, None)
     if kv_heads > 1:
         hidden |= ((at % kv_heads)[None, :] != own[:, None])[None]
     scores = jnp.where(hidden, -jnp.inf, scores)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    y = einsum("BNX,BXH->BNH", weights, v)[:, :heads]
+    weights = by_head(jax.nn.softmax(scores, axis=-1), v_scales)
+    y = einsum("BNX,BXH->BNH", weights.astype(q.dtype), v)[:, :heads]
     return y.astype(q.dtype).reshape(q.shape)
 
 
 def _blockwise(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     queries: Queries,
     segments: jax.Array | None,
 ) -> jax.Array:
@@ -318,23 +306,27 @@ class KeyBlocks:
       k, v: [B, K, H, S] and [B, K, S, H].
       slots: int32 [S], ascending.
       segments: int32 [B, S], or None.
+      scales: of 8-bit k and v, [B, S, K, 1] each; else (None, None).
     """
 
     k: jax.Array
     v: jax.Array
     slots: jax.Array
     segments: jax.Array | None
+    scales: tuple[jax.Array | None, jax.Array | None]
 
 
 def in_key_blocks(
-    k: jax.Array, v: jax.Array, slots: jax.Array, segments: jax.Array | None
+    k: Keys, v: Keys, slots: jax.Array, segments: jax.Array | None
 ) -> KeyBlocks:
     """Keys and values [B, S, K, H] in those slots; what is padded nobody sees."""
+    (k, k_scales), (v, v_scales) = parts(k), parts(v)
+    scales = jax.tree.map(lambda x: pad(x, BLOCK), (k_scales, v_scales))
     k, v = (jnp.moveaxis(pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
     after = (0, -len(slots) % BLOCK)
     slots = jnp.pad(slots, after, constant_values=np.iinfo(np.int32).max)
     segments = None if segments is None else pad(segments, BLOCK)
-    return KeyBlocks(jnp.swapaxes(k, 2, 3), v, slots, segments)
+    return KeyBlocks(jnp.swapaxes(k, 2, 3), v, slots, segments, scales)
 
 
 def no_sums(q: jax.Array) -> SoftmaxSums:
@@ -366,7 +358,10 @@ def see_block(
         segments = keys.segments
         if segments is not None:
             segments = part(segments, slice_size=BLOCK, axis=1)
-        scores = queries.scores(q, einsum("BKXH,BKHS->BKXS", q, k))
+        own = partial(part, slice_size=BLOCK, axis=1)
+        k_scales, v_scales = jax.tree.map(own, keys.scales)
+        products = einsum("BKXH,BKHS->BKXS", q, k)
+        scores = queries.scores(q, by_head(products, k_scales))
         hidden = queries.hidden(part(keys.slots, slice_size=BLOCK), segments)
         scores = jnp.where(hidden[:, None], LOWEST, scores)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
@@ -374,7 +369,8 @@ def see_block(
         shrink = jnp.exp(top - new_top)
         weights = jnp.exp(scores - new_top[..., None])
         total = total * shrink + jnp.sum(weights, axis=-1)
-        y = einsum("BKXS,BKSH->BKXH", weights.astype(v.dtype), v)
+        seen = by_head(weights, v_scales).astype(q.dtype)
+        y = einsum("BKXS,BKSH->BKXH", seen, v)
         acc = acc * shrink[..., None] + y
         return new_top, total, acc
 
@@ -388,11 +384,3 @@ def see_block(
     firsts = jnp.arange(0, keys.v.shape[2], BLOCK, dtype=jnp.int32)
     start = no_sums(q) if sums is None else sums
     return jax.lax.scan(step, start, firsts)[0]
-
-
-def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """Summed in float32, at the precision of the inputs' dtype."""
-    precision = matmul_precision(a.dtype)
-    return jnp.einsum(
-        equation, a, b, precision=precision, preferred_element_type=jnp.float32
-    )

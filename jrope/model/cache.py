@@ -8,6 +8,7 @@ more slots than that, which go round: see `rolling`.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeAlias, final
 
 import jax
@@ -15,9 +16,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype, Keys, Scaled, empty_int8, to_int8
 from jrope.numerics import cpu_barrier
 
-Slots: TypeAlias = tuple[jax.Array, jax.Array]
+Slots: TypeAlias = tuple[Keys, Keys]
 """A layer's keys and values [B, S, K, H]."""
 
 
@@ -30,15 +32,16 @@ class KVCache:
     Args:
       keys, values: L arrays [B, S, K, H]; keys are rotated, unless lengths grow.  A
         layer with a window W has min(S, W) slots instead of S.  Where a mesh splits the
-        slots they stand in stripes, see `sharding.stripes`.
+        slots they stand in stripes, see `sharding.stripes`.  Instead of an array there
+        may be 8-bit integers with their scales, see `int8_cache`.
       lengths: int32 [B], filled slots.
       rope_lengths: int32 [B], read by the methods whose frequencies depend on the
         length: the planned total that the keys were rotated for; with "hf" lengths what
         transformers remembers; with growing lengths nothing reads it.
     """
 
-    keys: tuple[jax.Array, ...]
-    values: tuple[jax.Array, ...]
+    keys: tuple[Keys, ...]
+    values: tuple[Keys, ...]
     lengths: jax.Array
     rope_lengths: jax.Array
 
@@ -56,7 +59,7 @@ class KVCache:
         dtype: DTypeLike,
         rope_lengths: ArrayLike | None = None,
     ) -> "KVCache":
-        """A cache with nothing in it.
+        """A cache with nothing in it; of dtype "int8" with scales, see `int8_cache`.
 
         `rope_lengths` defaults to the capacity, with "hf" lengths to the trained one.
         """
@@ -66,9 +69,11 @@ class KVCache:
             rope_lengths = trained if remembers else capacity
         heads = (config.num_key_value_heads, config.head_dim)
         slots = layer_slots(config, capacity)
+        eight = jnp.dtype(dtype) == jnp.int8
+        zeros = empty_int8 if eight else partial(jnp.zeros, dtype=dtype)
         return cls(
-            keys=tuple(jnp.zeros((batch, n, *heads), dtype) for n in slots),
-            values=tuple(jnp.zeros((batch, n, *heads), dtype) for n in slots),
+            keys=tuple(zeros((batch, n, *heads)) for n in slots),
+            values=tuple(zeros((batch, n, *heads)) for n in slots),
             lengths=jnp.zeros(batch, jnp.int32),
             rope_lengths=per_row(rope_lengths, batch),
         )
@@ -80,7 +85,7 @@ def layer_slots(config: LlamaConfig, capacity: int) -> list[int]:
     return [capacity if w is None else min(w, capacity) for w in windows]
 
 
-def all_roll(config: LlamaConfig, keys: Sequence[jax.Array]) -> bool:
+def all_roll(config: LlamaConfig, keys: Sequence[Keys]) -> bool:
     """Whether every layer has as many slots as its window, so that none overflows."""
     windows = config.windows or (None,)
     return all(k.shape[1] == w for k, w in zip(keys, windows, strict=False))
@@ -91,17 +96,30 @@ def per_row(value: ArrayLike, batch: int) -> jax.Array:
     return jnp.broadcast_to(jnp.asarray(value, jnp.int32), (batch,))
 
 
-def grow(new: jax.Array, capacity: int) -> jax.Array:
+def as_cached(
+    new: Slots, slots: Slots | None, cache_dtype: CacheDtype | None = None
+) -> Slots:
+    """New keys and values as the slots hold them; as `cache_dtype` without slots."""
+    eight = cache_dtype == "int8" if slots is None else isinstance(slots[0], Scaled)
+    return jax.tree.map(to_int8, new) if eight else new
+
+
+def grow(new: Keys, capacity: int) -> Keys:
     """The first T slots [B, T, K, H] with room behind them: [B, capacity, K, H]."""
-    return jnp.pad(new, ((0, 0), (0, capacity - new.shape[1]), (0, 0), (0, 0)))
+    room = ((0, 0), (0, capacity - new.shape[1]), (0, 0), (0, 0))
+    return jax.tree.map(lambda x: jnp.pad(x, room), new)
 
 
-def write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
+def write(slots: Keys, new: Keys, starts: jax.Array) -> Keys:
     """Put `new` [B, T, K, H] into `slots` [B, S, K, H] from each row's start on.
 
     What would fall past the end is dropped, but one token of one row overwrites the
     last slot (`forward` makes a row that overflows NaN).  Donated, this is in place.
     """
+    return jax.tree.map(partial(_write, starts=starts), slots, new)
+
+
+def _write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
     batch, tokens = new.shape[:2]
     if batch == tokens == 1:  # one row: a plain update, which XLA fuses
         slots = jax.lax.dynamic_update_slice_in_dim(slots, new, starts[0], axis=1)

@@ -38,6 +38,7 @@ from jrope.model.attention import (
 from jrope.model.cache import KVCache, Slots, grow, write
 from jrope.model.config import LlamaConfig
 from jrope.model.growing import attend_growing
+from jrope.model.int8_cache import linear_in_head
 from jrope.rope import Rope, rotate, table
 from jrope.sharding import stripes
 from jrope.sharding.axes import Axes
@@ -108,9 +109,10 @@ def remember(slots: Slots | None, new: Slots, share: Share, capacity: int) -> Sl
         mine = share.starts % stripes.count(axes) == stripes.index(axes)
         starts = jnp.minimum(starts, slots[0].shape[1] - 1)
         at, mine = (x[:, None, None, None] for x in (starts, mine))
-        old = (jnp.take_along_axis(x, at, axis=1) for x in slots)
-        k, v = (jnp.where(mine, *pair) for pair in zip(new, old, strict=True))
-        new = k, v
+        new = jax.tree.map(
+            lambda x, old: jnp.where(mine, x, jnp.take_along_axis(old, at, axis=1)),
+            *(new, slots),
+        )
     return write(slots[0], new[0], starts), write(slots[1], new[1], starts)
 
 
@@ -143,7 +145,7 @@ def attend_share(
         segments = jnp.pad(segments, ((0, 0), (0, after)))
     gathered, mlp = n * keys[0].size, at.size * config.intermediate_size
     if gathered <= mlp:
-        k, v = (stripes.whole(x, axes) for x in keys)
+        k, v = jax.tree.map(partial(stripes.whole, axes=axes), keys)
         return attend(q, k, v, window=window, segments=segments, slots=at)
     return _ring(q, keys, at, segments, window, axes)
 
@@ -206,12 +208,12 @@ def attend_share_growing(
     """
     axes = share.axes
     if share.own is not None:
-        k, v = (stripes.whole(x, axes) for x in keys)
+        k, v = jax.tree.map(partial(stripes.whole, axes=axes), keys)
         see = partial(attend_growing, cos=cos, sin=sin, rope=rope, window=window)
         return see(q, k, v, at=share.slots())
     slots = share.slots()
     turn = partial(rotate, layout=rope.layout, precision=rope.precision)
     q = turn(q, *table(rope, slots, length=share.starts + 1))
-    keys = turn(keys[0], cos, sin), keys[1]
+    k = linear_in_head(partial(turn, cos=cos, sin=sin), keys[0], q.dtype)
     queries = Queries(slots=slots, segments=None, window=window)
-    return one_query(q, *keys, queries, axes=axes)
+    return one_query(q, k, keys[1], queries, axes=axes)

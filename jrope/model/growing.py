@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jrope.model.attention import attend
+from jrope.model.int8_cache import Keys, linear_in_head
 from jrope.rope import LongRope, Rope, rotate, table
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
@@ -54,8 +55,8 @@ def slot_table(
 
 def attend_growing(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     starts: jax.Array | None = None,
     *,
     cos: jax.Array,
@@ -70,7 +71,7 @@ def attend_growing(
 
     Args:
       q: [B, T, N, H], not rotated.
-      k, v: [B, S, K, H], not rotated either.
+      k, v: [B, S, K, H], not rotated either, and of a cache maybe 8-bit integers.
       starts: int32 [B], as in `attend`.
       cos, sin: of the slots, [B, S, R]; for a single query that has a start those of
         its own length, else those of the trained length.
@@ -91,7 +92,8 @@ def attend_growing(
     if at is not None and (single or slots <= trained):
         return see(q, k, v, at)
     if at is None:
-        y = see(q[:, :trained], k[:, :trained], v[:, :trained], None)
+        first = jax.tree.map(lambda x: x[:, :trained], (q, k, v))
+        y = see(*first, None)
         if count <= trained:
             return y
         at = jnp.arange(trained, count, dtype=jnp.int32)[None, :]
@@ -111,8 +113,8 @@ def attend_growing(
 
 def _see(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     at: jax.Array | None,
     tables: tuple[jax.Array, jax.Array],
     *,
@@ -121,7 +123,8 @@ def _see(
 ) -> jax.Array:
     """One table for all queries, and for the keys that they see."""
     turn = partial(rotate, layout=rope.layout, precision=rope.precision)
-    k = turn(k, *(x[:, : k.shape[1]] for x in tables))
+    cos, sin = (x[:, : k.shape[1]] for x in tables)
+    k = linear_in_head(partial(turn, cos=cos, sin=sin), k, q.dtype)
     if at is None:
         return how(turn(q, *(x[:, : q.shape[1]] for x in tables)), k, v)
     rows = (jnp.broadcast_to(x, (q.shape[0], *x.shape[1:])) for x in tables)
@@ -134,8 +137,8 @@ def _see(
 
 def _late(
     q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
+    k: Keys,
+    v: Keys,
     at: jax.Array,
     *,
     rope: Rope,

@@ -16,12 +16,13 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.activations import ACTIVATIONS
 from jrope.model.attention import attend
-from jrope.model.cache import Slots, grow, write
+from jrope.model.cache import Slots, as_cached, grow, write
 from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
 from jrope.model.decode_kernel import rotate_append_attend
 from jrope.model.decode_parts import kernel_takes
 from jrope.model.growing import attend_growing
+from jrope.model.int8_cache import CacheDtype, Scaled
 from jrope.model.products import is_row, linear
 from jrope.model.rolling import extend, keep_last
 from jrope.numerics import with_rank
@@ -74,6 +75,7 @@ def attention(
     window: int | None,
     rotary: bool,
     local: bool = False,
+    cache_dtype: CacheDtype | None = None,
     axes: Axes = ONE,
 ) -> tuple[jax.Array, Slots]:
     """Norm, project, rotate, remember, attend, project back; see `decoder_layer`."""
@@ -98,8 +100,9 @@ def attention(
             y = y.reshape(batch, count, -1)
             return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
         q, k = turn(q, cos, sin), turn(k, cos, sin)
+    new = as_cached((k, v), step.slots, cache_dtype)
     if step.share is not None:
-        slots = remember(step.slots, (k, v), step.share, capacity)
+        slots = remember(step.slots, new, step.share, capacity)
         seen = (k, v) if step.slots is None else slots
         if rotary and rope.lengths == "growing":
             see = partial(attend_share_growing, **tables, rope=rope)
@@ -111,11 +114,11 @@ def attention(
         keep = partial(grow, capacity=capacity)
         if window is not None and window <= capacity:
             keep = partial(keep_last, window=window, counts=step.counts)
-        slots = keep(k), keep(v)
+        slots = keep(new[0]), keep(new[1])
     elif window == step.slots[0].shape[1]:
-        y, slots = extend(see, q, (k, v), step.slots, step.starts, step.counts)
+        y, slots = extend(see, q, new, step.slots, step.starts, step.counts)
     else:
-        y, slots = _append(see, q, (k, v), step.slots, step.starts)
+        y, slots = _append(see, q, new, step.slots, step.starts)
     y = y.reshape(batch, count, -1)
     return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
 
@@ -139,7 +142,8 @@ def _is_kernels(
     decodes = step.slots is not None and step.starts is not None and step.share is None
     bare = decodes and step.segments is None and config.score_cap is None
     whole = rope.layout == "half" and 2 * step.cos.shape[-1] == config.head_dim
-    return bare and whole and kernel_takes(q, k.shape[2])
+    eight = step.slots is not None and isinstance(step.slots[0], Scaled)
+    return bare and whole and not eight and kernel_takes(q, k.shape[2])
 
 
 def _at_once(
@@ -225,6 +229,7 @@ def gated(weights: LayerParams, x: jax.Array, config: LlamaConfig) -> jax.Array:
         "window",
         "rotary",
         "local",
+        "cache_dtype",
         "attention",
         "mlp",
         "axes",
@@ -240,6 +245,7 @@ def decoder_layer(
     window: int | None = None,
     rotary: bool = True,
     local: bool = False,
+    cache_dtype: CacheDtype | None = None,
     attention: Callable[..., tuple[jax.Array, Slots]] = attention,
     mlp: Callable[..., jax.Array] = mlp,
     axes: Axes = ONE,
@@ -256,6 +262,7 @@ def decoder_layer(
         not less, the layer has so many slots, see `rolling`.
       rotary: whether queries and keys are rotated.
       local: whether by `config.local_rope`.
+      cache_dtype: of the slots that are made where none are given.
       attention, mlp: what computes the two halves, called as those of this module.
       axes: of the mesh, where this is a device's share of the layer.
 
@@ -266,6 +273,7 @@ def decoder_layer(
     with jax.named_scope("attention"):
         how = {"capacity": capacity, "window": window, "rotary": rotary}
         how |= {"local": True} if local else {}
+        how |= {} if cache_dtype is None else {"cache_dtype": cache_dtype}
         y, slots = attention(weights, x, step, config=config, axes=axes, **how)
         y = _after(weights, y, config, "post_attention_layernorm")
         x = x + times(y, config.residual_multiplier)

@@ -31,6 +31,7 @@ from jrope.model.inputs import (
     rotary_table,
     segment_positions,
 )
+from jrope.model.int8_cache import CacheDtype, check_cache_dtype
 from jrope.model.layers import (
     decoder_layer,
     gathered,
@@ -60,6 +61,7 @@ def forward(
     lengths: ArrayLike | None = None,
     rope_lengths: ArrayLike | None = None,
     capacity: int | None = None,
+    cache_dtype: CacheDtype | None = None,
     segment_ids: ArrayLike | None = None,
     logits: Literal["all", "last"] = "all",
     axes: Axes = ONE,
@@ -83,6 +85,8 @@ def forward(
         transformers takes, the largest position + 1 (of the row, not of the batch).
         Read where `config.rope.lengths` is "planned".
       capacity: slots of the cache that is made when none is given; None: T.
+      cache_dtype: "int8" for the cache that is made, see `model.int8_cache`; None: what
+        the model computes in.
       segment_ids: integers [B, T], several sequences packed into a row: a token sees
         those before it whose id is its own.  Not with a cache, and what is returned as
         one cannot be continued.
@@ -109,11 +113,11 @@ def forward(
     if axes == ONE and (layout := layout_of(params)) is not None:
         rank = 3 if logits == "all" else 2
         specs = logit_specs(layout, rank), cache_specs(layout)
-        how = {"config": config, "capacity": capacity, "logits": logits}
+        how = {"config": config, "capacity": capacity, "cache_dtype": cache_dtype}
+        how |= {"logits": logits}
         return on_mesh(forward, layout, params, tokens, given, how, specs)
-    x, cache = hidden_states(
-        params, tokens, **given, config=config, capacity=capacity, axes=axes
-    )
+    given |= {"config": config, "capacity": capacity, "cache_dtype": cache_dtype}
+    x, cache = hidden_states(params, tokens, **given, axes=axes)
     share = context_share(tokens, given["cache"], axes)
     if logits == "last":
         x, share = last_token(x, lengths, share), None
@@ -131,6 +135,7 @@ def hidden_states(
     lengths: ArrayLike | None = None,
     rope_lengths: ArrayLike | None = None,
     capacity: int | None = None,
+    cache_dtype: CacheDtype | None = None,
     segment_ids: ArrayLike | None = None,
     remat: bool = False,
     mlp: Callable[..., jax.Array] = mlp,
@@ -157,11 +162,13 @@ def hidden_states(
             "segment_ids": segment_ids,
         }
         specs = layout.rows(), cache_specs(layout)
-        how = {"config": config, "capacity": capacity, "remat": remat, "mlp": mlp}
+        how = {"config": config, "capacity": capacity, "cache_dtype": cache_dtype}
+        how |= {"remat": remat, "mlp": mlp}
         return on_mesh(_every_state, layout, params, tokens, given, how, specs)
     tokens, positions, segments = check_inputs(
         params, tokens, positions, cache, capacity, segment_ids
     )
+    check_cache_dtype(cache_dtype, given=cache is not None)
     batch, count = tokens.shape
     model = params["model"]
     if segments is not None:
@@ -185,6 +192,7 @@ def hidden_states(
     @functools.cache  # layers of a kind are traced once
     def layer_of(**kind: Any) -> Callable[..., Any]:
         how = {"config": config, "capacity": own, "mlp": mlp, "axes": axes}
+        how |= {} if cache_dtype is None else {"cache_dtype": cache_dtype}
         layer = partial(decoder_layer, **how, **kind)
         return jax.checkpoint(layer) if remat else layer
 

@@ -204,7 +204,7 @@ def _check_cache(cache: KVCache | None, layout: Layout) -> None:
     if cache is None or not layout.axes.context:
         return
     wanted = layout.sharding(cache_specs(layout).keys)
-    if not all(stands(x, wanted) for x in (*cache.keys, *cache.values)):
+    if not all(stands(x, wanted) for x in jax.tree.leaves((cache.keys, cache.values))):
         raise JropeError(
             "cache: got one of another mesh, or of none, whose slots stand in another "
             f"order than over {_sizes(layout, layout.axes.context)}; begin without a "

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jrope.model.cache import per_row, write
+from jrope.model.cache import Slots, per_row, write
+from jrope.model.int8_cache import Keys
 
 See = Callable[..., jax.Array]
-Slots = tuple[jax.Array, jax.Array]
 
 
-def keep_last(new: jax.Array, window: int, counts: jax.Array | None) -> jax.Array:
+def keep_last(new: Keys, window: int, counts: jax.Array | None) -> Keys:
     """The slots after a row's first tokens.
 
     Args:
@@ -60,7 +60,7 @@ def extend(
     held, own = (first[:, None] + index) % window, window + index - old[:, None]
     order = jnp.where(index < old[:, None], held, own)
     k, v = (
-        _take(jnp.concatenate(pair, axis=1), order)
+        _take(jax.tree.map(_join, *pair), order)
         for pair in zip(slots, new, strict=True)
     )
     filled = starts + (count if counts is None else counts)
@@ -78,7 +78,11 @@ def _held(filled: jax.Array, window: int) -> jax.Array:
     return last - (last - slot) % window
 
 
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+def _join(old: jax.Array, new: jax.Array) -> jax.Array:
+    return jnp.concatenate([old, new], axis=1)
+
+
+def _take(x: Keys, index: jax.Array) -> Keys:
     """Slots [B, S, K, H] by index [B, n]; past either end, the slot at that end."""
-    index = jnp.clip(index, 0, x.shape[1] - 1)
-    return jnp.take_along_axis(x, index[:, :, None, None], axis=1)
+    index = jnp.clip(index, 0, x.shape[1] - 1)[:, :, None, None]
+    return jax.tree.map(lambda x: jnp.take_along_axis(x, index, axis=1), x)

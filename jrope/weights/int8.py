@@ -32,7 +32,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model import packed
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
-from jrope.numerics import round_to, rounded
+from jrope.numerics import absmax, round_to, rounded
 from jrope.sharding.meshes import layout_of, stand
 from jrope.tree import Params, Tree, flatten, nest
 
@@ -201,12 +201,9 @@ def _quantize(
     w: jax.Array, limit: int = 127, held: Any = jnp.float32
 ) -> tuple[jax.Array, jax.Array]:
     """Integers of w's last axis, and a scale for each of the others, as it is held."""
-    # Bits of positive floats are in their order, NaN last: XLA's float maximum may be
-    # a finite one beside a NaN on a CPU.
-    bits = jax.lax.bitcast_convert_type(jnp.abs(w), f"int{8 * w.dtype.itemsize}")
-    most = jax.lax.bitcast_convert_type(jnp.max(bits, axis=-1), w.dtype)
-    w, most = jax.lax.optimization_barrier((w, most))  # else all of w is widened first
-    most = jnp.where(jnp.isfinite(most), most, jnp.nan).astype(jnp.float32)
+    # Without the barrier all of w is widened first.
+    w, most = jax.lax.optimization_barrier((w, absmax(w)))
+    most = most.astype(jnp.float32)
     nothing = most < limit * jnp.finfo(jnp.float32).tiny  # not so a row that has NaN
     # XLA multiplies by a constant's inverse, and GPUs divide approximately; a float64
     # quotient is off far behind the bits that stay.

@@ -1,0 +1,64 @@
+"""Queries: where they stand, what they see, and how products become scores."""
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jrope.numerics import matmul_precision
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("slots", "segments"),
+    meta_fields=("window", "scale", "cap"),
+)
+@dataclass(frozen=True, kw_only=True)
+class Queries:
+    """Where queries stand, int32 [B, T], what they see, and how they score it."""
+
+    slots: jax.Array
+    segments: jax.Array | None
+    window: int | None
+    scale: float | None = None
+    cap: float | None = None
+
+    def scores(self, q: jax.Array, products: jax.Array) -> jax.Array:
+        """Of products of queries [..., H] and keys, float32."""
+        scale = scale_of(q) if self.scale is None else np.float32(self.scale)
+        scores = products * scale
+        if self.cap is None:
+            return scores
+        return jnp.tanh(scores / np.float32(self.cap)) * np.float32(self.cap)
+
+    def hidden(self, keys: jax.Array, key_segments: jax.Array | None) -> jax.Array:
+        """Which keys, in slots [S] and segments [B, S], they may not see: [B, T, S]."""
+        slots, keys = self.slots[:, :, None], keys[None, None, :]
+        hidden = keys > slots
+        if self.window is not None:
+            hidden |= keys <= slots - self.window
+        if self.segments is not None and key_segments is not None:
+            hidden |= self.segments[:, :, None] != key_segments[:, None, :]
+        return hidden
+
+
+def steps(count: int) -> jax.Array:
+    """0, 1, 2, ...: int32 [count]."""
+    return jnp.arange(count, dtype=jnp.int32)
+
+
+def scale_of(q: jax.Array) -> np.float32:
+    """What scores are multiplied by, unless a model says otherwise."""
+    return np.float32(1 / math.sqrt(q.shape[-1]))
+
+
+def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """Summed in float32, at the precision of a's dtype, which 8-bit integers b take."""
+    b = b.astype(a.dtype) if b.dtype == jnp.int8 else b
+    precision = matmul_precision(a.dtype)
+    return jnp.einsum(
+        equation, a, b, precision=precision, preferred_element_type=jnp.float32
+    )
