@@ -17,6 +17,7 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.model.cache import layer_slots
 from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
+from jrope.model.int8_cache import CacheDtype, head_bytes
 from jrope.model.packed import group_of
 from jrope.rope import Rope
 from jrope.tree import Params, Tree, nest
@@ -160,12 +161,17 @@ def weight_count(config: LlamaConfig) -> int:
     return sum(math.prod(shape) for shape in parameter_shapes(config).values())
 
 
-def cache_bytes(config: LlamaConfig, slots: int, itemsize: int, rows: int = 1) -> int:
+def cache_bytes(
+    config: LlamaConfig,
+    slots: int,
+    itemsize: int,
+    rows: int = 1,
+    cache_dtype: CacheDtype | None = None,
+) -> int:
     """Bytes of keys and values in `slots` slots of each row, windows cut off."""
-    width = config.num_key_value_heads * config.head_dim
-    if config.windows is None:
-        return 2 * config.num_hidden_layers * width * slots * rows * itemsize
-    return 2 * sum(layer_slots(config, slots)) * width * rows * itemsize
+    head = head_bytes(config.head_dim, itemsize, cache_dtype)
+    width = config.num_key_value_heads * head
+    return 2 * sum(layer_slots(config, slots)) * width * rows
 
 
 def read_bytes(

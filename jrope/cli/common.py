@@ -5,12 +5,13 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 import jax
 
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype
 from jrope.model.with_rope import with_rope
 from jrope.rope import ALIASES, ROPE_TYPES, DynamicNTK, DynamicYarn
 from jrope.tree import flatten
@@ -176,6 +177,12 @@ def add_quantize_argument(parser: argparse.ArgumentParser) -> None:
     text = "hold the matrices as 8-bit integers with a scale for each output, or as "
     text += "4-bit integers with one for each 128 inputs of each output"
     parser.add_argument("--quantize", choices=KINDS, help=text)
+
+
+def add_cache_dtype_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --cache-dtype."""
+    text = "hold keys and values as 8-bit integers with a scale for each token and head"
+    parser.add_argument("--cache-dtype", choices=get_args(CacheDtype), help=text)
 
 
 def add_adapter_argument(parser: argparse.ArgumentParser) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 
 from jrope.cli.common import (
     add_adapter_argument,
+    add_cache_dtype_argument,
     add_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
@@ -75,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", action="store_true", help="one JSON object instead of text")
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_cache_dtype_argument(parser)
     add_adapter_argument(parser)
     add_mesh_arguments(parser)
     add_rope_arguments(parser)
@@ -163,6 +165,7 @@ def _options(
         "key": jax.random.key(args.seed or 0),
         "max_new_tokens": new,
         "prefill_chunk": args.prefill_chunk,
+        "cache_dtype": args.cache_dtype,
         "speculate": guesser,
     }
 

@@ -11,6 +11,7 @@ import jax
 from jrope.bench.model import SHAPES, named_shape, weight_count
 from jrope.cli.common import (
     DTYPES,
+    add_cache_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
     apply_rope,
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     text = "of the weights and the cache (bfloat16)"
     add("--dtype", choices=DTYPES, default="bfloat16", help=text)
     add_quantize_argument(parser)
+    add_cache_dtype_argument(parser)
     text = "temporaries by formula, though libtpu is here, which is asked by compiling"
     add("--formula", action="store_true", help=text)
     add("--json", action="store_true", help="one JSON object instead of text")
@@ -86,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
         new=args.new,
         dtype=args.dtype,
         quantize=args.quantize,
+        cache_dtype=args.cache_dtype,
         prefill_chunk=args.prefill_chunk,
     )
     _warn_of_length(work)
@@ -155,7 +158,8 @@ def _head(name: str, work: Work, cluster: Cluster, best: Proposal) -> list[str]:
         f"{device.bandwidth / 1e12:.3g} TB/s, {device.peak(work.dtype) / 1e12:.4g} "
         f"TFLOP/s in {work.dtype}",
         "work": f"batch {work.batch:,}, context {work.context:,}, {work.new:,} of it "
-        f"generated; {work.slots:,} cache slots a row",
+        f"generated; {work.slots:,} cache slots a row"
+        + (f" in {work.cache_dtype}" if work.cache_dtype else ""),
         **_best_rows(work, cluster, best),
         "memory": _source(cluster, best),
         "times": _caution(cluster),

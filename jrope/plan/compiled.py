@@ -43,6 +43,7 @@ def compiled_temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
             prompt,
             config=config,
             max_new_tokens=work.new,
+            cache_dtype=work.cache_dtype,
             prefill_chunk=work.chunk(mesh),
         )
     finally:

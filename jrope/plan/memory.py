@@ -18,6 +18,7 @@ from jrope.errors import JropeError, check_count
 from jrope.generation.request import LONGEST, bucket
 from jrope.model.attention import BLOCK
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
+from jrope.model.int8_cache import CacheDtype
 from jrope.plan.devices import HOST, Cluster
 from jrope.weights.int8 import Quantization, held_bytes, matrices
 
@@ -68,6 +69,7 @@ class Work:
       new: how many of these are generated.
       dtype: of activations, cache, and weights that are not quantised.
       quantize: "int8", "int4" or None.
+      cache_dtype: "int8" or None.
       prefill_chunk: tokens of each row's prompt at a time; None: 8,192 of all rows of a
         device together, but at least 256 of each.
 
@@ -81,6 +83,7 @@ class Work:
     new: int = 64
     dtype: str = "bfloat16"
     quantize: Quantization | None = None
+    cache_dtype: CacheDtype | None = None
     prefill_chunk: int | None = None
 
     def __post_init__(self) -> None:
@@ -172,7 +175,8 @@ def read_shards(work: Work, mesh: Mesh) -> int:
 def cache_shard(work: Work, mesh: Mesh, slots: int) -> int:
     """Bytes of `slots` slots of a device's rows and key/value heads."""
     rows = work.batch // mesh.data
-    return cache_bytes(work.config, slots, work.itemsize, rows) // mesh.model
+    held = work.itemsize, rows, work.cache_dtype
+    return cache_bytes(work.config, slots, *held) // mesh.model
 
 
 def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
@@ -203,7 +207,10 @@ def temporaries(work: Work, mesh: Mesh, cluster: Cluster) -> int:
 
 
 def has_cudnn(work: Work, cluster: Cluster) -> bool:
-    """Whether attention is cuDNN's, in decode and for prompts in one chunk."""
+    """Whether attention is cuDNN's, for prompts in one chunk and in decode.
+
+    A decode step over an 8-bit cache is not.
+    """
     head_dim, short = work.config.head_dim, work.dtype != "float32"
     fits = head_dim % 8 == 0 and head_dim <= 128 and work.config.score_cap is None
     fits = fits and work.config.windows is None

@@ -73,7 +73,8 @@ def decode_step(work: Work, mesh: Mesh, cluster: Cluster, weights: int) -> Step:
     """
     device, rows = cluster.device, work.batch // mesh.data
     # cuDNN reads filled slots only, plain XLA all that there are
-    slots = work.context if has_cudnn(work, cluster) else work.slots
+    filled = has_cudnn(work, cluster) and work.cache_dtype is None
+    slots = work.context if filled else work.slots
     size = weights + cache_shard(work, mesh, slots)
     flops = rows * token_flops(work.config, work.context) // mesh.ways
     rate = (READ_ONE if rows == 1 else READ_ROWS) * device.bandwidth

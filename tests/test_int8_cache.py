@@ -1,0 +1,323 @@
+"""The cache as 8-bit integers: beside float64 over the same integers, and its bytes."""
+
+import math
+import re
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from int8_helpers import matrix, wide
+from model_helpers import changed, tokens_of
+
+from jrope.bench.model import cache_bytes
+from jrope.bench.runs import Decode
+from jrope.errors import JropeError
+from jrope.model import attention
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import Scaled, to_int8
+from jrope.model.llama import forward, init_params
+from jrope.model.queries import Queries
+from jrope.rope import DynamicNTK, Rope, Yarn
+from jrope.tree import Params, flatten
+
+TRAINED, LENGTH, ROWS = 8, 20, 2
+ROPE = partial(Rope, theta=1e4, rotary_dim=16)
+PLANNED = ROPE(scaling=Yarn(factor=4, original_length=TRAINED))
+GROWING = ROPE(scaling=DynamicNTK(factor=4, original_length=TRAINED), lengths="growing")
+CONFIG = LlamaConfig(
+    vocab_size=61,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=TRAINED,
+    rms_norm_eps=1e-5,
+    hidden_act="silu",
+    attention_bias=False,
+    mlp_bias=False,
+    tie_word_embeddings=True,
+    initializer_range=0.3,
+    rope=PLANNED,
+    bos_token_id=None,
+    eos_token_id=(),
+    pad_token_id=None,
+)
+TOKENS = np.asarray(tokens_of(CONFIG, ROWS, LENGTH))
+run = jax.jit(forward, static_argnames=("config", "capacity", "cache_dtype"))
+
+
+@pytest.fixture(scope="module")
+def params() -> Params:
+    return init_params(jax.random.key(0), CONFIG)
+
+
+def meant(x: Any) -> np.ndarray:
+    """What cached keys or values stand for."""
+    return wide(x.numbers) * wide(x.scales)
+
+
+# --- the integers
+
+
+def definition(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Integers and scales in float64, rounded where the formula is."""
+    most = np.abs(x.astype(np.float64)).max(-1, keepdims=True)
+    inverse = np.float64(np.float32(1 / 127))
+    short = jnp.asarray((most * inverse).astype(np.float32)).astype(jnp.bfloat16)
+    scales = wide(short)
+    with np.errstate(divide="ignore"):
+        steps = wide((1 / scales).astype(np.float32))
+    steps = np.where(scales == 0, 0, steps)
+    return np.rint((x.astype(np.float64) * steps).astype(np.float32)), scales
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_integers_are_the_definition(dtype: str) -> None:
+    x = jnp.asarray(matrix(np.float32), dtype)
+    got = jax.jit(to_int8)(x)
+    numbers, scales = definition(np.asarray(x))
+    np.testing.assert_array_equal(wide(got.scales), scales)
+    np.testing.assert_array_equal(got.numbers, numbers)
+    assert got.numbers.dtype == jnp.int8 and got.scales.dtype == jnp.bfloat16
+    assert np.abs(numbers).max(1).tolist() == [127] * 3 + [0] + [127] * 36
+    gap, half = np.abs(meant(got) - wide(x)), scales / 2
+    assert (gap <= half * (1 + 127 * 2.0**-22)).all(), "two roundings, 127 steps away"
+
+
+def test_what_is_not_finite_stays_so() -> None:
+    x = np.ones((4, 8), np.float32)
+    x[1, 3], x[2, 5], x[3, 0] = np.nan, np.inf, -np.inf
+    got = jax.jit(to_int8)(x)
+    assert np.isnan(wide(got.scales)[:, 0]).tolist() == [False, True, True, True]
+
+
+# --- attention
+
+
+def random(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32)
+
+
+HEADS, KV_HEADS, WIDTH, SLOTS = 4, 2, 16, 24
+STARTS = np.array([3, 17], np.int32)
+WAYS: dict[str, tuple[int, dict[str, Any]]] = {  # new tokens, and how they see
+    "one": (1, {"scale": 0.3}),
+    "one, window": (1, {"window": 4}),
+    "one, cap": (1, {"cap": 2.0}),
+    "whole": (5, {"window": 7}),
+    "blocks": (5, {"cap": 2.0}),
+    "tpu": (1, {}),
+}
+
+
+def oracle(
+    q: np.ndarray, k: Any, v: Any, how: dict[str, Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Attention in float64, and scores: [B, T, N, H] and [B, T, N, S]."""
+    k, v = (np.repeat(wide(x), HEADS // KV_HEADS, axis=2) for x in (k, v))
+    scale = how.get("scale", 1 / math.sqrt(WIDTH))
+    scores = np.einsum("btnh,bsnh->btns", wide(q), k) * scale
+    if "cap" in how:
+        scores = np.tanh(scores / how["cap"]) * how["cap"]
+    slot = np.arange(SLOTS)[None, None, None, :]
+    at = (STARTS[:, None] + np.arange(q.shape[1]))[:, :, None, None]
+    hidden = (slot > at) | (slot <= at - how.get("window", SLOTS))
+    scores = np.where(hidden, -np.inf, scores)
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    weights /= weights.sum(-1, keepdims=True)
+    return np.einsum("btns,bsnh->btnh", weights, v), scores
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("way", WAYS)
+def test_attention_is_float64s_over_the_same_integers(
+    way: str, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count, how = WAYS[way]
+    if way == "blocks":
+        monkeypatch.setattr(attention, "BLOCK", 8)
+        monkeypatch.setattr(attention, "WHOLE", 0)
+    q = jnp.asarray(random(0, ROWS, count, HEADS, WIDTH), dtype)
+    k, v = (random(i, ROWS, SLOTS, KV_HEADS, WIDTH) for i in (1, 2))
+    k *= 10.0 ** random(3, ROWS, SLOTS, KV_HEADS, 1) ** 2  # every scale another
+    slots = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+    if way == "tpu":
+        queries = Queries(slots=STARTS[:, None], segments=None, window=None)
+        got = attention._one_query_on_tpu(q, *slots, queries, None)
+    else:
+        got = attention.attend(q, *slots, jnp.asarray(STARTS), **how)
+    want, scores = oracle(np.asarray(q), *map(meant, slots), how)
+    # Weights and result are rounded to the dtype, scores to float32.
+    most, step = (
+        np.abs(meant(slots[1])).max(),
+        2.0 ** (-8 if dtype != "float32" else -23),
+    )
+    largest = np.abs(scores[np.isfinite(scores)]).max()
+    np.testing.assert_allclose(
+        wide(got), want, atol=most * (2 * step + 8 * largest * 2.0**-23), rtol=0
+    )
+
+
+@pytest.mark.parametrize("way", ["one", "whole"])
+def test_attention_loses_no_more_than_half_a_scale_of_each_number(way: str) -> None:
+    """Scores are off by e = |q|_1 s / 2, weights hence by a factor up to exp(2 e)."""
+    count, how = WAYS[way]
+    q = random(0, ROWS, count, HEADS, WIDTH)
+    k, v = (random(i, ROWS, SLOTS, KV_HEADS, WIDTH) for i in (1, 2))
+    keys, values = to_int8(jnp.asarray(k)), to_int8(jnp.asarray(v))
+    got = attention.attend(jnp.asarray(q), keys, values, jnp.asarray(STARTS), **how)
+    want, _ = oracle(q, k, v, how)
+    scale = how.get("scale", 1 / math.sqrt(WIDTH))
+    wrong = scale * np.abs(q).sum(-1).max() * wide(keys.scales).max() / 2
+    bound = np.expm1(2 * wrong) * np.abs(v).max() + wide(values.scales).max() / 2
+    gap = np.abs(wide(got) - want).max()
+    assert bound / 200 < gap < bound
+
+
+# --- the model
+
+
+def over_cached(monkeypatch: pytest.MonkeyPatch, cache: KVCache) -> None:
+    """Let the reference see a cache's keys and values; check these as they come."""
+    layers = zip(cache.keys, cache.values, strict=True)
+
+    def held(function: Callable[..., np.ndarray]) -> Callable[..., np.ndarray]:
+        def attend(q: Any, k: Any, v: Any, *rest: Any) -> np.ndarray:
+            slots: Any = next(layers)
+            for x, cached in zip((k, v), slots, strict=True):
+                gap = np.abs(meant(cached) - x)
+                assert (gap <= 0.505 * wide(cached.scales)).all(), "float32 of x, too"
+            return function(q, *map(meant, slots), *rest)
+
+        return attend
+
+    for name in ("attend", "attend_growing"):
+        monkeypatch.setattr(reference, name, held(getattr(reference, name)))
+
+
+@pytest.mark.parametrize("rope", [PLANNED, GROWING], ids=["planned", "growing"])
+def test_logits_are_float64s_over_the_same_integers(
+    params: Params, rope: Rope, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A chunk and then tokens one by one, to far past the trained length."""
+    config, first = changed(CONFIG, rope=rope), TRAINED + 4
+    cache = KVCache.empty(config, ROWS, LENGTH, "int8")
+    logits, cache = run(params, TOKENS[:, :first], cache=cache, config=config)
+    found = [logits]
+    for t in range(first, LENGTH):
+        logits, cache = run(params, TOKENS[:, t : t + 1], cache=cache, config=config)
+        found.append(logits)
+    assert all(isinstance(x, Scaled) for x in (*cache.keys, *cache.values))
+
+    def growing(n: int) -> Any:
+        return [np.asarray(x) for x in rope.frequencies(n, np.float64)]
+
+    frequencies, scaling = rope.frequencies(LENGTH, np.float64)
+    over_cached(monkeypatch, cache)
+    want = reference.forward(
+        {name: np.asarray(x) for name, x in flatten(params).items()},
+        TOKENS,
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        frequencies=growing if rope == GROWING else np.asarray(frequencies),
+        scaling=float(scaling),
+        eps=config.rms_norm_eps,
+    ).logits
+    np.testing.assert_allclose(np.concatenate(found, axis=1), want, atol=1e-4)
+
+
+def test_a_prompt_without_a_cache_sees_itself_as_computed(params: Params) -> None:
+    plain, kept = run(params, TOKENS, config=CONFIG, capacity=LENGTH + 3)
+    got, cache = run(
+        params, TOKENS, config=CONFIG, capacity=LENGTH + 3, cache_dtype="int8"
+    )
+    np.testing.assert_allclose(got, plain, atol=1e-5)
+    for x, cached in zip((*kept.keys, *kept.values), (*cache.keys, *cache.values)):
+        assert cached.shape == x.shape
+        gap = np.abs(meant(cached) - wide(x))
+        assert (gap <= 0.505 * wide(cached.scales)).all()
+
+
+def test_windows_keep_their_integers_and_scales_together(params: Params) -> None:
+    """Slots that go round; the first layer's keys do not depend on its cache."""
+    config, caches = changed(CONFIG, windows=(5, None)), list[KVCache]()
+    for dtype in (None, "int8"):
+        lengths = np.array([3, 7], np.int32)
+        given: dict[str, Any] = {"config": config, "lengths": lengths}
+        own = {"capacity": LENGTH, "cache_dtype": dtype}
+        _, cache = run(params, TOKENS[:, :7], **given, **own)
+        for t, count in ((7, 1), (8, 4), (12, 1)):  # one token, several, one
+            chunk = TOKENS[:, t : t + count]
+            _, cache = run(params, chunk, cache=cache, config=config)
+        caches.append(cache)
+    (plain, eight) = caches
+    assert eight.keys[0].shape[1] == 5 and eight.keys[1].shape[1] == LENGTH
+    for x, cached in (
+        (plain.keys[0], eight.keys[0]),
+        (plain.values[0], eight.values[0]),
+    ):
+        gap = np.abs(meant(cached) - wide(x))
+        assert (gap <= 0.505 * wide(cached.scales)).all()
+
+
+# --- leaves, bytes, programs
+
+
+def test_a_float_cache_has_the_leaves_it_had(params: Params) -> None:
+    layers = CONFIG.num_hidden_layers
+    shape = (ROWS, LENGTH, 2, 16)
+    _, made = run(params, TOKENS, config=CONFIG)
+    for cache in (KVCache.empty(CONFIG, ROWS, LENGTH, "float32"), made):
+        leaves = jax.tree.leaves(cache)
+        assert [x.shape for x in leaves] == [shape] * 2 * layers + [(ROWS,)] * 2
+        assert {x.dtype.name for x in leaves} == {"float32", "int32"}
+
+
+def test_bytes_are_a_half_and_a_scale() -> None:
+    config = changed(CONFIG, head_dim=128, windows=(4, None))
+    cache = KVCache.empty(config, ROWS, LENGTH, "int8")
+    size = sum(x.nbytes for x in jax.tree.leaves((cache.keys, cache.values)))
+    assert size == cache_bytes(config, LENGTH, 2, ROWS, "int8")
+    assert size / cache_bytes(config, LENGTH, 2, ROWS) == 130 / 256
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA's CPU backend's memory")
+def test_decoding_holds_floats_of_one_layer_at_most(params: Params) -> None:
+    """What XLA's CPU backend widens for a product; never a dequantised cache."""
+    temps, slots = list[int](), 2048
+    for layers in (1, 3):
+        config = changed(CONFIG, num_hidden_layers=layers)
+        own = init_params(jax.random.key(0), config)
+        args = own, config, np.full(ROWS, 32), 4, slots
+        program = Decode(*args, cache_dtype="int8").program
+        temps.append(program.temp)
+        assert program.alias >= cache_bytes(config, slots, 4, ROWS, "int8")
+        text = program.call.as_text()
+        kept = re.findall(rf"= f32\[{ROWS},{slots},(?:2,16|32)\]\S* (\w+)", text)
+        assert {*kept} <= {"convert", "fusion", "parameter", "bitcast"}
+    layer = cache_bytes(changed(CONFIG, num_hidden_layers=1), slots, 4, ROWS)
+    assert (
+        temps[1] < 1.3 * layer + (temps[1] - temps[0]) and temps[1] - temps[0] < layer
+    )
+
+
+# --- refusals
+
+
+def test_other_dtypes_and_a_second_cache_are_refused(params: Params) -> None:
+    wanted = r"cache_dtype: got 'int4', want 'int8' or None"
+    wrong: Any = "int4"
+    with pytest.raises(JropeError, match=wanted):
+        forward(params, TOKENS, config=CONFIG, cache_dtype=wrong)
+    cache = KVCache.empty(CONFIG, ROWS, LENGTH, "float32")
+    with pytest.raises(JropeError, match="cache already has one; give only one of"):
+        forward(params, TOKENS, config=CONFIG, cache=cache, cache_dtype="int8")
