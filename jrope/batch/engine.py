@@ -31,6 +31,7 @@ from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import check_count
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype, check_cache_dtype
 from jrope.tree import Params
 
 CHUNK = 32  # decode steps between two looks at the device, at most
@@ -51,6 +52,7 @@ class Engine:
       slots: rows that are decoded at once; None: as `slots_for` finds.
       chunk: decode steps between two looks at the device, at most.
       piece: tokens of a prompt at a time.
+      cache_dtype: "int8" for half of the cache's memory, as `generate` takes it.
       key: the base key; None: jax.random.key(0).
       logprobs: whether rows may ask for log-probabilities, which takes a program more.
       structures: whether rows are expected to have them, which takes as many again to
@@ -70,6 +72,7 @@ class Engine:
         slots: int | None = None,
         chunk: int = CHUNK,
         piece: int = WIDEST,
+        cache_dtype: CacheDtype | None = None,
         key: jax.Array | None = None,
         logprobs: bool = True,
         structures: bool = False,
@@ -79,12 +82,16 @@ class Engine:
         check_count("capacity", capacity, 2)
         capacity = -(-capacity // ROUND) * ROUND
         check_windows(config, capacity)
+        check_cache_dtype(cache_dtype)
         if slots is None:
-            slots = slots_for(params, config, capacity, free_memory(), structures)
+            memory = free_memory()
+            how: Any = {"structures": structures, "cache_dtype": cache_dtype}
+            slots = slots_for(params, config, capacity, memory, **how)
         for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece)):
             check_count(name, value, 1)
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
         self.capacity = capacity
+        self.cache_dtype: CacheDtype | None = cache_dtype
         self.key = jax.random.key(0) if key is None else key
         self.logprobs, self.structures = logprobs, structures
         self.stats = Stats(slots=slots)
@@ -126,6 +133,7 @@ class Engine:
 
     def _how(self) -> dict[str, Any]:
         same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
+        same |= {"cache_dtype": self.cache_dtype}
         return {**same, "size": self.chunk, "key": self.key}
 
     def _ruled(self, way: Ruled) -> Any:

@@ -54,6 +54,7 @@ def begin(
         config=config,
         lengths=piece.lengths,
         rope_lengths=planned,
+        cache_dtype=cache.cache_dtype,
     )
 
     seen = slots.seen.at[rows].set(False)

@@ -16,6 +16,7 @@ from jrope.batch.packing import Shapes
 from jrope.batch.rules import no_rules
 from jrope.batch.slots import STOP_IDS, Asked, clean, decode, empty, greedy
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype
 from jrope.tree import Params
 
 Ruled: TypeAlias = tuple[bool, int]  # with log-probabilities? entries of its tables
@@ -70,11 +71,13 @@ def lower_decode(
     key: jax.Array,
     scored: bool,
     entries: int = 0,
+    cache_dtype: CacheDtype | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """What `decode` is called with beside the slots, for no row; and it, traced.
 
     Args:
-      params, config, slots, capacity, size, key: as `compile_programs` takes them.
+      params, config, slots, capacity, size, key, cache_dtype: as `compile_programs`
+        takes them.
       scored: whether rows may ask for log-probabilities.
       entries: of the tables, where rows may have structures.
     """
@@ -83,7 +86,7 @@ def lower_decode(
         given = *given, no_rules(slots, config.vocab_size, entries)
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
-    state = empty.eval_shape(config=config, **how)
+    state = empty.eval_shape(config=config, cache_dtype=cache_dtype, **how)
     how = {"config": config, "size": size, "scored": scored}
     return given, decode.lower(params, state, *given, **how)
 
@@ -111,6 +114,7 @@ def compile_programs(
     *,
     slots: int,
     capacity: int,
+    cache_dtype: CacheDtype | None = None,
     size: int,
     key: jax.Array,
     logprobs: bool,
@@ -122,7 +126,7 @@ def compile_programs(
     Args:
       params, config: the model.
       shapes: of prompts.
-      slots, capacity: of the cache.
+      slots, capacity, cache_dtype: of the cache.
       size: steps of a chunk of decoding.
       key: such as tokens will be drawn with.
       logprobs: whether rows may ask for them.
@@ -133,13 +137,15 @@ def compile_programs(
     started = time.perf_counter()
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"config": config, "count": slots, "capacity": capacity}
-    state = empty.eval_shape(**how, dtype=dtype)
+    how |= {"dtype": dtype, "cache_dtype": cache_dtype}
+    state = empty.eval_shape(**how)
     same: dict[str, Any] = {"slots": slots, "capacity": capacity, "size": size}
+    same |= {"cache_dtype": cache_dtype}
     ways = [*product((False, True)[: 1 + logprobs], [0]), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 
     def lowered() -> Iterator[tuple[Any, Any]]:
-        yield "empty", empty.lower(**how, dtype=dtype)
+        yield "empty", empty.lower(**how)
         for scored, entries in ways:
             nobody[scored, entries], own = lower_decode(
                 params, config, **same, key=key, scored=scored, entries=entries

@@ -2,6 +2,7 @@
 
 import math
 import os
+from functools import partial
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from jrope.batch.packing import WIDEST
 from jrope.batch.slots import empty
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype
 from jrope.tree import Params
 
 MOST = {"cpu": 16}  # slots, where more rows at once gain nothing
@@ -24,6 +26,7 @@ def slots_for(
     capacity: int,
     memory_bytes: int,
     structures: bool = False,
+    cache_dtype: CacheDtype | None = None,
 ) -> int:
     """Slots for which there is memory, 1 at least and 128 at most (16 on a CPU).
 
@@ -38,9 +41,11 @@ def slots_for(
       capacity: tokens of a row.
       memory_bytes: what is free beside the weights.
       structures: whether rows may have them.
+      cache_dtype: "int8" or None.
     """
     dtype: Any = params["model"]["norm"]["weight"].dtype
-    state = empty.eval_shape(config=config, count=1, capacity=capacity, dtype=dtype)
+    one = partial(empty.eval_shape, config=config, count=1, capacity=capacity)
+    state = one(dtype=dtype, cache_dtype=cache_dtype)
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
     fixed = WIDEST * wide * dtype.itemsize + 2 * slot

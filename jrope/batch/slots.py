@@ -19,6 +19,7 @@ from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
+from jrope.model.int8_cache import CacheDtype
 from jrope.model.llama import hidden_states, unembed
 from jrope.tree import Params
 
@@ -64,9 +65,19 @@ def greedy(count: int) -> Sampler:
     return Sampler(**columns)
 
 
-@partial(jax.jit, static_argnames=("config", "count", "capacity", "dtype"))
-def empty(*, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike) -> Slots:
+@partial(
+    jax.jit, static_argnames=("config", "count", "capacity", "dtype", "cache_dtype")
+)
+def empty(
+    *,
+    config: LlamaConfig,
+    count: int,
+    capacity: int,
+    dtype: DTypeLike,
+    cache_dtype: CacheDtype | None = None,
+) -> Slots:
     """So many slots with nobody in them."""
+    held = cache_dtype or dtype
     zeros = partial(jnp.zeros, (count,))
     asked = Asked(
         sampler=greedy(count),
@@ -75,7 +86,7 @@ def empty(*, config: LlamaConfig, count: int, capacity: int, dtype: DTypeLike) -
         limits=zeros(jnp.int32),
     )
     return Slots(
-        cache=KVCache.empty(config, count, capacity, dtype, rope_lengths=0),
+        cache=KVCache.empty(config, count, capacity, held, rope_lengths=0),
         hidden=jnp.zeros((count, config.hidden_size), dtype),
         seen=jnp.zeros((count, config.vocab_size), bool),
         live=zeros(bool),

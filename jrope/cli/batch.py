@@ -15,6 +15,7 @@ from jrope.batch.source import Source
 from jrope.cli.batch_live import Live
 from jrope.cli.common import (
     add_adapter_argument,
+    add_cache_dtype_argument,
     add_dtype_argument,
     add_quantize_argument,
     add_rope_arguments,
@@ -76,6 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_sampling_arguments(parser)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
+    add_cache_dtype_argument(parser)
     add_adapter_argument(parser)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
@@ -159,6 +161,7 @@ def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
         "tokenizer": digest.hexdigest(),
         "dtype": args.dtype,
         "quantize": args.quantize,
+        **({} if args.cache_dtype is None else {"cache_dtype": args.cache_dtype}),
         **({} if args.adapter is None else {"adapter": hash_adapter(args.adapter)}),
         "seed": args.seed or 0,
         "embedding": args.embedding,
@@ -189,6 +192,7 @@ def _tell_programs(
     shapes, _ = load_shapes(folder, args.dtype)
     capacity = longest_row(args.max_length, config)
     how: dict[str, Any] = {"slots": args.slots, "structures": structures}
+    how |= {"cache_dtype": args.cache_dtype}
     engine = Engine(shapes, config, capacity=capacity, **how)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")

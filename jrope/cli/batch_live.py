@@ -91,6 +91,7 @@ class Live:
                 self._config,
                 capacity=self._capacity,
                 slots=self._args.slots,
+                cache_dtype=self._args.cache_dtype,
                 key=jax.random.key(self._args.seed or 0),
                 structures=self._structures,
                 warn=note,

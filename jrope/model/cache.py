@@ -50,6 +50,11 @@ class KVCache:
         """S, the slots of a row; W where every layer has a window of W < S."""
         return max(k.shape[1] for k in self.keys)
 
+    @property
+    def cache_dtype(self) -> CacheDtype | None:
+        """ "int8" where keys and values are integers, else None."""
+        return "int8" if isinstance(self.keys[0], Scaled) else None
+
     @classmethod
     def empty(
         cls,
