@@ -76,9 +76,11 @@ def test_exit_status_tells_of_failed_rows(
     assert "30 of 70 rows answered, 0 of them before; 40 failed" in err
     good.with_name("out.jsonl").unlink()
     good.with_name("out.jsonl.run.json").unlink()
-    out, err = succeed(capsys, *words(model, good, "--slots", 2, "--seed", 3))
+    own = ("--slots", 2, "--seed", 3, "--cache-dtype", "int8")
+    out, err = succeed(capsys, *words(model, good, *own))
     assert out == "" and "20 of 20 rows answered" in err
     assert made[1]["slots"] == 2 and made[1]["capacity"] == 64
+    assert [one["cache_dtype"] for one in made] == [None, "int8"]
     names = {r["number"]: r for r in records_of(good.with_name("out.jsonl"))}
     assert len(names) == 20
 

@@ -30,6 +30,10 @@ def test_table_tells_memory_and_speed(capsys, folder):
     assert "measured on one H100\n" in out
     out, _ = succeed(capsys, "plan", folder, "--on", "v6e:2x2", "--quantize", "int8")
     assert "and assumed here" in out and "in int8" in out
+    out, _ = succeed(capsys, "plan", folder, "--on", "h100", "--cache-dtype", "int8")
+    assert "8,256 cache slots a row in int8" in out
+    size = 2 * 32 * 8 * (128 + 2) * (8192 + 64)
+    assert f"{size / 1e6:.4} MB" in out
 
 
 def test_a_folder_its_file_and_a_shape_are_the_same(capsys, folder):
@@ -46,7 +50,7 @@ def test_json_tells_everything(capsys):
     facts = json.loads(succeed(capsys, "plan", "--shape", "llama3-8b", *words)[0])
     assert facts["work"] == {
         "batch": 32, "context": 2048, "new": 64, "dtype": "bfloat16", "quantize": None,
-        "prefill_chunk": None, "slots": 2048 + 64,
+        "cache_dtype": None, "prefill_chunk": None, "slots": 2048 + 64,
     }  # fmt: skip
     assert facts["on"]["count"] == 16 and facts["on"]["bandwidth"] == 819e9
     best, worst = facts["meshes"][0], facts["meshes"][-1]

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import jax
@@ -221,20 +222,17 @@ def test_a_prompt_without_a_cache_sees_itself_as_computed(params: Params) -> Non
 
 def test_windows_keep_their_integers_and_scales_together(params: Params) -> None:
     """Slots that go round; the first layer's keys do not depend on its cache."""
-    config, caches = changed(CONFIG, windows=(5, None)), list[KVCache]()
-    for dtype in (None, "int8"):
-        lengths = np.array([3, 7], np.int32)
-        given: dict[str, Any] = {"config": config, "lengths": lengths}
-        own = {"capacity": LENGTH, "cache_dtype": dtype}
-        _, cache = run(params, TOKENS[:, :7], **given, **own)
-        for t, count in ((7, 1), (8, 4), (12, 1)):  # one token, several, one
-            chunk = TOKENS[:, t : t + count]
-            _, cache = run(params, chunk, cache=cache, config=config)
-        caches.append(cache)
-    (plain, eight) = caches
-    assert eight.keys[0].shape[1] == 5 and eight.keys[1].shape[1] == LENGTH
-    found, want = ((x.keys[0], x.values[0]) for x in (eight, plain))
-    assert_near(found, want)
+    config, window = changed(CONFIG, windows=(5, None)), 5
+    own: dict[str, Any] = {"capacity": LENGTH, "cache_dtype": "int8"}
+    _, cache = run(params, TOKENS[:, :7], config=config, **own)
+    for start, end in pairwise((7, 8, 12, 13)):  # one token, several, one
+        chunk = TOKENS[:, start:end]
+        _, cache = run(params, chunk, cache=cache, config=config)
+    assert [x.shape[1] for x in cache.keys] == [window, LENGTH]
+    _, plain = run(params, TOKENS, config=CONFIG, capacity=LENGTH + 3)
+    held = [10, 11, 12, 8, 9]  # the position in each slot
+    want = [x[0][:, held] for x in (plain.keys, plain.values)]
+    assert_near([cache.keys[0], cache.values[0]], want)
 
 
 # --- leaves, bytes, programs

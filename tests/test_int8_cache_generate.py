@@ -14,8 +14,8 @@ from jrope.batch.room import slots_for
 from jrope.batch.work import Work
 from jrope.errors import JropeError
 from jrope.generation.ahead import compile_ahead
-from jrope.generation.guesser import Draft, Guesser, PromptLookup
-from jrope.generation.run import generate
+from jrope.generation.guesser import Draft, PromptLookup
+from jrope.generation.run import Generation, generate
 from jrope.generation.sample import Sampler
 from jrope.model.llama import init_params
 from jrope.tree import Params
@@ -45,28 +45,27 @@ def by_hand(params: Params, chunks: list[np.ndarray]) -> tuple[np.ndarray, np.nd
     return np.stack(tokens, 1), np.stack(chances, 1)
 
 
+def assert_alike(out: Generation, want: tuple[np.ndarray, np.ndarray]) -> None:
+    np.testing.assert_array_equal(out.tokens, want[0])
+    np.testing.assert_allclose(np.asarray(out.logprobs), want[1], atol=FLIPPED)
+
+
 @pytest.fixture(scope="module")
 def hand(params: Params) -> tuple[np.ndarray, np.ndarray]:
     return by_hand(params, [PROMPT])  # 0.05 from those over floats
 
 
-@pytest.mark.parametrize("guesser", [None, PromptLookup(3)])
-def test_generation_is_the_passes_by_hand(
-    params: Params, hand: tuple[np.ndarray, np.ndarray], guesser: Guesser | None
+def test_guesses_leave_what_single_tokens_do(
+    params: Params, hand: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    """With guesses, too: what several tokens at once leave behind are integers."""
-    own: Any = {**OPTIONS, "config": CONFIG, "speculate": guesser}
-    out = generate(params, PROMPT, logprobs=True, **own)
-    np.testing.assert_array_equal(out.tokens, hand[0])
-    np.testing.assert_allclose(np.asarray(out.logprobs), hand[1], atol=FLIPPED)
+    own: Any = {**OPTIONS, "config": CONFIG, "speculate": PromptLookup(3)}
+    assert_alike(generate(params, PROMPT, logprobs=True, **own), hand)
 
 
 def test_chunks_see_the_integers_of_those_before(params: Params) -> None:
-    tokens, chances = by_hand(params, [PROMPT[:, :8], PROMPT[:, 8:]])
     own: Any = {**OPTIONS, "config": CONFIG, "prefill_chunk": 8}
     out = generate(params, PROMPT, logprobs=True, **own)
-    np.testing.assert_array_equal(out.tokens, tokens)
-    np.testing.assert_allclose(np.asarray(out.logprobs), chances, atol=FLIPPED)
+    assert_alike(out, by_hand(params, [PROMPT[:, :8], PROMPT[:, 8:]]))
 
 
 def test_what_compiles_ahead_is_over_integers(

@@ -16,6 +16,7 @@ from jrope.plan.memory import (
     temporaries,
     weight_shards,
 )
+from jrope.plan.times import decode_step
 from jrope.weights.int8 import weight_bytes
 
 H100, V5E = parse_cluster("h100"), parse_cluster("v5e")
@@ -100,6 +101,16 @@ def test_cache_is_cut_over_rows_and_key_value_heads():
     }
     for mesh, parts in cut.items():
         assert cache_shard(asked, mesh, asked.slots) == whole // parts
+
+
+def test_integers_take_a_half_and_their_scales():
+    half = work(cache_dtype="int8")
+    for mesh in (ONE, Mesh(data=1, model=8)):
+        plain, held = (cache_shard(x, mesh, 8192) for x in (work(), half))
+        assert held == plain * (128 + 2) // 256
+    # and a decode step reads all slots, not the filled ones alone
+    steps = [decode_step(x, ONE, H100, 0).bytes for x in (work(), half)]
+    assert steps == [cache_shard(work(), ONE, 8192), cache_shard(half, ONE, half.slots)]
 
 
 @pytest.mark.parametrize(
