@@ -11,7 +11,7 @@ import pytest
 from model_helpers import changed, close, tokens_of
 from model_helpers import make as make
 
-from jrope.model import decode_parts, layers
+from jrope.model import attention, decode_kernel, decode_parts, layers
 from jrope.model.cache import write
 from jrope.model.decode_kernel import attend_int8, rotate_append_attend
 from jrope.model.decode_parts import kernel_takes
@@ -242,3 +242,26 @@ def test_derivatives_and_maps(
     jax.clear_caches()
     want = logits(model.params), jax.grad(loss)(model.params)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4, rtol=1e-4), got, want)
+
+
+def test_the_model_takes_it_for_integers(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make()
+    tokens = tokens_of(model.config, 2, 8)
+    run = partial(forward, model.params, config=model.config)
+    _, cache = run(tokens[:, :5], lengths=[5, 3], capacity=6, cache_dtype="int8")
+    want, _ = run(tokens[:, 5:6], cache=cache)
+    taken = list[int]()
+
+    def interpreted(*given: Any, **how: Any) -> Any:
+        taken.append(1)
+        return attend_int8(*given, **how, interpret=True)
+
+    monkeypatch.setattr(decode_kernel, "attend_int8", interpreted)
+    monkeypatch.setattr(attention, "kernel_takes", lambda q, heads: q.shape[1] == 1)
+    monkeypatch.setattr(attention, "on_cuda", lambda kernel, plain: kernel)
+    jax.clear_caches()
+    got, _ = run(tokens[:, 5:6], cache=cache)
+    assert taken
+    close(got, want)

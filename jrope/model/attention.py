@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.model import decode_kernel
+from jrope.model.decode_parts import kernel_takes, on_cuda
 from jrope.model.int8_cache import Keys, Scaled, by_head, parts
 from jrope.model.kernels import cudnn, cudnn_takes, flash, flash_takes
 from jrope.model.queries import Queries, einsum, steps
@@ -90,8 +92,15 @@ def attend_int8(
       lengths: int32 [B], filled slots, the query's own among them.
       scale: of the scores; None: 1 / sqrt(H).
     """
-    ways = {"default": partial(_xla, scale=scale)}  # a platform's kernel goes here
-    return jax.lax.platform_dependent(q, k, v, lengths - 1, **ways)
+    plain = partial(_xla, scale=scale)
+    if not kernel_takes(q, k.shape[2]):
+        return plain(q, k, v, lengths - 1)
+
+    def kernel(q: jax.Array, k: Scaled, v: Scaled, starts: jax.Array) -> jax.Array:
+        numbers, scales = (k.numbers, v.numbers), (k.scales, v.scales)
+        return decode_kernel.attend_int8(q, numbers, scales, starts + 1, scale=scale)
+
+    return on_cuda(kernel, plain)(q, k, v, lengths - 1)
 
 
 def _xla(

@@ -7,6 +7,7 @@ of two.  Nothing past a row's length is read.  A second, small kernel joins the 
 
 import math
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -36,6 +37,17 @@ def kernel_takes(q: jax.Array, kv_heads: int) -> bool:
     fits = q.shape[1] == 1 and head_dim in (64, 128) and group <= HEADS
     here = q.dtype in DTYPES and jax.default_backend() == "gpu"
     return fits and here and find_spec(TRITON) is not None
+
+
+def on_cuda(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Any:
+    """A function that is `kernel` on CUDA, and `plain` elsewhere and in derivatives."""
+
+    @jax.custom_jvp
+    def either(*given: Any) -> Any:
+        return jax.lax.platform_dependent(*given, cuda=kernel, default=plain)
+
+    either.defjvp(partial(jax.jvp, plain))
+    return either
 
 
 def run_shares(

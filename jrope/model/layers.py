@@ -20,7 +20,7 @@ from jrope.model.cache import Slots, as_cached, grow, write
 from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
 from jrope.model.decode_kernel import rotate_append_attend
-from jrope.model.decode_parts import kernel_takes
+from jrope.model.decode_parts import kernel_takes, on_cuda
 from jrope.model.growing import attend_growing
 from jrope.model.int8_cache import CacheDtype, Scaled
 from jrope.model.products import is_row, linear
@@ -168,11 +168,7 @@ def _at_once(
         q, k = (turn(x, *table) for x in (q, k))
         return _append(see, q, (k, v), slots, starts)
 
-    @jax.custom_jvp  # the kernel has no derivative
-    def at_once(*given: Any) -> Any:
-        return jax.lax.platform_dependent(*given, cuda=fused, default=one_by_one)
-
-    at_once.defjvp(partial(jax.jvp, one_by_one))
+    at_once = on_cuda(fused, one_by_one)
     return at_once(*new, step.slots, step.starts, cos, sin)
 
 
