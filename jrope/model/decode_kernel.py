@@ -72,14 +72,13 @@ def _step(
     values: Any,
     *out: Any,
     group: int,
-    block: int,
     scale: np.float32,
     precision: Precision,
 ) -> None:
     """One share; the first begins with the new token, and writes it."""
     from jax.experimental import pallas as pl
 
-    share = Share.of(starts, keys, group, block)
+    share = Share.of(starts, keys, group)
     row, kv_head, lanes = share.row, share.kv_head, share.lanes
     half = keys.shape[3] // 2
     lower, pair = lanes < half, lanes % half
@@ -98,7 +97,7 @@ def _step(
     top = jnp.where(first, score * scale, LOWEST)
     total = jnp.where(first, np.float32(1), np.float32(0))
     acc = total[:, None] * value.astype(jnp.float32)[None, :]
-    sums = share.walk(query, (keys, values), (), block, scale, (top, total, acc))
+    sums = share.walk(query, (keys, values), (), scale, (top, total, acc))
     share.put(out, sums)
 
     start = starts[row]
@@ -158,13 +157,12 @@ def _read(
     value_scales: Any,
     *out: Any,
     group: int,
-    block: int,
     scale: np.float32,
 ) -> None:
     """One share of 8-bit slots."""
-    share = Share.of(lengths, keys, group, block)
+    share = Share.of(lengths, keys, group)
     zeros = jnp.zeros((HEADS,), jnp.float32)
     acc = jnp.zeros((HEADS, keys.shape[3]), jnp.float32)
-    how = (keys, values), (key_scales, value_scales), block, scale
+    how = (keys, values), (key_scales, value_scales), scale
     query = share.queries(q, share.lanes)
     share.put(out, share.walk(query, *how, (zeros + LOWEST, zeros, acc)))

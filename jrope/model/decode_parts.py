@@ -22,8 +22,7 @@ PROGRAMS = 256  # about so many keep a GPU busy: rows times heads times shares
 SHARE = 128  # slots of a share, at least
 TRITON = "jax.experimental.pallas.triton"  # which JAX will drop, it says since 0.11
 DTYPES = (jnp.bfloat16, jnp.float16)
-MANY = {"block": 64, "stages": 3}  # programs: blocks are loaded while others are used
-FEW = {"block": 128, "stages": 1}  # all of a share's loads are on their way at once
+BLOCK = 64  # slots at a time, of which the next are loaded while these are used
 LOWEST = np.float32(-1e30)  # of hidden scores; unlike infinity it has differences
 
 Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -64,7 +63,7 @@ def run_shares(
     """Call `body(*refs, *changed, *out)` for all shares, and join them.
 
     Args:
-      body: a kernel that ends with `put`; it is told `group`, `block` and `scale`.
+      body: a kernel that ends with `put`; it is told `group` and `scale`.
       q: [B, 1, N, H].
       given: what it reads.
       keys: [B, S, K, H].
@@ -79,12 +78,11 @@ def run_shares(
     batch, _, heads, head_dim = q.shape
     capacity, kv_heads = keys.shape[1:3]
     shares, aliases = shares_of(batch * kv_heads, capacity), aliases or {}
-    block, stages = (MANY if shares == 1 else FEW).values()
     y = jax.typeof(q).update(shape=(batch, heads, head_dim))
     like = partial(y.update, dtype=jnp.dtype(jnp.float32))
     sums = [like(shape=(batch, heads, shares, *last)) for last in ((head_dim,), (), ())]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    how = {"group": heads // kv_heads, "block": block}
+    how = {"group": heads // kv_heads}
     changed = [jax.typeof(given[i]) for i in aliases]
     out = _call(
         partial(body, **how, scale=np.float32(scale * math.log2(math.e))),
@@ -92,7 +90,6 @@ def run_shares(
         grid=(kv_heads, shares, batch),
         out_shape=[*changed, *([y] if shares == 1 else sums)],
         input_output_aliases=aliases,
-        stages=stages,
         interpret=interpret,
         name=name,
     )
@@ -109,9 +106,7 @@ def shares_of(rows: int, capacity: int) -> int:
     return 2 ** (most.bit_length() - 1)
 
 
-def _call(
-    body: Any, given: Any, *, out_shape: list[Any], stages: int = 1, **how: Any
-) -> list[Any]:
+def _call(body: Any, given: Any, *, out_shape: list[Any], **how: Any) -> list[Any]:
     """A Triton kernel that loads its blocks itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Triton", DeprecationWarning)
@@ -124,7 +119,7 @@ def _call(
             in_specs=[where] * len(given),
             out_specs=[where] * len(out_shape),
             out_shape=out_shape,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=stages),
+            compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
             **how,
         )
         return call(*given)
@@ -144,13 +139,13 @@ class Share:
     lanes: Any  # int32 [H]
 
     @classmethod
-    def of(cls, lengths: Any, keys: Any, group: int, block: int) -> "Share":
+    def of(cls, lengths: Any, keys: Any, group: int) -> "Share":
         """The running program's, of filled slots [B] and keys [B, S, K, H]."""
         from jax.experimental import pallas as pl
 
         kv_head, number, row = (pl.program_id(i) for i in range(3))
         length = jnp.minimum(lengths[row], keys.shape[1])
-        size = pl.cdiv(pl.cdiv(length, pl.num_programs(1)), block) * block
+        size = pl.cdiv(pl.cdiv(length, pl.num_programs(1)), BLOCK) * BLOCK
         begin = jnp.minimum(number * size, length)
         end = jnp.minimum(begin + size, length)
         lanes, member = (jnp.arange(n, dtype=jnp.int32) for n in (keys.shape[3], HEADS))
@@ -169,7 +164,6 @@ class Share:
         query: jax.Array,
         slots: Any,
         scales: Any,
-        block: int,
         scale: Any,
         sums: Sums,
     ) -> Sums:
@@ -179,7 +173,7 @@ class Share:
 
         def see(i: Any, sums: Sums) -> Sums:
             top, total, acc = sums
-            at = self.begin + i * block + jnp.arange(block, dtype=jnp.int32)
+            at = self.begin + i * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
             seen = at < self.end
             place = self.row, at[:, None], self.kv_head, self.lanes[None, :]
             load = partial(triton.load, mask=seen[:, None], other=0)
@@ -198,7 +192,7 @@ class Share:
             acc = acc * shrink[:, None] + triton.dot(weights.astype(v.dtype), v)
             return new_top, total, acc
 
-        return jax.lax.fori_loop(0, pl.cdiv(self.end - self.begin, block), see, sums)
+        return jax.lax.fori_loop(0, pl.cdiv(self.end - self.begin, BLOCK), see, sums)
 
     def put(self, out: Any, sums: Sums) -> None:
         """Write what was found: of the only share the result, else the sums."""
