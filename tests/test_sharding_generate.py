@@ -27,8 +27,8 @@ from jrope.weights.fuse import fuse
 HOT = {
     "sampler": jrope.Sampler(
         temperature=np.array([0, 1.3] * 4, np.float32),
-        top_k=20,
-        top_p=0.9,
+        top_k=np.array([20, 3, 0, 0] * 2, np.int32),  # no group of rows wants all
+        top_p=np.array([1, 1, 0.9, 0.9] * 2, np.float32),
         min_p=0.01,
         repetition_penalty=1.2,
     ),
@@ -48,7 +48,8 @@ def decoded(params, config, rows):
     layout = layout_of(params)
     how = {"sampler": HOT["sampler"], "key": HOT["key"], **NEW}
     if rows == 1:
-        how["sampler"] = dataclasses.replace(HOT["sampler"], temperature=1.3)
+        one = {"temperature": 1.3, "top_k": 20, "top_p": 0.9}
+        how["sampler"] = dataclasses.replace(HOT["sampler"], **one)
     request = prepare(TOKENS[:rows], LENGTHS[:rows], config, layout, **how)
     cache, state, scores = prefill_and_first_token(params, request, config, True)
     if layout is not None:
@@ -84,7 +85,7 @@ def check_collectives(program, own, shares):
     sums = 2 * CONFIG.num_hidden_layers + 1  # the embedding's rows are summed, too
     hidden = f"f32[{own},1,{CONFIG.hidden_size}]"
     assert found.pop(("all-reduce", hidden), 0) == sums * (shares > 1)
-    small = {f"f32[{own}]", f"f32[{own},1]", f"u32[{own},1]", "s32[]"}
+    small = {f"f32[{own}]", f"f32[{own},1]", f"u32[{own},1]", "s32[]", "s32[3]"}
     small |= {f"f32[{own},{n}]" for n in (2, 16)}  # of the search for a cut-off
     assert {shape for kind, shape in found if kind == "all-reduce"} <= small
     others = {(kind, shape) for kind, shape in found if kind != "all-reduce"}

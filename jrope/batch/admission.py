@@ -7,23 +7,49 @@ import numpy as np
 from jrope.batch.block import ALTERNATIVES
 from jrope.batch.slots import STOP_IDS
 from jrope.batch.work import Work
-from jrope.errors import JropeError, check, is_integer
+from jrope.errors import JropeError, check, check_count, is_integer
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
-from jrope.sharding.meshes import layout_of
+from jrope.sharding.meshes import Layout, layout_of
 from jrope.tree import Params
 
 
 def check_model(params: Params, config: LlamaConfig) -> None:
     """Raise a JropeError for a model whose rows could not stand beside others."""
     check_params(params)
-    if layout_of(params) is not None:
-        hint = "load them on one device, or take jrope.generate"
-        raise JropeError(f"params: got a tree on a mesh, want one device; {hint}")
+    if (layout := layout_of(params)) is not None:
+        _check_mesh(layout)
     if config.rope.lengths == "hf":
         raise JropeError(
             'rope: got lengths "hf", by which a row depends on the longest one beside '
             'it; a batch whose rows come and go takes "planned" or "growing"'
+        )
+
+
+def _check_mesh(layout: Layout) -> None:
+    size = layout.size(layout.axes.context)
+    if size > 1:
+        raise JropeError(
+            f"mesh: got context={size}, which splits the sequence, but a batch's rows "
+            "come and go by slots; split these by data, heads by model"
+        )
+    processes = {device.process_index for device in layout.mesh.devices.flat}
+    if len(processes) > 1:
+        raise JropeError(
+            f"mesh: got devices of {len(processes)} processes, want those of one; give "
+            "each process a mesh of its own and a shard of the rows"
+        )
+
+
+def check_slots(slots: int, layout: Layout | None) -> None:
+    """Raise a JropeError unless the mesh divides so many slots."""
+    check_count("slots", slots, 1)
+    size = 1 if layout is None else layout.size(layout.axes.batch)
+    if slots % size:
+        nearest = max(round(slots / size), 1) * size
+        raise JropeError(
+            f"slots: got {slots}, which the mesh splits {size} ways; the nearest that "
+            f"fits is {nearest}"
         )
 
 

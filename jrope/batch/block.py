@@ -1,12 +1,16 @@
 """What a chunk of decoding gives back to the host."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jrope.generation.sample import log_probs
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout
+from jrope.sharding.vocabulary import log_softmax, pick, top_k
 
 ALTERNATIVES = 20  # of a token, at most
 
@@ -26,6 +30,12 @@ class Block:
     logprobs: jax.Array | None  # float32 [B, n]
     top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
     top_logprobs: jax.Array | None
+
+
+def block_specs(layout: Layout) -> Any:
+    """How a `Block` is split."""
+    rows: Any = dict.fromkeys([f.name for f in fields(Block)], layout.rows())
+    return Block(**rows | {"steps": PartitionSpec()})
 
 
 def blank(
@@ -53,7 +63,11 @@ def blank(
 
 
 def recorded(
-    block: Block, live: jax.Array, token: jax.Array, logits: jax.Array
+    block: Block,
+    live: jax.Array,
+    token: jax.Array,
+    logits: jax.Array,
+    axes: Axes = ONE,
 ) -> Block:
     """The block with one more column: tokens [B], drawn from float32 logits [B, V]."""
     put = partial(jax.lax.dynamic_update_index_in_dim, index=block.steps, axis=1)
@@ -65,11 +79,11 @@ def recorded(
     )
     if block.logprobs is None or block.top_ids is None or block.top_logprobs is None:
         return block
-    every = jax.nn.log_softmax(logits)
-    best, ids = jax.lax.top_k(every, block.top_ids.shape[2])
+    every = log_softmax(logits, axes)
+    best, ids = top_k(every, block.top_ids.shape[2], axes)
     return replace(
         block,
-        logprobs=put(block.logprobs, log_probs(logits, token)),
+        logprobs=put(block.logprobs, pick(every, token, axes)),
         top_ids=put(block.top_ids, ids),
         top_logprobs=put(block.top_logprobs, best),
     )

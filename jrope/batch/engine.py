@@ -14,7 +14,7 @@ from typing import Any, final
 
 import jax
 
-from jrope.batch.admission import check_model, check_windows, check_work
+from jrope.batch.admission import check_model, check_slots, check_windows, check_work
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import (
     Programs,
@@ -32,6 +32,7 @@ from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import check_count
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype, check_cache_dtype
+from jrope.sharding.meshes import layout_of, stand_whole
 from jrope.tree import Params
 
 CHUNK = 32  # decode steps between two looks at the device, at most
@@ -47,7 +48,8 @@ class Engine:
     the bit, whoever is beside it and in whatever order.
 
     Args:
-      params, config: the model, on one device.
+      params, config: the model.  On a mesh, where the parameters stand decides what is
+        split over what: see `jrope.shard`.
       capacity: tokens of the longest row, prompt and new ones.
       slots: rows that are decoded at once; None: as `slots_for` finds.
       chunk: decode steps between two looks at the device, at most.
@@ -83,16 +85,18 @@ class Engine:
         capacity = -(-capacity // ROUND) * ROUND
         check_windows(config, capacity)
         check_cache_dtype(cache_dtype)
+        self.layout = layout = layout_of(params)
         if slots is None:
-            memory = free_memory()
             how: Any = {"structures": structures, "cache_dtype": cache_dtype}
-            slots = slots_for(params, config, capacity, memory, **how)
-        for name, value in (("slots", slots), ("chunk", chunk), ("piece", piece)):
+            free = free_memory(layout)
+            slots = slots_for(params, config, capacity, free, **how, layout=layout)
+        check_slots(slots, layout)
+        for name, value in (("chunk", chunk), ("piece", piece)):
             check_count(name, value, 1)
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
         self.capacity = capacity
         self.cache_dtype: CacheDtype | None = cache_dtype
-        self.key = jax.random.key(0) if key is None else key
+        self.key = stand_whole(jax.random.key(0) if key is None else key, layout)
         self.logprobs, self.structures = logprobs, structures
         self.stats = Stats(slots=slots)
         self._warn = warn or warnings.warn
@@ -102,7 +106,14 @@ class Engine:
     def shapes(self) -> Shapes:
         """Those that prompts are computed in."""
         rope = self.config.rope
-        return Shapes.of(self.stats.slots, self.capacity, self.piece, rope)
+        groups = None if self.layout is None else self.groups
+        return Shapes.of(self.stats.slots, self.capacity, self.piece, rope, groups)
+
+    @property
+    def groups(self) -> int:
+        """Into so many the mesh splits the slots."""
+        layout = self.layout
+        return 1 if layout is None else layout.size(layout.axes.batch)
 
     @property
     def programs(self) -> tuple[str, ...]:
@@ -133,7 +144,7 @@ class Engine:
 
     def _how(self) -> dict[str, Any]:
         same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
-        same |= {"cache_dtype": self.cache_dtype}
+        same |= {"cache_dtype": self.cache_dtype, "layout": self.layout}
         return {**same, "size": self.chunk, "key": self.key}
 
     def _ruled(self, way: Ruled) -> Any:
@@ -145,7 +156,8 @@ class Engine:
     def _share(self) -> Any:
         """The program for what follows a prefix, compiled when the first is shared."""
         way = self.shapes.behind
-        how = {"slots": self.stats.slots, "capacity": self.capacity, "behind": way}
+        how: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
+        how |= {"cache_dtype": self.cache_dtype, "behind": way}
         lower = partial(lower_share, self.params, self.config, **how)
         return self._later(self.compile().share, way, lower)
 
@@ -185,7 +197,8 @@ class Engine:
                 yield from run.rows()
                 return
             except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error) or self.stats.slots == 1:
+                fewest = self.stats.slots == self.groups
+                if "RESOURCE_EXHAUSTED" not in str(error) or fewest:
                     raise
             rows = rows if run is None else run.unfinished()
             del run  # and its cache
@@ -197,10 +210,11 @@ class Engine:
             yield row
 
     def _halve(self) -> None:
-        had = self.stats.slots
-        self.stats.slots, self._programs = had // 2, None
+        had, groups = self.stats.slots, self.groups
+        now = had // groups // 2 * groups
+        self.stats.slots, self._programs = now, None
         self.stats.restarts += 1
         self._warn(
             f"the device ran out of memory with {had} rows at once: going on with "
-            f"{had // 2}; unfinished rows begin again"
+            f"{now}; unfinished rows begin again"
         )

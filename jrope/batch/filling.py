@@ -6,29 +6,39 @@ what another slot holds of the same prompt.
 
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jrope.batch.slots import Asked, Slots
+from jrope.batch.slots import Asked, Slots, slots_specs
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token
+from jrope.model.placed import share_of
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A piece of the prompts of R rows."""
+    """A piece of the prompts of R rows.
 
-    rows: jax.Array  # int32 [R], their slots; where one comes again, so does its row
+    Where a mesh splits the slots, each group of devices has as many rows as the others,
+    for slots of its own, which are counted from its first one.
+    """
+
+    rows: jax.Array  # int32 [R], their slots; from B on there is no such row
     tokens: jax.Array  # int32 [R, T]
     lengths: jax.Array  # int32 [R], valid tokens
     last: jax.Array  # bool [R], whether the prompt ends here
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
+@partial(
+    jax.jit, static_argnames=("config", "axes", "layout"), donate_argnames=("slots",)
+)
 def begin(
     params: Params,
     slots: Slots,
@@ -37,6 +47,8 @@ def begin(
     planned: jax.Array,
     *,
     config: LlamaConfig,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> Slots:
     """Put the first pieces of R prompts into their slots.
 
@@ -46,7 +58,14 @@ def begin(
       piece: the first pieces.
       asked: what the R rows ask for.
       planned: int32 [R], each row's prompt and all of its new tokens.
+      axes, layout: as in `decode`.
     """
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        specs, rows = slots_specs(layout), layout.rows()
+        given = layout.params(params), specs, rows, rows, rows
+        run = layout.map(partial(begin, **how), given, specs)
+        return run(params, slots, piece, asked, planned)
     rows, cache = piece.rows, slots.cache
     x, new = hidden_states(
         params,
@@ -55,20 +74,36 @@ def begin(
         lengths=piece.lengths,
         rope_lengths=planned,
         cache_dtype=cache.cache_dtype,
+        axes=axes,
     )
-
-    seen = slots.seen.at[rows].set(False)
+    seen = slots.seen.at[rows].set(False, mode="drop")
     slots = replace(slots, cache=_written(cache, rows, new), seen=seen)
-    return _entered(_anew(slots, rows, asked), piece, x)
+    return _entered(_anew(slots, rows, asked), piece, x, axes)
 
 
-@partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
-def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -> Slots:
+@partial(
+    jax.jit, static_argnames=("config", "axes", "layout"), donate_argnames=("slots",)
+)
+def extend(
+    params: Params,
+    slots: Slots,
+    piece: Piece,
+    *,
+    config: LlamaConfig,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
+) -> Slots:
     """Go on with prompts that are in their slots already; every row has one."""
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        specs = slots_specs(layout)
+        given = layout.params(params), specs, layout.rows()
+        return layout.map(partial(extend, **how), given, specs)(params, slots, piece)
     rows, cache = piece.rows, slots.cache
-    own = jax.tree.map(lambda x: x[rows], cache)
+    own = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
+    how: Any = {"config": config, "axes": axes}
     x, new = hidden_states(
-        params, piece.tokens, cache=own, lengths=piece.lengths, config=config
+        params, piece.tokens, cache=own, lengths=piece.lengths, **how
     )
     steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
     at = own.lengths[:, None] + steps
@@ -81,9 +116,9 @@ def extend(params: Params, slots: Slots, piece: Piece, *, config: LlamaConfig) -
         cache,
         keys=jax.tree.map(write, cache.keys, new.keys),
         values=jax.tree.map(write, cache.values, new.values),
-        lengths=cache.lengths.at[rows].set(new.lengths),
+        lengths=cache.lengths.at[rows].set(new.lengths, mode="drop"),
     )
-    return _entered(replace(slots, cache=cache), piece, x)
+    return _entered(replace(slots, cache=cache), piece, x, axes)
 
 
 @partial(jax.jit, static_argnames=("config",), donate_argnames=("slots",))
@@ -113,10 +148,9 @@ def share(
         params, piece.tokens, cache=own, lengths=piece.lengths, config=config
     )
     cache = _written(cache, rows, new)
-    seen = slots.seen.at[rows].set(slots.seen[sources])
-    return _entered(
-        _anew(replace(slots, cache=cache, seen=seen), rows, asked), piece, x
-    )
+    seen = slots.seen.at[rows].set(slots.seen[sources], mode="drop")
+    slots = _anew(replace(slots, cache=cache, seen=seen), rows, asked)
+    return _entered(slots, piece, x, ONE)
 
 
 def _written(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
@@ -128,21 +162,21 @@ def _written(cache: KVCache, rows: jax.Array, new: KVCache) -> KVCache:
     return KVCache(
         keys=jax.tree.map(write, cache.keys, new.keys),
         values=jax.tree.map(write, cache.values, new.values),
-        lengths=cache.lengths.at[rows].set(new.lengths),
-        rope_lengths=cache.rope_lengths.at[rows].set(new.rope_lengths),
+        lengths=cache.lengths.at[rows].set(new.lengths, mode="drop"),
+        rope_lengths=cache.rope_lengths.at[rows].set(new.rope_lengths, mode="drop"),
     )
 
 
 def _anew(slots: Slots, rows: jax.Array, asked: Asked) -> Slots:
     """The slots with nothing drawn yet in some rows, and with what these ask for."""
 
-    def put(all_: jax.Array, own: jax.Array) -> jax.Array:
-        return all_.at[rows].set(own)
+    def put(all_: jax.Array, own: jax.Array | bool | int) -> jax.Array:
+        return all_.at[rows].set(own, mode="drop")
 
     return replace(
         slots,
-        finite=slots.finite.at[rows].set(True),
-        steps=slots.steps.at[rows].set(0),
+        finite=put(slots.finite, True),
+        steps=put(slots.steps, 0),
         asked=jax.tree.map(put, slots.asked, asked),
     )
 
@@ -160,8 +194,10 @@ def _put(
     def one_by_one(slots: jax.Array, new: jax.Array) -> jax.Array:
         zero = jnp.zeros((), jnp.int32)
         for i in range(new.shape[0]):
-            at = rows[i], starts[i], zero, zero
-            slots = jax.lax.dynamic_update_slice(slots, new[i : i + 1], at)
+            own, at = new[i : i + 1], (rows[i], starts[i], zero, zero)
+            old = jax.lax.dynamic_slice(slots, at, own.shape)
+            own = jnp.where(rows[i] < slots.shape[0], own, old)
+            slots = jax.lax.dynamic_update_slice(slots, own, at)
         return slots
 
     # A CPU would widen all slots of a 16-bit cache to scatter into them.
@@ -169,15 +205,16 @@ def _put(
     return jax.lax.platform_dependent(slots, new, **how)
 
 
-def _entered(slots: Slots, piece: Piece, x: jax.Array) -> Slots:
+def _entered(slots: Slots, piece: Piece, x: jax.Array, axes: Axes) -> Slots:
     """What a piece with hidden states x [R, T, D] leaves besides the cache."""
     rows, count = piece.rows, slots.seen.shape[1]
     steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
-    ids = jnp.where(steps < piece.lengths[:, None], piece.tokens, count)
+    ids = axes.local_ids(piece.tokens, count)
+    ids = jnp.where(steps < piece.lengths[:, None], ids, count)
     hidden = last_token(x, piece.lengths)
     return replace(
         slots,
-        hidden=slots.hidden.at[rows].set(hidden),
+        hidden=slots.hidden.at[rows].set(hidden, mode="drop"),
         seen=slots.seen.at[rows[:, None], ids].set(True, mode="drop"),
-        live=slots.live.at[rows].set(piece.last),
+        live=slots.live.at[rows].set(piece.last, mode="drop"),
     )

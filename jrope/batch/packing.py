@@ -36,28 +36,39 @@ class Shapes:
       first: width -> rows, of first pieces.
       behind: (width, rows) of pieces behind a prefix; rows 0: none is shared.
       rope: what turns the keys.
+      groups: of slots, and of devices that have these; each has its share of the rows.
     """
 
     piece: int
     first: Mapping[int, int]
     behind: tuple[int, int] = 1, 0
     rope: Rope | None = None
+    groups: int = 1
 
     @classmethod
     def of(
-        cls, slots: int, capacity: int, piece: int = WIDEST, rope: Rope | None = None
+        cls,
+        slots: int,
+        capacity: int,
+        piece: int = WIDEST,
+        rope: Rope | None = None,
+        groups: int | None = None,
     ) -> "Shapes":
-        """Buckets up to the widest piece, each with rows for as many tokens."""
+        """Buckets up to the widest piece, each with rows for as many tokens a group.
+
+        On a mesh, of so many groups, no prefix is shared.
+        """
         piece = min(piece, capacity)
         widths = [piece]
         while (narrower := _below(widths[-1])) * NARROWEST >= piece:
             widths.append(narrower)
-        most = max(slots // SHARE, 1)
-        rows = {w: min(max(piece // w, 1), most) for w in reversed(widths)}
+        count = groups or 1
+        most = max(slots // count // SHARE, 1)
+        rows = {w: count * min(max(piece // w, 1), most) for w in reversed(widths)}
         width = next(w for w in rows if w * BEHIND >= piece)
         some = min(max(piece // TOGETHER // width, 1), most)
-        behind = width, some if slots > 1 else 0
-        return cls(piece=piece, first=rows, behind=behind, rope=rope)
+        behind = width, some if slots > 1 and groups is None else 0
+        return cls(piece=piece, first=rows, behind=behind, rope=rope, groups=count)
 
     def pieces(self, prompt: np.ndarray, shared: int = 0) -> list[np.ndarray]:
         """A prompt in pieces, all but the first as wide as can be.
@@ -133,11 +144,17 @@ class Waiting:
             heapq.heappush(self._rows.setdefault(self.shapes.group(row), []), entry)
             self._tokens += len(row.prompt)
 
-    def take(self, free: int) -> tuple[int | Prefix, list[Work]] | None:
-        """A group and rows that enter together into the free slots, if they should."""
+    def take(self, *free: int) -> tuple[int | Prefix, list[Work]] | None:
+        """A group and rows that enter together, if they should.
+
+        Args:
+          free: slots that each group of devices has free.
+        """
         group, count = self._next()
-        if not 0 < count <= free:
+        if not 0 < count <= sum(free):
             return None
+        most = self.shapes.rows(group) // len(free)
+        count = min(count, sum(min(slots, most) for slots in free))
         rows = [heapq.heappop(self._rows[group])[-1] for _ in range(count)]
         if not self._rows[group]:
             del self._rows[group]

@@ -14,11 +14,22 @@ import numpy as np
 from jrope.batch.filling import Piece, begin, extend, share
 from jrope.batch.packing import Shapes
 from jrope.batch.rules import no_rules
-from jrope.batch.slots import STOP_IDS, Asked, clean, decode, empty, greedy
+from jrope.batch.slots import (
+    STOP_IDS,
+    Asked,
+    Slots,
+    clean,
+    decode,
+    empty,
+    greedy,
+    slots_specs,
+)
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
+from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
+NOBODY = np.iinfo(np.int32).max  # instead of a slot, where a shape has rows to spare
 Ruled: TypeAlias = tuple[bool, int]  # with log-probabilities? entries of its tables
 
 
@@ -34,6 +45,7 @@ class Programs:
       ruled: the same where some rows have structures, for tables of so many entries.
       share: (width, rows) -> the program for pieces behind prefixes, once it is there.
       seconds: until they were compiled.
+      layout: where the model stands; None: on no mesh.
     """
 
     empty: Any
@@ -44,6 +56,7 @@ class Programs:
     ruled: dict[Ruled, Any]
     share: dict[tuple[int, int], Any]
     seconds: float
+    layout: Layout | None
 
 
 def names(
@@ -56,7 +69,7 @@ def names(
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
     decoding = ["decode", "decode with log-probabilities"]
     ways = [f"{decoding[scored]}, structures of {size:,}" for scored, size in ruled]
-    further = [f"further pieces 1 x {shapes.piece}"]
+    further = [f"further pieces {shapes.groups} x {shapes.piece}"]
     further += [f"pieces behind a prefix {rows} x {width}" for width, rows in share]
     return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
 
@@ -72,23 +85,40 @@ def lower_decode(
     scored: bool,
     entries: int = 0,
     cache_dtype: CacheDtype | None = None,
+    layout: Layout | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """What `decode` is called with beside the slots, for no row; and it, traced.
 
     Args:
-      params, config, slots, capacity, size, key, cache_dtype: as `compile_programs`
-        takes them.
+      params, config, slots, capacity, size, key, cache_dtype, layout: as
+        `compile_programs` takes them.
       scored: whether rows may ask for log-probabilities.
       entries: of the tables, where rows may have structures.
     """
     given: Any = key, np.zeros(slots, bool), np.int32(0)
     if entries:
         given = *given, no_rules(slots, config.vocab_size, entries)
+    state = _no_slots(params, config, slots, capacity, layout, cache_dtype)
+    how: dict[str, Any] = {"config": config, "layout": layout}
+    own = decode.lower(params, state, *given, **how, size=size, scored=scored)
+    return given, own
+
+
+def _no_slots(
+    params: Params,
+    config: LlamaConfig,
+    slots: int,
+    capacity: int,
+    layout: Layout | None,
+    cache_dtype: CacheDtype | None,
+) -> Slots:
+    """The shapes of so many slots, and where they stand."""
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
-    state = empty.eval_shape(config=config, cache_dtype=cache_dtype, **how)
-    how = {"config": config, "size": size, "scored": scored}
-    return given, decode.lower(params, state, *given, **how)
+    state = empty.eval_shape(
+        config=config, cache_dtype=cache_dtype, layout=layout, **how
+    )
+    return state if layout is None else layout.place(state, slots_specs(layout))
 
 
 def lower_share(
@@ -98,11 +128,10 @@ def lower_share(
     slots: int,
     capacity: int,
     behind: tuple[int, int],
+    cache_dtype: CacheDtype | None = None,
 ) -> Any:
     """`share` for pieces of (width, rows), traced."""
-    dtype = params["model"]["norm"]["weight"].dtype
-    how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
-    state = empty.eval_shape(config=config, **how)
+    state = _no_slots(params, config, slots, capacity, None, cache_dtype)
     piece, asked, numbers = no_prompts(behind[1], behind[0])
     return share.lower(params, state, piece, asked, numbers, numbers, config=config)
 
@@ -120,6 +149,7 @@ def compile_programs(
     logprobs: bool,
     ruled: Iterable[Ruled] = (),
     warm: bool,
+    layout: Layout | None = None,
 ) -> Programs:
     """Compile everything, side by side.
 
@@ -133,30 +163,32 @@ def compile_programs(
       ruled: programs for rows with structures.
       warm: whether to run each program once, for no row: the first run on a GPU sets
         it up, for 0.2 s each (jax 0.11, H100), which rows would wait for.
+      layout: where the parameters stand, if on a mesh.
     """
     started = time.perf_counter()
-    dtype = params["model"]["norm"]["weight"].dtype
-    how: dict[str, Any] = {"config": config, "count": slots, "capacity": capacity}
-    how |= {"dtype": dtype, "cache_dtype": cache_dtype}
-    state = empty.eval_shape(**how)
-    same: dict[str, Any] = {"slots": slots, "capacity": capacity, "size": size}
+    same: dict[str, Any] = {"slots": slots, "capacity": capacity, "layout": layout}
     same |= {"cache_dtype": cache_dtype}
+    state = _no_slots(params, config, **same)
+    same |= {"size": size, "key": key}
+    how: dict[str, Any] = {"config": config, "layout": layout}
+    fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
+    fresh |= {"cache_dtype": cache_dtype}
     ways = [*product((False, True)[: 1 + logprobs], [0]), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 
     def lowered() -> Iterator[tuple[Any, Any]]:
-        yield "empty", empty.lower(**how)
+        yield "empty", empty.lower(**how, **fresh)
         for scored, entries in ways:
             nobody[scored, entries], own = lower_decode(
-                params, config, **same, key=key, scored=scored, entries=entries
+                params, config, **same, scored=scored, entries=entries
             )
             yield (scored, entries), own
         for width, rows in list(shapes.first.items())[::-1]:
             given = nobody["begin", width] = no_prompts(rows, width)
-            yield ("begin", width), begin.lower(params, state, *given, config=config)
-        given = nobody["extend"] = no_prompts(1, shapes.piece)[:1]
-        yield "extend", extend.lower(params, state, *given, config=config)
-        yield "clean", clean.lower(state, np.zeros(slots, bool))
+            yield ("begin", width), begin.lower(params, state, *given, **how)
+        given = nobody["extend"] = no_prompts(shapes.groups, shapes.piece)[:1]
+        yield "extend", extend.lower(params, state, *given, **how)
+        yield "clean", clean.lower(state, np.zeros(slots, bool), layout=layout)
 
     done = _compiled(lowered())
     if warm:
@@ -168,6 +200,7 @@ def compile_programs(
         ruled={way: done[way] for way in ways if way[1]},
         **{name: done[name] for name in ("empty", "extend", "clean")},
         seconds=time.perf_counter() - started,
+        layout=layout,
     )
 
 
@@ -193,10 +226,10 @@ def _run_once(
 
 
 def no_prompts(rows: int, width: int) -> tuple[Piece, Asked, np.ndarray]:
-    """The arguments of `begin` for so many rows, without any; NumPy arrays to fill."""
+    """The arguments of `begin` for so many rows, nobody's; NumPy arrays to fill."""
     zeros = partial(np.zeros, rows)
     piece: dict[str, Any] = {
-        "rows": zeros(np.int32),
+        "rows": np.full(rows, NOBODY, np.int32),
         "tokens": np.zeros((rows, width), np.int32),
         "lengths": zeros(np.int32),
         "last": zeros(bool),

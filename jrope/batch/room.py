@@ -11,9 +11,11 @@ from jrope.batch.packing import WIDEST
 from jrope.batch.slots import empty
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
+from jrope.model.placed import share_of
+from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
-MOST = {"cpu": 16}  # slots, where more rows at once gain nothing
+MOST = {"cpu": 16}  # slots of a device, where more rows at once gain nothing
 MOST_ELSEWHERE = 128
 SPARE = 0.9  # of the free memory; the rest is the allocator's, and what nobody counts
 DRAWING = 16  # bytes that live for every logit while a token is drawn
@@ -27,8 +29,11 @@ def slots_for(
     memory_bytes: int,
     structures: bool = False,
     cache_dtype: CacheDtype | None = None,
+    layout: Layout | None = None,
 ) -> int:
     """Slots for which there is memory, 1 at least and 128 at most (16 on a CPU).
+
+    On a mesh so many for each part into which it splits rows.
 
         slots = (0.9 memory - fixed) / (slot + 16 V), with structures 24 V
 
@@ -39,10 +44,14 @@ def slots_for(
     Args:
       params, config: the model.
       capacity: tokens of a row.
-      memory_bytes: what is free beside the weights.
+      memory_bytes: what is free beside the weights, of one device.
       structures: whether rows may have them.
       cache_dtype: "int8" or None.
+      layout: where the parameters stand, if on a mesh.
     """
+    groups = 1
+    if layout is not None:
+        groups, config = layout.size(layout.axes.batch), share_of(config, layout)
     dtype: Any = params["model"]["norm"]["weight"].dtype
     one = partial(empty.eval_shape, config=config, count=1, capacity=capacity)
     state = one(dtype=dtype, cache_dtype=cache_dtype)
@@ -51,12 +60,18 @@ def slots_for(
     fixed = WIDEST * wide * dtype.itemsize + 2 * slot
     slot += (DRAWING + RULED * structures) * config.vocab_size
     fit = int(SPARE * memory_bytes - fixed) // slot
-    return min(max(fit, 1), MOST.get(jax.default_backend(), MOST_ELSEWHERE))
+    most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
+    return groups * min(max(fit, 1), most)
 
 
-def free_memory() -> int:
-    """Bytes that the device has left, or half of the host's where it does not tell."""
-    stats = jax.devices()[0].memory_stats() or {}
-    if "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats.get("bytes_in_use", 0)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+def free_memory(layout: Layout | None = None) -> int:
+    """Bytes that a device has left: on a mesh, the one that has least.
+
+    Where they do not tell, they share half of the host's.
+    """
+    devices = jax.devices()[:1] if layout is None else [*layout.mesh.devices.flat]
+    host = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    every = [device.memory_stats() or {} for device in devices]
+    limits = [s.get("bytes_limit", host // len(devices)) for s in every]
+    used = [s.get("bytes_in_use", 0) if "bytes_limit" in s else 0 for s in every]
+    return min(limit - use for limit, use in zip(limits, used, strict=True))

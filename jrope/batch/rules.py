@@ -7,8 +7,12 @@ from typing import Any, TypeAlias, final
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrope.batch.structure import MAY_STOP, MUST_STOP, Structure
+from jrope.sharding.axes import ONE, Axes, entry
+from jrope.sharding.meshes import Layout
+from jrope.sharding.vocabulary import pick
 
 ENTRIES = 2**20  # at first, of what is held; it grows by 4
 _Arrays: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -26,23 +30,35 @@ class Rules:
     states: jax.Array  # int32 [B], each row's, from where its table begins
 
 
-def allowed(rules: Rules, states: jax.Array, stop_ids: jax.Array) -> jax.Array:
+def rules_specs(layout: Layout) -> Any:
+    """How `Rules` are split."""
+    whole, rows = PartitionSpec(), layout.rows()
+    classes = PartitionSpec(None, entry(layout.axes.tensor))
+    own: dict[str, Any] = {"table": whole, "classes": classes, "starts": whole}
+    own |= {"which": rows, "states": rows}
+    return Rules(**own)
+
+
+def allowed(
+    rules: Rules, states: jax.Array, stop_ids: jax.Array, axes: Axes = ONE
+) -> jax.Array:
     """Whether each row may draw each token, bool [B, V]; stop ids where it may end."""
     at = rules.starts[rules.which] + states
     classes = rules.classes[rules.which].astype(jnp.int32)
     ways = rules.table[at[:, None] + classes]
     may_stop = rules.table[at] >= MAY_STOP
     rows = jnp.arange(at.shape[0], dtype=jnp.int32)[:, None]
-    ids = jnp.where(stop_ids < 0, classes.shape[1], stop_ids)
+    ids = axes.local_ids(stop_ids, classes.shape[1])
+    ids = jnp.where(stop_ids < 0, classes.shape[1], ids)
     return (ways >= 0).at[rows, ids].set(may_stop[:, None], mode="drop")
 
 
 def after(
-    rules: Rules, states: jax.Array, tokens: jax.Array
+    rules: Rules, states: jax.Array, tokens: jax.Array, axes: Axes = ONE
 ) -> tuple[jax.Array, jax.Array]:
     """The states [B] behind one more token each, and whether nothing can follow."""
     starts = rules.starts[rules.which]
-    classes = rules.classes[rules.which, tokens].astype(jnp.int32)
+    classes = pick(rules.classes[rules.which].astype(jnp.int32), tokens, axes)
     ways = rules.table[starts + states + classes]
     states = jnp.where(ways < 0, states, ways)
     return states, rules.table[starts + states] == MUST_STOP
@@ -67,12 +83,16 @@ class Held:
     Args:
       vocabulary: tokens.
       slots: rows at once.
+      layout: where the model stands; None: on no mesh.
     """
 
-    def __init__(self, vocabulary: int, slots: int) -> None:
+    def __init__(
+        self, vocabulary: int, slots: int, layout: Layout | None = None
+    ) -> None:
         free = np.array([[MAY_STOP, 0]], np.int32)
         self._free = Structure(free, np.ones(vocabulary, np.int16))
         self._empty, self._entries = no_rules(slots, vocabulary, ENTRIES), ENTRIES
+        self._layout = layout
         self._numbers: dict[Structure, int] = {}
         self._arrays: _Arrays | None = None
 
@@ -104,7 +124,12 @@ class Held:
             size = structure.table.size
             table[at : at + size] = structure.table.ravel()
             classes[i], starts[i], at = structure.classes, at, at + size
-        return jnp.asarray(table), jnp.asarray(classes), jnp.asarray(starts)
+        arrays = jnp.asarray(table), jnp.asarray(classes), jnp.asarray(starts)
+        if self._layout is None:
+            return arrays
+        specs = rules_specs(self._layout)
+        own = specs.table, specs.classes, specs.starts
+        return self._layout.place(arrays, own)
 
     def _size(self, structures: Sequence[Structure]) -> int:
         return sum(structure.table.size for structure in structures)

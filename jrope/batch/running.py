@@ -2,13 +2,14 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, final
 
 import jax
 import numpy as np
 
+from jrope.batch.filling import Piece
 from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.pieces import next_pieces
 from jrope.batch.prefix import Prefix
@@ -58,6 +59,7 @@ class Run:
         self.seats: list[Seat | None] = [None] * stats.slots
         self.kept = dict[Prefix, int]()  # the slots that hold them, used last come last
         self.ended = list[Seat]()  # but not given yet
+        self.own = stats.slots // shapes.groups  # slots of a group
         self.held: Held | None = None  # of structures
         self.slots: Any = None
 
@@ -100,18 +102,23 @@ class Run:
         """The slots that hold nothing."""
         return [slot for slot, seat in enumerate(self.seats) if seat is None]
 
+    def groups(self, slots: Sequence[int]) -> list[list[int]]:
+        """These slots, by the group of devices that has them."""
+        count = range(self.shapes.groups)
+        return [[slot for slot in slots if slot // self.own == i] for i in count]
+
     def fill(self) -> None:
         """Start prompts, or go on with them; not too many where most slots are live."""
         live = sum(not seat.pieces for seat in self.taken())
-        most = BURST * self.shapes.piece if 2 * live > len(self.seats) else None
-        begin = self.stats.padded_tokens
-        while most is None or self.stats.padded_tokens - begin < most:
+        most = BURST * self.shapes.groups * self.shapes.piece
+        begin, few = self.stats.padded_tokens, 2 * live <= len(self.seats)
+        while few or self.stats.padded_tokens - begin < most:
             begun = [seat for seat in self.seated() if seat.pieces]
             behind = [seat for seat in begun if seat.shared]
             if behind:
                 self._share(behind)
-            elif begun:
-                self._extend(begun[0])
+            elif begun:  # the first of each group
+                self._extend({x.slot // self.own: x for x in begun[::-1]})
             elif not self._enter():
                 return
 
@@ -122,24 +129,35 @@ class Run:
             if free:
                 self._keep(prefix, free[0])
             return bool(free)
-        _, rows = self.waiting.take(len(free)) or (None, [])
-        seats = [self._seat(*both) for both in zip(free, rows, strict=False)]
-        if seats and prefix is None:
+        group, rows = self.waiting.take(*map(len, self.groups(free))) or (0, [])
+        if not rows:
+            return False
+        places = zip(self._places(self.shapes.rows(group)), rows, strict=False)
+        seats = {i: self._seat(slot, row) for (i, slot), row in places}
+        if prefix is None:
             self._begin(seats)
-        elif seats and prefix is not None:
-            source = self.kept[prefix] = self.kept.pop(prefix)
-            for seat in seats:
-                seat.source = source
-            self._share(seats)
-            self.stats.shared_tokens += sum(seat.shared for seat in seats)
-        return bool(seats)
+            return True
+        source = self.kept[prefix] = self.kept.pop(prefix)
+        for seat in seats.values():
+            seat.source = source
+        self._share([*seats.values()])
+        self.stats.shared_tokens += sum(seat.shared for seat in seats.values())
+        return True
+
+    def _places(self, count: int) -> list[tuple[int, int]]:
+        """Rows of a piece and the slots they may enter, in the emptiest group first."""
+        own, found = count // self.shapes.groups, list[tuple[int, int, int]]()
+        for at, slots in enumerate(self.groups(self.free())):
+            taken = enumerate(slots[:own])
+            found += [(i - len(slots), at * own + i, slot) for i, slot in taken]
+        return [place[1:] for place in sorted(found)]
 
     def _keep(self, prefix: Prefix, slot: int) -> None:
         """Compute a prefix in a slot, from which its rows take it."""
         if len(self.kept) >= max(len(self.seats) // KEEP, 1):
             del self.kept[next(iter(self.kept))]  # the slot itself is free after `take`
         self.kept[prefix] = slot
-        self._begin([self._seat(slot, prefix.work(), keeps=prefix)])
+        self._begin({0: self._seat(slot, prefix.work(), keeps=prefix)})
 
     def _seat(self, slot: int, row: Work, keeps: Prefix | None = None) -> Seat:
         shared = self.shapes.shared(row)
@@ -154,23 +172,27 @@ class Run:
         )
         return seat
 
-    def _begin(self, seats: list[Seat]) -> None:
-        width = self.shapes.width(seats[0].work.prompt)
-        *given, _ = next_pieces(seats, self.shapes.first[width], width)
-        self._put(self.programs.begin[width], seats, *given)
+    def _begin(self, seats: Mapping[int, Seat]) -> None:
+        width = self.shapes.width(next(iter(seats.values())).work.prompt)
+        rows = self.shapes.first[width]
+        piece, asked, planned, _ = next_pieces(seats, rows, width, self.own)
+        self._put(self.programs.begin[width], piece, asked, planned)
 
-    def _extend(self, seat: Seat) -> None:
-        piece, *_ = next_pieces([seat], 1, self.shapes.piece)
-        self._put(self.programs.extend, [seat], piece)
+    def _extend(self, begun: Mapping[int, Seat]) -> None:
+        """Go on with one row of each group."""
+        groups, piece = self.shapes.groups, self.shapes.piece
+        piece, *_ = next_pieces(begun, groups, piece, self.own)
+        self._put(self.programs.extend, piece)
 
     def _share(self, seats: list[Seat]) -> None:
         width, rows = self.shapes.behind
-        piece, asked, _, held = next_pieces(seats[:rows], rows, width)
-        self._put(self.share(), seats[:rows], piece, asked, *held)
+        seated = dict(enumerate(seats[:rows]))
+        piece, asked, _, held = next_pieces(seated, rows, width, self.own)
+        self._put(self.share(), piece, asked, *held)
 
-    def _put(self, program: Any, seats: list[Seat], piece: Any, *given: Any) -> None:
+    def _put(self, program: Any, piece: Piece, *given: Any) -> None:
         self.slots = self._call(program, piece, *given)
-        self.stats.prefill_tokens += int(piece.lengths[: len(seats)].sum())
+        self.stats.prefill_tokens += int(piece.lengths.sum())
         self.stats.padded_tokens += piece.tokens.size
 
     def decode(self) -> Any:
@@ -192,7 +214,8 @@ class Run:
     def _rules(self) -> Rules:
         """What tokens the rows in the slots may draw."""
         if self.held is None:
-            self.held = Held(self.slots.seen.shape[1], len(self.seats))
+            size, layout = self.slots.seen.shape[1], self.programs.layout
+            self.held = Held(size, len(self.seats), layout)
         free = None, 0
         return self.held.rules(
             [free if s is None else (s.work.structure, s.state) for s in self.seats]

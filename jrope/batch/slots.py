@@ -7,20 +7,25 @@ and sampler.
 
 from dataclasses import dataclass, fields, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from jrope.batch.block import Block, blank, recorded
-from jrope.batch.rules import Rules, after, allowed
+from jrope.batch.block import Block, blank, block_specs, recorded
+from jrope.batch.rules import Rules, after, allowed, rules_specs
 from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.model.llama import hidden_states, unembed
+from jrope.model.placed import cache_specs, logit_specs, share_of
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
 STOP_IDS = 16  # of a row, at most
@@ -55,6 +60,13 @@ class Slots:
     asked: Asked
 
 
+def slots_specs(layout: Layout) -> Any:
+    """How `Slots` are split: each device has slots of its own, and heads."""
+    rows: Any = dict.fromkeys([f.name for f in fields(Slots)], layout.rows())
+    own = {"cache": cache_specs(layout), "seen": logit_specs(layout, 2)}
+    return Slots(**rows | own)
+
+
 def greedy(count: int) -> Sampler:
     """A sampler of NumPy arrays, one number a row."""
     kinds = {"top_k": np.int32}
@@ -66,7 +78,8 @@ def greedy(count: int) -> Sampler:
 
 
 @partial(
-    jax.jit, static_argnames=("config", "count", "capacity", "dtype", "cache_dtype")
+    jax.jit,
+    static_argnames=("config", "count", "capacity", "dtype", "cache_dtype", "layout"),
 )
 def empty(
     *,
@@ -75,8 +88,14 @@ def empty(
     capacity: int,
     dtype: DTypeLike,
     cache_dtype: CacheDtype | None = None,
+    layout: Layout | None = None,
 ) -> Slots:
-    """So many slots with nobody in them."""
+    """So many slots with nobody in them, on a mesh that divides them or on none."""
+    if layout is not None:
+        own = count // layout.size(layout.axes.batch)
+        how = {"config": share_of(config, layout), "count": own, "dtype": dtype}
+        share = partial(empty, **how, capacity=capacity, cache_dtype=cache_dtype)
+        return layout.map(share, (), slots_specs(layout))()
     held = cache_dtype or dtype
     zeros = partial(jnp.zeros, (count,))
     asked = Asked(
@@ -98,7 +117,7 @@ def empty(
 
 @partial(
     jax.jit,
-    static_argnames=("config", "size", "scored"),
+    static_argnames=("config", "size", "scored", "axes", "layout"),
     donate_argnames=("slots",),
 )
 def decode(
@@ -112,6 +131,8 @@ def decode(
     config: LlamaConfig,
     size: int,
     scored: bool,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> tuple[Slots, Block]:
     """Draw tokens for the live rows until enough of them have finished.
 
@@ -125,37 +146,52 @@ def decode(
       rules: of the tokens that rows may draw; None: any.
       size: columns of the block.
       scored: whether log-probabilities and alternatives are wanted.
+      axes: as in `forward`.
+      layout: where params stand, which makes this the same for each device's share.
     """
+    if layout is not None:
+        how = {"config": share_of(config, layout), "axes": layout.axes}
+        share = partial(decode, size=size, scored=scored, **how)
+        going_on, whole = slots_specs(layout), PartitionSpec()
+        own = None if rules is None else rules_specs(layout)
+        given = layout.params(params), going_on, whole, layout.rows(), whole, own
+        run = layout.map(share, given, (going_on, block_specs(layout)))
+        return run(params, slots, key, going, enough, rules)
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
     lengths = jnp.where(slots.live & ~going, 0, slots.cache.lengths)
     slots = replace(
         slots, live=slots.live & going, cache=replace(slots.cache, lengths=lengths)
     )
-    began = jnp.sum(slots.live, dtype=jnp.int32)
+
+    def count_live(slots: Slots) -> jax.Array:
+        return axes.total_of_rows(jnp.sum(slots.live, dtype=jnp.int32))
+
+    began = count_live(slots)
 
     def goes_on(carry: tuple[Slots, Block]) -> jax.Array:
-        left = jnp.sum(carry[0].live, dtype=jnp.int32)
+        left = count_live(carry[0])
         return (carry[1].steps < size) & (left > 0) & (began - left < enough)
 
     def step(carry: tuple[Slots, Block]) -> tuple[Slots, Block]:
         slots, block = carry
-        logits = unembed(params, slots.hidden, config=config)
+        logits = unembed(params, slots.hidden, config=config, axes=axes)
         own = jax.vmap(jax.random.fold_in)(keys, slots.steps)
         mask = None
         if rules is not None and block.states is not None:
-            mask = allowed(rules, block.states, slots.asked.stop_ids)
+            mask = allowed(rules, block.states, slots.asked.stop_ids, axes)
         token, logits, finite = draw(
-            logits, slots.asked.sampler, own, slots.seen, allowed=mask
+            logits, slots.asked.sampler, own, slots.seen, axes, allowed=mask
         )
         token = jnp.where(slots.live, token, 0)
-        block = recorded(block, slots.live, token, logits)
-        slots = _drawn(slots, token, finite)
+        block = recorded(block, slots.live, token, logits, axes)
+        slots = _drawn(slots, token, finite, axes)
         if rules is not None and block.states is not None:
-            states, over = after(rules, block.states, token)
+            states, over = after(rules, block.states, token, axes)
             block = replace(block, states=states)
             slots = replace(slots, live=slots.live & ~over)
         now = slots.cache
-        x, cache = hidden_states(params, token[:, None], cache=now, config=config)
+        how: Any = {"config": config, "axes": axes}
+        x, cache = hidden_states(params, token[:, None], cache=now, **how)
         # A row that has finished takes no more of the cache's reads.
         ended = carry[0].live & ~slots.live
         lengths = jnp.where(slots.live, cache.lengths, now.lengths)
@@ -172,13 +208,14 @@ def decode(
     return slots, replace(block, live=slots.live, finite=slots.finite, spoilt=spoilt)
 
 
-def _drawn(slots: Slots, token: jax.Array, finite: jax.Array) -> Slots:
+def _drawn(slots: Slots, token: jax.Array, finite: jax.Array, axes: Axes) -> Slots:
     """The rows with one more token each, where they are live."""
     live, asked = slots.live, slots.asked
     steps = slots.steps + live.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == asked.stop_ids, axis=1)
     rows = jnp.arange(token.shape[0], dtype=jnp.int32)
-    ids = jnp.where(live, token, slots.seen.shape[1])  # a row being filled has its own
+    size = slots.seen.shape[1]
+    ids = jnp.where(live, axes.local_ids(token, size), size)  # one being filled has own
     return replace(
         slots,
         seen=slots.seen.at[rows, ids].set(True, mode="drop"),
@@ -188,12 +225,15 @@ def _drawn(slots: Slots, token: jax.Array, finite: jax.Array) -> Slots:
     )
 
 
-@partial(jax.jit, donate_argnames=("slots",))
-def clean(slots: Slots, rows: jax.Array) -> Slots:
+@partial(jax.jit, static_argnames=("layout",), donate_argnames=("slots",))
+def clean(slots: Slots, rows: jax.Array, *, layout: Layout | None = None) -> Slots:
     """Zeros in some slots of the cache, bool [B], where a row may have left a NaN.
 
     What is masked weighs 0, but 0 x NaN is NaN.
     """
+    if layout is not None:
+        specs = slots_specs(layout)
+        return layout.map(clean, (specs, layout.rows()), specs)(slots, rows)
 
     def cleaned(x: jax.Array) -> jax.Array:
         return jnp.where(rows[:, None, None, None], jnp.zeros((), x.dtype), x)

@@ -119,8 +119,7 @@ class Sampler:
 
         # One switch, not a condition for each stage: a GPU asks the host about each.
         stages = [drawing(stage) for stage in self._stages(len(x), axes)]
-        mode = axes.largest_of_rows(self._mode(len(x)))
-        return lax.switch(mode, [greedy, *stages], x)
+        return lax.switch(self._mode(len(x), axes), [greedy, *stages], x)
 
     def _penalized(self, logits: Array, seen: Array | None) -> Array:
         if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
@@ -133,13 +132,14 @@ class Sampler:
         r = _column(self, "repetition_penalty", len(x))
         return jnp.where(seen, jnp.where(x < 0, x * r, x / r), x)
 
-    def _mode(self, batch: int) -> Array:
+    def _mode(self, batch: int, axes: Axes = ONE) -> Array:
         """0: every row is greedy; else 1 + the number of the stage that is needed."""
         hot, k, p = (_column(self, n, batch) for n in ("temperature", "top_k", "top_p"))
         hot = hot > 0
-        search_k, search_p = jnp.any(hot & (k > 0)), jnp.any(hot & (p < 1))
-        mode = 1 + search_k.astype(jnp.int32) + 2 * search_p.astype(jnp.int32)
-        return jnp.where(jnp.any(hot), mode, 0)
+        wanted = [jnp.any(flag) for flag in (hot, hot & (k > 0), hot & (p < 1))]
+        wanted = axes.largest_of_rows(jnp.stack(wanted).astype(jnp.int32))
+        some, search_k, search_p = wanted
+        return jnp.where(some > 0, 1 + search_k + 2 * search_p, 0)
 
     def _stages(self, batch: int, axes: Axes = ONE) -> list[Stage]:
         """Temperature and min-p, with no search, top-k's, top-p's, or both."""

@@ -94,6 +94,10 @@ class Axes:
         """The largest x of all groups of rows."""
         return jax.lax.pmax(x, self.batch) if self.batch else x
 
+    def total_of_rows(self, x: jax.Array) -> jax.Array:
+        """The sum of the x of all groups of rows."""
+        return jax.lax.psum(x, self.batch) if self.batch else x
+
     def any_row(self, flag: jax.Array) -> jax.Array:
         """Whether a flag is set for any group of rows."""
         return self.largest_of_rows(flag.astype(jnp.int32)) > 0 if self.batch else flag

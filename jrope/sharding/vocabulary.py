@@ -60,6 +60,29 @@ def logsumexp(x: jax.Array, axes: Axes = ONE) -> jax.Array:
     return top + jnp.log(axes.total(jnp.exp(own - top)))
 
 
+def log_softmax(x: jax.Array, axes: Axes = ONE) -> jax.Array:
+    """Log of the softmax over the vocabulary: [..., V]."""
+    if not axes.tensor:
+        return jax.nn.log_softmax(x)
+    return x - logsumexp(x, axes)[..., None]
+
+
+def top_k(x: jax.Array, k: int, axes: Axes = ONE) -> tuple[jax.Array, jax.Array]:
+    """Each row's k largest numbers, best first, and their indices: [B, V] -> [B, k].
+
+    Of each share's k largest: what goes between devices does not grow with V.
+    """
+    best, ids = jax.lax.top_k(x, min(k, x.shape[-1]))
+    if not axes.tensor:
+        return best, ids
+    first = jax.lax.axis_index(axes.tensor) * x.shape[-1]
+    bits = jax.lax.bitcast_convert_type(best, jnp.int32)
+    pairs = jnp.stack((bits, ids + first))
+    pairs = jax.lax.all_gather(pairs, axes.tensor, axis=2, tiled=True)
+    best, at = jax.lax.top_k(jax.lax.bitcast_convert_type(pairs[0], jnp.float32), k)
+    return best, jnp.take_along_axis(pairs[1], at, axis=1)
+
+
 def softmax(x: jax.Array, axes: Axes = ONE) -> jax.Array:
     """Softmax over the vocabulary: [..., V]."""
     if not axes.tensor:
