@@ -95,7 +95,8 @@ def assert_close(got: Any, want: Any, tolerance: float = 2e-5) -> None:
 
 
 def collectives(program: str) -> Counter[tuple[str, str]]:
-    """(operation, shape of its result) -> how often it stands in a compiled program."""
+    """(operation, shape of a result) -> how often it stands in a compiled program."""
     kinds = "all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter"
-    lines = re.findall(rf"= (\S+) ({kinds})(?:-start)?\(", program)
-    return Counter((kind, re.sub(r"\{.*", "", shape)) for shape, kind in lines)
+    lines = re.findall(rf"= (\(.*?\)|\S+) ({kinds})(?:-start)?\(", program)
+    shapes = ((kind, re.findall(r"\w+\[[\d,]*\]", results)) for results, kind in lines)
+    return Counter((kind, shape) for kind, several in shapes for shape in several)

@@ -58,6 +58,17 @@ def test_a_group_that_does_not_fit_waits_for_room() -> None:
     assert rows.wanted() is None
 
 
+def test_groups_of_devices_have_as_many_rows() -> None:
+    shapes = Shapes.of(slots=64, capacity=40, groups=4)
+    assert shapes.first == {16: 8, 24: 4, 32: 4, 40: 4} and shapes.groups == 4
+    assert Shapes.of(slots=8, capacity=40, groups=8).first[16] == 8
+    rows = waiting([10] * 11, slots=8)
+    assert keys(rows.take(2, 1)) is None
+    assert keys(rows.take(4, 0)) == (16, [0, 1])  # each has two of the shape's four
+    assert keys(rows.take(3, 1)) == (16, [2, 3, 4])
+    assert keys(rows.take(2, 2)) == (16, [5, 6, 7, 8])
+
+
 def test_rows_that_may_become_longest_enter_first() -> None:
     """Alone if need be: whoever waited for company would be the last to finish."""
     sizes = [(10, 5), (10, 50), (20, 7), (10, 6), (60, 70), (10, 50), (10, 4)]

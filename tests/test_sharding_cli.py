@@ -54,6 +54,32 @@ def test_generate_prints_what_one_device_does(folder: Path, capsys: Any) -> None
     assert many["device"].endswith(f", mesh {MESH}")
 
 
+def test_batch_answers_what_generate_does_on_one_device(
+    folder: Path, tmp_path: Path, capsys: Any
+) -> None:
+    prompts = ["ab", "a longer one"]
+    words = ["generate", folder, *prompts, "--max-new-tokens", 5, "--json"]
+    wanted = [x["text"] for x in json.loads(succeed(capsys, *words)[0])["answers"]]
+    rows = [{"prompt": text, "max_tokens": 5} for text in prompts]
+    given, output = tmp_path / "rows.jsonl", tmp_path / "answers.jsonl"
+    given.write_text("\n".join(map(json.dumps, rows)))
+    words = ["batch", folder, "--input", given, "--max-length", 24, "--mesh", MESH]
+    told, _ = succeed(capsys, *words, "--slots", 4, "--dry-run")
+    assert "slots           4 of 24 tokens\n" in told
+    assert "first pieces 2 x 24, first pieces 2 x 32, further pieces 2 x 32" in told
+    words += ["--output", output, "--in-order"]
+    _, err = succeed(capsys, *words, "--slots", 4, "--metrics", tmp_path / "m.json")
+    assert "2 of 2 rows answered" in err
+    answers = [json.loads(line) for line in output.read_text().splitlines()]
+    assert [answer["generated_text"] for answer in answers] == wanted
+    engine = json.loads((tmp_path / "m.json").read_text())["engine"]
+    assert engine["slots"] == 4 and engine["padded_tokens"] == 32  # both at once
+    output.unlink()
+    line = fail(capsys, *words, "--slots", 3)
+    assert "slots: got 3, which the mesh splits 2 ways; the nearest that fits" in line
+    assert not output.exists()
+
+
 def test_evaluate_measures_what_one_device_does(
     folder: Path, text: Path, tmp_path: Path, capsys: Any
 ) -> None:
@@ -136,6 +162,10 @@ def test_parity_loads_onto_the_mesh(
     [
         (["generate", "ab", "--mesh", MESH], "1 rows over data=2; give 2, or a mesh"),
         (["generate", "ab", "--mesh", "model=16"], "nearest that fits is model=8"),
+        (
+            ["batch", "--input", "x", "--output", "y", "--mesh", "context=2"],
+            "mesh: got context=2, which splits the sequence",
+        ),
         (["generate", "ab", "--mesh", "modle=2"], r"did you mean 'model'"),
         (["parity", "--mesh", "fsdp=3"], r"hidden_size 32 over fsdp=3; .* fsdp=1"),
         (["bench", "--mesh", "model=2"], "--mesh: bench measures one device"),

@@ -3,6 +3,7 @@
 from dataclasses import fields
 
 import numpy as np
+from jax.sharding import AxisType
 
 from jrope.batch.block import ALTERNATIVES
 from jrope.batch.slots import STOP_IDS
@@ -18,7 +19,7 @@ def check_model(params: Params, config: LlamaConfig) -> None:
     """Raise a JropeError for a model whose rows could not stand beside others."""
     check_params(params)
     if (layout := layout_of(params)) is not None:
-        _check_mesh(layout)
+        check_mesh(layout)
     if config.rope.lengths == "hf":
         raise JropeError(
             'rope: got lengths "hf", by which a row depends on the longest one beside '
@@ -26,13 +27,16 @@ def check_model(params: Params, config: LlamaConfig) -> None:
         )
 
 
-def _check_mesh(layout: Layout) -> None:
+def check_mesh(layout: Layout) -> None:
+    """Raise a JropeError for a mesh on which rows could not come and go."""
     size = layout.size(layout.axes.context)
     if size > 1:
         raise JropeError(
             f"mesh: got context={size}, which splits the sequence, but a batch's rows "
             "come and go by slots; split these by data, heads by model"
         )
+    if AxisType.Explicit in layout.mesh.axis_types:
+        raise JropeError("mesh: got explicit axes, want those of jrope.mesh")
     processes = {device.process_index for device in layout.mesh.devices.flat}
     if len(processes) > 1:
         raise JropeError(

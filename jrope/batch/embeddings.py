@@ -9,16 +9,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jrope.batch.admission import check_mesh
 from jrope.batch.answers import Record, enveloped, usage
 from jrope.batch.fields import RowError
 from jrope.batch.rows import BatchSettings, Row
 from jrope.generation.request import bucket
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token
+from jrope.model.placed import share_of
+from jrope.sharding.axes import ONE, Axes
+from jrope.sharding.meshes import Layout, layout_of
 from jrope.tree import Params
 
 Pooling: TypeAlias = Literal["mean", "last"]
-_BATCH = 8  # texts at a time
+_BATCH = 8  # texts at a time, or what a mesh divides
 
 
 @final
@@ -26,31 +30,34 @@ class Embedder:
     """Vectors from the hidden states after the final norm.
 
     Args:
-      params, config: the model.
+      params, config: the model, on one device or on a mesh as the engine takes it.
       pooling: the mean of a text's tokens, or its last one.
     """
 
     def __init__(
         self, params: Params, config: LlamaConfig, pooling: Pooling = "mean"
     ) -> None:
-        self._params, self._config, self._pooling = params, config, pooling
+        self._params, self._batch, layout = params, _BATCH, layout_of(params)
+        if layout is not None:
+            check_mesh(layout)
+            self._batch += -_BATCH % layout.size(layout.axes.batch)
+        self._how: Any = {"config": config, "pooling": pooling, "layout": layout}
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> np.ndarray:
-        """Vectors float32 [n, D] of prompts as ids; 8 texts at a time."""
+        """Vectors float32 [n, D] of prompts as ids; a few texts at a time."""
         vectors = list[np.ndarray]()
-        for at in range(0, len(prompts), _BATCH):
-            group = prompts[at : at + _BATCH]
-            tokens = np.zeros((_BATCH, bucket(max(map(len, group)))), np.int32)
-            lengths = np.ones(_BATCH, np.int32)
+        for at in range(0, len(prompts), self._batch):
+            group = prompts[at : at + self._batch]
+            tokens = np.zeros((self._batch, bucket(max(map(len, group)))), np.int32)
+            lengths = np.ones(self._batch, np.int32)
             for i, prompt in enumerate(group):
                 tokens[i, : len(prompt)], lengths[i] = prompt, len(prompt)
-            how = {"config": self._config, "pooling": self._pooling}
-            pooled = _pooled(self._params, tokens, lengths, **how)
+            pooled = _pooled(self._params, tokens, lengths, **self._how)
             vectors.append(np.asarray(pooled)[: len(group)])
         return np.concatenate(vectors)
 
 
-@partial(jax.jit, static_argnames=("config", "pooling"))
+@partial(jax.jit, static_argnames=("config", "pooling", "axes", "layout"))
 def _pooled(
     params: Params,
     tokens: jax.Array,
@@ -58,9 +65,21 @@ def _pooled(
     *,
     config: LlamaConfig,
     pooling: Pooling,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
 ) -> jax.Array:
+    if layout is not None:
+        how: Any = {"config": share_of(config, layout), "axes": layout.axes}
+        specs, rows = layout.params(params), layout.rows()
+        share = partial(_pooled, pooling=pooling, **how)
+        return layout.map(share, (specs, rows, rows), rows)(params, tokens, lengths)
     x, _ = hidden_states(
-        params, tokens, config=config, lengths=lengths, rope_lengths=lengths
+        params,
+        tokens,
+        config=config,
+        lengths=lengths,
+        rope_lengths=lengths,
+        axes=axes,
     )
     if pooling == "last":
         pooled = last_token(x, lengths).astype(jnp.float32)

@@ -101,9 +101,13 @@ def extend(
         return layout.map(partial(extend, **how), given, specs)(params, slots, piece)
     rows, cache = piece.rows, slots.cache
     own = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
-    how: Any = {"config": config, "axes": axes}
     x, new = hidden_states(
-        params, piece.tokens, cache=own, lengths=piece.lengths, **how
+        params,
+        piece.tokens,
+        cache=own,
+        lengths=piece.lengths,
+        config=config,
+        axes=axes,
     )
     steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
     at = own.lengths[:, None] + steps

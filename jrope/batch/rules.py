@@ -32,11 +32,10 @@ class Rules:
 
 def rules_specs(layout: Layout) -> Any:
     """How `Rules` are split."""
-    whole, rows = PartitionSpec(), layout.rows()
-    classes = PartitionSpec(None, entry(layout.axes.tensor))
-    own: dict[str, Any] = {"table": whole, "classes": classes, "starts": whole}
-    own |= {"which": rows, "states": rows}
-    return Rules(**own)
+    whole: Any = PartitionSpec()
+    rows: Any = layout.rows()
+    classes: Any = PartitionSpec(None, entry(layout.axes.tensor))
+    return Rules(table=whole, classes=classes, starts=whole, which=rows, states=rows)
 
 
 def allowed(

@@ -6,7 +6,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jrope.batch.admission import check_model, check_windows
+from jrope.batch.admission import check_model, check_slots, check_windows
 from jrope.batch.checking import Inspection, inspect_rows
 from jrope.batch.engine import Engine
 from jrope.batch.files import run_batch
@@ -27,11 +27,13 @@ from jrope.cli.evaluate_plan import hash_adapter, hash_model
 from jrope.cli.loading import Loading
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
 from jrope.cli.text import load_tokenizer
+from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
+from jrope.sharding.meshes import layout_of
 
 _LONGEST = 4096
 _TOKENIZER = (
@@ -79,6 +81,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_quantize_argument(parser)
     add_cache_dtype_argument(parser)
     add_adapter_argument(parser)
+    add_mesh_arguments(parser, together=False)
     add_rope_arguments(parser)
     parser.epilog = f"{_EPILOG}\n{parser.epilog}"
 
@@ -102,9 +105,11 @@ def run(args: argparse.Namespace) -> int:
         return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
-    how = {"adapter": args.adapter}
-    with Loading(folder, args.dtype, args.quantize, **how) as loading:
+    given = args.dtype, args.quantize, mesh_of(args), args.adapter
+    with Loading(folder, *given) as loading:
         check_model(loading.shapes, config)
+        if args.slots is not None:
+            check_slots(args.slots, layout_of(loading.shapes))
         check_windows(config, longest_row(args.max_length, config))
         settings = _settings(args, folder, config)
         if args.strict:
@@ -189,7 +194,7 @@ def _tell_rows(found: Inspection) -> None:
 def _tell_programs(
     args: argparse.Namespace, folder: Path, config: LlamaConfig, structures: bool
 ) -> None:
-    shapes, _ = load_shapes(folder, args.dtype)
+    shapes, _ = load_shapes(folder, args.dtype, mesh=mesh_of(args))
     capacity = longest_row(args.max_length, config)
     how: dict[str, Any] = {"slots": args.slots, "structures": structures}
     how |= {"cache_dtype": args.cache_dtype}
