@@ -154,6 +154,7 @@ def test_slots_stay_where_they_are(text: str) -> None:
         best = min(20, CONFIG.vocab_size // model) * model
         wanted |= {("all-gather", f"s32[2,{own_slots},{best}]")} if scored else set()
         assert gathered == (wanted if model > 1 else set())
+        assert (("all-reduce", "s32[]") in found) == (data > 1)  # who is live
         assert program.memory_analysis().temp_size_in_bytes < 2 * cache_bytes
     rows = own.shapes.first[PIECE] // data
     check_small(programs.begin[PIECE], rows, PIECE, model)

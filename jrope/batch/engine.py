@@ -197,7 +197,7 @@ class Engine:
                 yield from run.rows()
                 return
             except jax.errors.JaxRuntimeError as error:
-                fewest = self.stats.slots == self.groups
+                fewest = self.stats.slots <= self.groups
                 if "RESOURCE_EXHAUSTED" not in str(error) or fewest:
                     raise
             rows = rows if run is None else run.unfinished()
