@@ -185,7 +185,7 @@ def test_slots_follow_from_a_devices_memory() -> None:
     )  # fmt: skip
     for memory in (0, 10**6, 3 * 10**6, 10**12):
         alone = slots_for(params, share, 64, memory)
-        assert slots_for(params, CONFIG, 64, memory, layout) == 2 * alone
+        assert slots_for(params, CONFIG, 64, memory, layout=layout) == 2 * alone
     assert 0 < free_memory(layout) <= free_memory() // 7
     assert Engine(params, CONFIG, capacity=64).stats.slots == 32  # 16 a device on CPUs
 
