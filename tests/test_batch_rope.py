@@ -14,7 +14,7 @@ from jrope.generation.sample import Sampler
 from jrope.model.llama import forward
 
 
-def greedy(logits: Any, sampler: Any, keys: Any, seen: Any, allowed: Any) -> Any:
+def greedy(logits: Any, *_: Any, **__: Any) -> Any:
     """In the place of `draw`, most of what compiles."""
     return jnp.argmax(logits, 1).astype(jnp.int32), logits, jnp.ones(len(logits), bool)
 
