@@ -6,7 +6,6 @@ what another slot holds of the same prompt.
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
