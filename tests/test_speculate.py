@@ -1,7 +1,6 @@
 """Speculative decoding: the tokens of plain decoding, in fewer passes."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from jrope.generation import speculate
 from jrope.generation.ahead import compile_ahead
 from jrope.generation.guesser import Draft, PromptLookup
 from jrope.generation.lookup import look_up
+from jrope.generation.passes import draw_each
 from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
@@ -99,14 +99,11 @@ def test_the_distribution_is_that_of_the_sampler() -> None:
     logits = jax.random.normal(jax.random.key(1), (2, size))
     sampler = Sampler(temperature=0.8, top_k=6)
     weights = np.asarray(jax.nn.softmax(sampler.warp(logits)), np.float64)
-    rows = SimpleNamespace(
-        lengths=jnp.zeros(batch, jnp.int32), seen=jnp.zeros((batch, size), bool)
-    )
     keys = jax.random.split(KEY, batch)
-    sampling = SimpleNamespace(keys=keys, sampler=sampler)
+    steps, seen = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, size), bool)
     guesses = jnp.full((batch, 1), guess, jnp.int32)
-    given: Any = jnp.tile(logits, (batch, 1)), rows, guesses, sampling
-    drawn = np.asarray(speculate._draw_each(*given)[0])
+    given = jnp.tile(logits, (batch, 1)), guesses, sampler, keys, steps, seen
+    drawn = np.asarray(draw_each(*given)[0])
     right = drawn[drawn[:, 0] == guess]
     for tokens, p in ((drawn[:, 0], weights[0]), (right[:, 1], weights[1])):
         found = np.bincount(tokens, minlength=size)
