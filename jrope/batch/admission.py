@@ -1,6 +1,7 @@
 """What an engine cannot run, found before anything is computed."""
 
 from dataclasses import fields
+from typing import Any
 
 import numpy as np
 from jax.sharding import AxisType
@@ -9,6 +10,7 @@ from jrope.batch.block import ALTERNATIVES
 from jrope.batch.slots import STOP_IDS
 from jrope.batch.work import Work
 from jrope.errors import JropeError, check, check_count, is_integer
+from jrope.generation.guesser import Draft, check_guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
 from jrope.sharding.meshes import Layout, layout_of
@@ -62,6 +64,25 @@ def check_windows(config: LlamaConfig, capacity: int) -> None:
     shortest = min((w for w in config.windows or () if w is not None), default=capacity)
     wanted = f"at most the shortest window, {shortest}; `generate` takes more"
     check(capacity <= shortest, "capacity", capacity, wanted)
+
+
+def check_speculation(
+    speculate: Any, params: Params, config: LlamaConfig, capacity: int
+) -> None:
+    """Raise a JropeError for what cannot guess for rows that come and go.
+
+    Args:
+      speculate: what was given.
+      params, config: the model.
+      capacity: tokens of a row, and of guesses behind it.
+    """
+    if isinstance(speculate, Draft):
+        why = "whose cache would have to be filled as rows enter"
+        raise JropeError(
+            f"speculate: got a Draft, {why}; a batch takes a PromptLookup, "
+            "jrope.generate both"
+        )
+    check_guesser(speculate, config, capacity, layout_of(params))
 
 
 def check_work(work: Work, config: LlamaConfig, capacity: int, logprobs: bool) -> None:

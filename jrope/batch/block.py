@@ -17,6 +17,17 @@ ALTERNATIVES = 20  # of a token, at most
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
+class Guessing:
+    """How guesses do, over all rows."""
+
+    pause: jax.Array  # int32 [], passes to come that take none
+    caution: jax.Array  # int32 [], the pause after those that did not pay last
+    passes: jax.Array  # int32 [], of this chunk, that took some
+    rows: jax.Array  # int32 [], live ones, over all passes of this chunk
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
 class Block:
     """What a run of `decode` drew; a live row's tokens come first in its row."""
 
@@ -30,6 +41,7 @@ class Block:
     logprobs: jax.Array | None  # float32 [B, n]
     top_ids: jax.Array | None  # int32 [B, n, alternatives], best first
     top_logprobs: jax.Array | None
+    guessing: Guessing | None = None
 
 
 def block_specs(layout: Layout) -> Any:
@@ -79,11 +91,19 @@ def recorded(
     )
     if block.logprobs is None or block.top_ids is None or block.top_logprobs is None:
         return block
-    every = log_softmax(logits, axes)
-    best, ids = top_k(every, block.top_ids.shape[2], axes)
+    own, ids, best = scores(logits, token, block.top_ids.shape[2], axes)
     return replace(
         block,
-        logprobs=put(block.logprobs, pick(every, token, axes)),
+        logprobs=put(block.logprobs, own),
         top_ids=put(block.top_ids, ids),
         top_logprobs=put(block.top_logprobs, best),
     )
+
+
+def scores(
+    logits: jax.Array, token: jax.Array, count: int, axes: Axes = ONE
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Log-probabilities of tokens [B]; the best ids, and theirs [B, count]."""
+    every = log_softmax(logits, axes)
+    best, ids = top_k(every, count, axes)
+    return pick(every, token, axes), ids, best

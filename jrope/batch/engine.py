@@ -14,7 +14,13 @@ from typing import Any, final
 
 import jax
 
-from jrope.batch.admission import check_model, check_slots, check_windows, check_work
+from jrope.batch.admission import (
+    check_model,
+    check_slots,
+    check_speculation,
+    check_windows,
+    check_work,
+)
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import (
     Programs,
@@ -30,6 +36,7 @@ from jrope.batch.running import Run
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import check_count
+from jrope.generation.guesser import PromptLookup
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype, check_cache_dtype
 from jrope.sharding.meshes import layout_of, stand_whole
@@ -59,6 +66,10 @@ class Engine:
       logprobs: whether rows may ask for log-probabilities, which takes a program more.
       structures: whether rows are expected to have them, which takes as many again to
         decode with; if not, those are compiled when the first such row comes.
+      speculate: guesses tokens that one pass of the model then checks, where over all
+        live rows it pays; in a program of its own, instead of the other.  Answers are
+        the same to the rounding of other shapes, but no more to the bit.  While a row
+        whose answer has a form is in a slot, nothing is guessed.
       warn: told, in a sentence, what happened; None: `warnings.warn`.
 
     Attributes:
@@ -78,23 +89,27 @@ class Engine:
         key: jax.Array | None = None,
         logprobs: bool = True,
         structures: bool = False,
+        speculate: PromptLookup | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         check_model(params, config)
         check_count("capacity", capacity, 2)
-        capacity = -(-capacity // ROUND) * ROUND
-        check_windows(config, capacity)
+        guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
+        width = -(-(capacity + guesses) // ROUND) * ROUND
+        check_windows(config, width)
         check_cache_dtype(cache_dtype)
+        if speculate is not None:
+            check_speculation(speculate, params, config, width)
         self.layout = layout = layout_of(params)
         if slots is None:
             how: Any = {"structures": structures, "cache_dtype": cache_dtype}
-            free = free_memory(layout)
-            slots = slots_for(params, config, capacity, free, **how, layout=layout)
+            how |= {"layout": layout, "drawn": guesses + 1}
+            slots = slots_for(params, config, width, free_memory(layout), **how)
         check_slots(slots, layout)
         for name, value in (("chunk", chunk), ("piece", piece)):
             check_count(name, value, 1)
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
-        self.capacity = capacity
+        self.capacity, self.width, self.speculate = width - guesses, width, speculate
         self.cache_dtype: CacheDtype | None = cache_dtype
         self.key = stand_whole(jax.random.key(0) if key is None else key, layout)
         self.logprobs, self.structures = logprobs, structures
@@ -107,7 +122,7 @@ class Engine:
         """Those that prompts are computed in."""
         rope = self.config.rope
         groups = None if self.layout is None else self.groups
-        return Shapes.of(self.stats.slots, self.capacity, self.piece, rope, groups)
+        return Shapes.of(self.stats.slots, self.width, self.piece, rope, groups)
 
     @property
     def groups(self) -> int:
@@ -118,9 +133,10 @@ class Engine:
     @property
     def programs(self) -> tuple[str, ...]:
         """What `compile` compiles, by name, and what had to be compiled after it."""
+        given = partial(names, self.shapes, self.logprobs, self.speculate is not None)
         if (made := self._programs) is None:
-            return names(self.shapes, self.logprobs, self._expected())
-        return names(self.shapes, self.logprobs, made.ruled, made.share)
+            return given(self._expected())
+        return given(made.ruled, made.share)
 
     def _expected(self) -> list[Ruled]:
         scorings = (False, True)[: 1 + self.logprobs] if self.structures else ()
@@ -134,6 +150,7 @@ class Engine:
                 self.config,
                 self.shapes,
                 **self._how(),
+                speculate=self.speculate,
                 logprobs=self.logprobs,
                 ruled=self._expected(),
                 warm=jax.default_backend() != "cpu",
@@ -143,7 +160,7 @@ class Engine:
         return self._programs
 
     def _how(self) -> dict[str, Any]:
-        same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
+        same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.width}
         same |= {"cache_dtype": self.cache_dtype, "layout": self.layout}
         return {**same, "size": self.chunk, "key": self.key}
 
@@ -156,7 +173,7 @@ class Engine:
     def _share(self) -> Any:
         """The program for what follows a prefix, compiled when the first is shared."""
         way = self.shapes.behind
-        how: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.capacity}
+        how: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.width}
         how |= {"cache_dtype": self.cache_dtype, "behind": way}
         lower = partial(lower_share, self.params, self.config, **how)
         return self._later(self.compile().share, way, lower)

@@ -11,7 +11,9 @@ from typing import Any, TypeAlias, final
 import jax
 import numpy as np
 
+from jrope.batch.block import Guessing
 from jrope.batch.filling import Piece, begin, extend, share
+from jrope.batch.guessing import decode_guessing
 from jrope.batch.packing import Shapes
 from jrope.batch.rules import no_rules
 from jrope.batch.slots import (
@@ -24,6 +26,7 @@ from jrope.batch.slots import (
     greedy,
     slots_specs,
 )
+from jrope.generation.guesser import PromptLookup
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.sharding.meshes import Layout
@@ -41,11 +44,14 @@ class Programs:
     Args:
       empty, extend, clean: those of that name.
       begin: width -> the program for first pieces of that width.
-      decode: without log-probabilities, and maybe with them.
-      ruled: the same where some rows have structures, for tables of so many entries.
+      decode: without log-probabilities, and maybe with them.  With `speculate` these
+        are those of `guessing`, called with the rows' text and a `Guessing` last.
+      ruled: `decode` where some rows have structures, called with `Rules` last, for
+        tables of so many entries.
       share: (width, rows) -> the program for pieces behind prefixes, once it is there.
       seconds: until they were compiled.
       layout: where the model stands; None: on no mesh.
+      speculate: what guesses, if anything.
     """
 
     empty: Any
@@ -57,11 +63,13 @@ class Programs:
     share: dict[tuple[int, int], Any]
     seconds: float
     layout: Layout | None
+    speculate: PromptLookup | None
 
 
 def names(
     shapes: Shapes,
     logprobs: bool,
+    guesses: bool = False,
     ruled: Iterable[Ruled] = (),
     share: Iterable[tuple[int, int]] = (),
 ) -> tuple[str, ...]:
@@ -69,6 +77,8 @@ def names(
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
     decoding = ["decode", "decode with log-probabilities"]
     ways = [f"{decoding[scored]}, structures of {size:,}" for scored, size in ruled]
+    if guesses:
+        decoding = [name.replace("decode", "decode with guesses") for name in decoding]
     further = [f"further pieces {shapes.groups} x {shapes.piece}"]
     further += [f"pieces behind a prefix {rows} x {width}" for width, rows in share]
     return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
@@ -86,22 +96,26 @@ def lower_decode(
     entries: int = 0,
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
+    speculate: PromptLookup | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """What `decode` is called with beside the slots, for no row; and it, traced.
 
     Args:
-      params, config, slots, capacity, size, key, cache_dtype, layout: as
-        `compile_programs` takes them.
+      params, config, slots, capacity, size, key, cache_dtype, layout, speculate: as
+        `compile_programs` takes them; rows with structures are not guessed.
       scored: whether rows may ask for log-probabilities.
       entries: of the tables, where rows may have structures.
     """
     given: Any = key, np.zeros(slots, bool), np.int32(0)
+    state = _no_slots(params, config, slots, capacity, layout, cache_dtype)
+    how: dict[str, Any] = {"config": config, "size": size, "scored": scored}
+    if speculate is not None and not entries:
+        given = *given, np.zeros((slots, capacity), np.int32), not_yet()
+        own = decode_guessing.lower(params, state, *given, **how, guesser=speculate)
+        return given, own
     if entries:
         given = *given, no_rules(slots, config.vocab_size, entries)
-    state = _no_slots(params, config, slots, capacity, layout, cache_dtype)
-    how: dict[str, Any] = {"config": config, "layout": layout}
-    own = decode.lower(params, state, *given, **how, size=size, scored=scored)
-    return given, own
+    return given, decode.lower(params, state, *given, **how, layout=layout)
 
 
 def _no_slots(
@@ -150,6 +164,7 @@ def compile_programs(
     ruled: Iterable[Ruled] = (),
     warm: bool,
     layout: Layout | None = None,
+    speculate: PromptLookup | None = None,
 ) -> Programs:
     """Compile everything, side by side.
 
@@ -164,12 +179,13 @@ def compile_programs(
       warm: whether to run each program once, for no row: the first run on a GPU sets
         it up, for 0.2 s each (jax 0.11, H100), which rows would wait for.
       layout: where the parameters stand, if on a mesh.
+      speculate: what guesses, if anything.
     """
     started = time.perf_counter()
     same: dict[str, Any] = {"slots": slots, "capacity": capacity, "layout": layout}
     same |= {"cache_dtype": cache_dtype}
     state = _no_slots(params, config, **same)
-    same |= {"size": size, "key": key}
+    same |= {"size": size, "key": key, "speculate": speculate}
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
     fresh |= {"cache_dtype": cache_dtype}
@@ -201,6 +217,7 @@ def compile_programs(
         **{name: done[name] for name in ("empty", "extend", "clean")},
         seconds=time.perf_counter() - started,
         layout=layout,
+        speculate=speculate,
     )
 
 
@@ -223,6 +240,12 @@ def _run_once(
         found = programs[name](params, slots, *given)
         slots = found[0] if isinstance(found, tuple) else found
     jax.block_until_ready(slots)
+
+
+def not_yet() -> Guessing:
+    """How guesses do before the first ones."""
+    none: Any = np.int32(0)
+    return Guessing(pause=none, caution=none, passes=none, rows=none)
 
 
 def no_prompts(rows: int, width: int) -> tuple[Piece, Asked, np.ndarray]:

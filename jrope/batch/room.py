@@ -30,12 +30,13 @@ def slots_for(
     structures: bool = False,
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
+    drawn: int = 1,
 ) -> int:
     """Slots for which there is memory, 1 at least and 128 at most (16 on a CPU).
 
     On a mesh so many for each part into which it splits rows.
 
-        slots = (0.9 memory - fixed) / (slot + 16 V), with structures 24 V
+        slots = (0.9 memory - fixed) / (slot + 16 V drawn), with structures 8 V more
 
     slot counts what a row keeps: keys and values, and which ids it has seen.  fixed is
     what prompts take while they are computed, C tokens at once, and one row's keys and
@@ -48,6 +49,7 @@ def slots_for(
       structures: whether rows may have them.
       cache_dtype: "int8" or None.
       layout: where the parameters stand, if on a mesh.
+      drawn: tokens of a row at once, which are several where some are guessed.
     """
     groups = 1
     if layout is not None:
@@ -58,7 +60,7 @@ def slots_for(
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
     fixed = WIDEST * wide * dtype.itemsize + 2 * slot
-    slot += (DRAWING + RULED * structures) * config.vocab_size
+    slot += (DRAWING * drawn + RULED * structures) * config.vocab_size
     fit = int(SPARE * memory_bytes - fixed) // slot
     most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return groups * min(max(fit, 1), most)

@@ -13,7 +13,7 @@ from jrope.batch.filling import Piece
 from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.pieces import next_pieces
 from jrope.batch.prefix import Prefix
-from jrope.batch.programs import Programs, Ruled
+from jrope.batch.programs import Programs, Ruled, not_yet
 from jrope.batch.rules import Held, Rules
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
@@ -61,6 +61,7 @@ class Run:
         self.ended = list[Seat]()  # but not given yet
         self.own = stats.slots // shapes.groups  # slots of a group
         self.held: Held | None = None  # of structures
+        self.guessing = not_yet()
         self.slots: Any = None
 
     def rows(self) -> Iterator[Finished]:
@@ -208,8 +209,19 @@ class Run:
         if any(seat.work.structure is not None for seat in taken):
             rules = self._rules()
             given, program = (*given, rules), self.ruled((scored, rules.table.size))
+        elif self.programs.speculate is not None:
+            given = *given, self._text(), self.guessing
         self.slots, block = self._call(program, *given)
         return block
+
+    def _text(self) -> np.ndarray:
+        """Prompts and new tokens, which guesses are looked up in."""
+        shape = len(self.seats), self.slots.cache.capacity
+        text = np.zeros(shape, np.int32)
+        for seat in self.taken():
+            own = np.concatenate([seat.work.prompt, seat.tokens[: seat.count]])
+            text[seat.slot, : len(own)] = own
+        return text
 
     def _rules(self) -> Rules:
         """What tokens the rows in the slots may draw."""
@@ -233,7 +245,12 @@ class Run:
         self.stats.chunks += 1
         self.stats.steps += int(block.steps)
         self.stats.slot_steps += int(block.steps) * len(self.seats)
-        self.stats.decode_tokens += int(block.counts.sum())
+        tokens = live_rows = int(block.counts.sum())
+        if block.guessing is not None:
+            self.guessing, live_rows = block.guessing, int(block.guessing.rows)
+            self.stats.guessing_steps += int(block.guessing.passes)
+        self.stats.decode_tokens += tokens
+        self.stats.live_rows += live_rows
         for seat in self.taken():
             if not seat.pieces:
                 seat.take(block)

@@ -157,11 +157,7 @@ def decode(
         given = layout.params(params), going_on, whole, layout.rows(), whole, own
         run = layout.map(share, given, (going_on, block_specs(layout)))
         return run(params, slots, key, going, enough, rules)
-    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
-    lengths = jnp.where(slots.live & ~going, 0, slots.cache.lengths)
-    slots = replace(
-        slots, live=slots.live & going, cache=replace(slots.cache, lengths=lengths)
-    )
+    slots, keys = started(slots, key, going)
 
     def count_live(slots: Slots) -> jax.Array:
         return axes.total_of_rows(jnp.sum(slots.live, dtype=jnp.int32))
@@ -193,15 +189,27 @@ def decode(
         how: Any = {"config": config, "axes": axes}
         x, cache = hidden_states(params, token[:, None], cache=now, **how)
         # A row that has finished takes no more of the cache's reads.
-        ended = carry[0].live & ~slots.live
+        over = carry[0].live & ~slots.live
         lengths = jnp.where(slots.live, cache.lengths, now.lengths)
-        cache = replace(cache, lengths=jnp.where(ended, 0, lengths))
+        cache = replace(cache, lengths=jnp.where(over, 0, lengths))
         hidden = jnp.where(carry[0].live[:, None], x[:, 0], slots.hidden)
         return replace(slots, cache=cache, hidden=hidden), block
 
     states = None if rules is None else rules.states
     given = slots, blank(slots.live, states, config.vocab_size, size, scored)
-    slots, block = jax.lax.while_loop(goes_on, step, given)
+    return ended(*jax.lax.while_loop(goes_on, step, given))
+
+
+def started(slots: Slots, key: jax.Array, going: jax.Array) -> tuple[Slots, jax.Array]:
+    """The slots at the start of a chunk, and each row's key."""
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
+    lengths = jnp.where(slots.live & ~going, 0, slots.cache.lengths)
+    cache = replace(slots.cache, lengths=lengths)
+    return replace(slots, live=slots.live & going, cache=cache), keys
+
+
+def ended(slots: Slots, block: Block) -> tuple[Slots, Block]:
+    """The slots at the end of a chunk, and its block."""
     # Beyond its logits, what a row's last token left in the cache.
     wrong = jnp.sum(slots.hidden - slots.hidden, axis=1) != 0
     spoilt = wrong | ~slots.finite

@@ -16,7 +16,9 @@ class Stats:
       shared_tokens: of prompts, that were copied from another slot instead.
       padded_tokens: as computed, with what fills the shapes up.
       decode_tokens: drawn for rows that were live.
-      steps: of decoding, over all slots each.
+      steps: of decoding, over all slots each: passes of the model.
+      guessing_steps: those that took guesses.
+      live_rows: rows that were live, over all steps.
       chunks: runs of the decode program.
       compiled: programs.
       compile_seconds: until all of them were there.
@@ -35,6 +37,8 @@ class Stats:
     padded_tokens: int = 0
     decode_tokens: int = 0
     steps: int = 0
+    guessing_steps: int = 0
+    live_rows: int = 0
     chunks: int = 0
     compiled: int = 0
     compile_seconds: float = 0.0
@@ -48,4 +52,9 @@ class Stats:
     @property
     def occupancy(self) -> float:
         """Live rows of a decode step in terms of the slots, the mean of all steps."""
-        return self.decode_tokens / max(self.slot_steps, 1)
+        return self.live_rows / max(self.slot_steps, 1)
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """New tokens of a live row in a decode step: 1, more where some are guessed."""
+        return self.decode_tokens / max(self.live_rows, 1)

@@ -6,7 +6,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from jrope.batch.admission import check_model, check_slots, check_windows
 from jrope.batch.checking import Inspection, inspect_rows
 from jrope.batch.engine import Engine
 from jrope.batch.files import run_batch
@@ -26,6 +25,7 @@ from jrope.cli.common import (
 from jrope.cli.evaluate_plan import hash_adapter, hash_model
 from jrope.cli.loading import Loading
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
+from jrope.cli.speculating import add_speculate_argument
 from jrope.cli.text import load_tokenizer
 from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
@@ -33,7 +33,6 @@ from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
-from jrope.sharding.meshes import layout_of
 
 _LONGEST = 4096
 _TOKENIZER = (
@@ -77,6 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check and count all rows, no more")
     add("--metrics", metavar="F", type=Path, help="write figures as JSON")
     add_sampling_arguments(parser)
+    add_speculate_argument(parser, draft=False)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
     add_cache_dtype_argument(parser)
@@ -107,10 +107,7 @@ def run(args: argparse.Namespace) -> int:
         raise JropeError("--output is missing")
     given = args.dtype, args.quantize, mesh_of(args), args.adapter
     with Loading(folder, *given) as loading:
-        check_model(loading.shapes, config)
-        if args.slots is not None:
-            check_slots(args.slots, layout_of(loading.shapes))
-        check_windows(config, longest_row(args.max_length, config))
+        _engine(args, loading.shapes, config)  # which raises what there is to say
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
@@ -196,12 +193,22 @@ def _tell_programs(
 ) -> None:
     shapes, _ = load_shapes(folder, args.dtype, mesh=mesh_of(args))
     capacity = longest_row(args.max_length, config)
-    how: dict[str, Any] = {"slots": args.slots, "structures": structures}
-    how |= {"cache_dtype": args.cache_dtype}
-    engine = Engine(shapes, config, capacity=capacity, **how)
+    engine = _engine(args, shapes, config, structures)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")
     print(f"programs        {len(engine.programs)}: {', '.join(engine.programs)}")
+
+
+def _engine(
+    args: argparse.Namespace,
+    shapes: Any,
+    config: LlamaConfig,
+    structures: bool = False,
+) -> Engine:
+    """One for the shapes of a model, which can be asked but not run."""
+    how: dict[str, Any] = {"slots": args.slots, "speculate": args.speculate}
+    how |= {"structures": structures, "cache_dtype": args.cache_dtype}
+    return Engine(shapes, config, capacity=longest_row(args.max_length, config), **how)
 
 
 def _refuse_bad(found: Inspection) -> None:

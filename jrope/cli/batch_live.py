@@ -94,6 +94,7 @@ class Live:
                 cache_dtype=self._args.cache_dtype,
                 key=jax.random.key(self._args.seed or 0),
                 structures=self._structures,
+                speculate=self._args.speculate,
                 warn=note,
             )
         return self._engine
@@ -152,7 +153,8 @@ class Live:
             told = {**asdict(summary), **self._seconds}
             if self._engine is not None:
                 told["engine"] = asdict(self._engine.stats)
-                told["engine"]["occupancy"] = self._engine.stats.occupancy
+                for name in ("occupancy", "tokens_a_pass"):
+                    told["engine"][name] = getattr(self._engine.stats, name)
             with replaced(self._args.metrics) as file:
                 file.write(json.dumps(told, indent=1).encode() + b"\n")
         if summary.interrupted:

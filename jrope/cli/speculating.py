@@ -26,10 +26,23 @@ class DraftFolder:
     tokens: int = 4
 
 
-def add_speculate_argument(parser: argparse.ArgumentParser) -> None:
-    """Add --speculate."""
-    how = "prompt[:N]|draft:FOLDER[:N]"
-    parser.add_argument("--speculate", metavar=how, type=speculation, help=_HELP)
+def add_speculate_argument(
+    parser: argparse.ArgumentParser, *, draft: bool = True
+) -> None:
+    """Add --speculate, with a second folder or for the text alone."""
+    how: dict[str, Any] = {"metavar": "prompt[:N]|draft:FOLDER[:N]", "help": _HELP}
+    how["type"] = speculation
+    if not draft:
+        text = "guess N tokens at a time (7) from the text, where it repeats itself"
+        how = {"metavar": "prompt[:N]", "help": text, "type": _of_text}
+    parser.add_argument("--speculate", **how)
+
+
+def _of_text(word: str) -> PromptLookup:
+    found = speculation(word) if word.startswith("prompt") else None
+    if isinstance(found, PromptLookup):
+        return found
+    raise argparse.ArgumentTypeError(f"{word!r} is not prompt, or such as prompt:7")
 
 
 def speculation(word: str) -> PromptLookup | DraftFolder:

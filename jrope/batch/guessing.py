@@ -1,0 +1,283 @@
+"""`slots.decode` with guesses: several tokens of a row in one pass, exactly.
+
+As in `generation.speculate`, what counts is what plain decoding would have drawn, with
+the same keys.  A token counts when it is in the cache; the one after it is drawn by
+then, and where a chunk ends, it is drawn anew by the next one.  So slots are left as
+`slots.decode` leaves them, and either may go on with them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jrope.batch.block import ALTERNATIVES, Block, Guessing, blank, scores
+from jrope.batch.slots import Slots, ended, started
+from jrope.generation.guesser import PromptLookup
+from jrope.generation.lookup import look_up
+from jrope.generation.passes import (
+    LONGEST_PAUSE,
+    WIDER,
+    add_seen,
+    cautious,
+    counted,
+    draw_each,
+    in_turns,
+    put,
+)
+from jrope.model.cache import KVCache
+from jrope.model.config import LlamaConfig
+from jrope.model.llama import hidden_states, unembed
+from jrope.tree import Params
+
+FREE = 300  # tokens of a pass that cost little more than one: an H100's FLOPs per byte
+
+
+def wider(slots: int, guesser: PromptLookup) -> float:
+    """What a pass over guesses is taken to cost, in terms of one over single tokens.
+
+        max(1.25, slots (tokens + 1) / 300)
+
+    As long as weights take longer to read than to multiply, little; then in proportion
+    to the tokens, those of slots without a row included.
+    """
+    return max(WIDER, slots * (guesser.tokens + 1) / FREE)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Drawn:
+    """Tokens, of one position of every row [B] or of several [B, T]."""
+
+    tokens: jax.Array  # int32
+    finite: jax.Array  # bool, of their logits
+    scores: tuple[jax.Array, ...]  # as in a block; () where not wanted
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Going:
+    """Rows between two passes."""
+
+    slots: Slots
+    block: Block
+    guessing: Guessing
+    coming: Drawn  # [B], next into the cache
+    text: jax.Array  # int32 [B, W], prompts and tokens, the coming one included
+    guesses: jax.Array  # int32 [B, n], what may follow it, -1: no idea
+    spoilt: jax.Array  # bool [B], whether a guess may have left a NaN in the cache
+
+
+@partial(
+    jax.jit,
+    static_argnames=("config", "size", "scored", "guesser"),
+    donate_argnames=("slots",),
+)
+def decode_guessing(
+    params: Params,
+    slots: Slots,
+    key: jax.Array,
+    going: jax.Array,
+    enough: jax.Array,
+    text: jax.Array,
+    guessing: Guessing,
+    *,
+    config: LlamaConfig,
+    size: int,
+    scored: bool,
+    guesser: PromptLookup,
+) -> tuple[Slots, Block]:
+    """As `decode`, which has the other arguments, in passes over 1 token or n + 1.
+
+    Args:
+      text: int32 [B, W], prompts and what was drawn so far.
+      guessing: how the passes before went.
+      size: passes, at most.
+      guesser: guesses n tokens at a time.
+    """
+    slots, keys = started(slots, key, going)
+    began = jnp.sum(slots.live, dtype=jnp.int32)
+    cost = wider(len(text), guesser)
+    draw = partial(_draw, params, config, keys, scored)
+    read = partial(_read, params, config, draw)
+    step = partial(_pass, read=read, guesser=guesser, cost=cost)
+
+    def unfinished(now: Going) -> jax.Array:
+        left = jnp.sum(now.slots.live, dtype=jnp.int32)
+        return (now.block.steps < size) & (left > 0) & (began - left < enough)
+
+    hopeful = partial(_hopeful, cost=cost)
+    columns = size * (guesser.tokens + 1)
+    block = blank(slots.live, None, config.vocab_size, columns, scored)
+    now = _begun(slots, block, text, guessing, draw, guesser)
+    now = in_turns(unfinished, hopeful, step, guesser.tokens, now)
+    slots, block = ended(now.slots, now.block)
+    spoilt = block.spoilt | now.spoilt
+    return slots, replace(block, spoilt=spoilt, guessing=now.guessing)
+
+
+def _hopeful(now: Going, cost: float) -> jax.Array:
+    """Whether guesses are due, and would pay if all of them were right."""
+    live, guesses = now.slots.live, now.guesses
+    known = jnp.sum(live & (guesses[:, 0] >= 0), dtype=jnp.float32)
+    wanted = (cost - 1) * jnp.sum(live, dtype=jnp.float32)
+    enough = (known > 0) & (known * guesses.shape[1] >= wanted)
+    return (now.guessing.pause == 0) & enough
+
+
+def _begun(
+    slots: Slots,
+    block: Block,
+    text: jax.Array,
+    guessing: Guessing,
+    draw: Callable[..., Drawn],
+    guesser: PromptLookup,
+) -> Going:
+    """The rows with a token drawn for each, before the first pass."""
+    none = jnp.zeros((), jnp.int32)
+    first = jnp.zeros((len(text), 0), jnp.int32)
+    drawn = draw(slots, slots.hidden[:, None], first, slots.steps, slots.seen)
+    lengths = slots.cache.lengths
+    text = put(text, drawn.tokens, lengths, 1)
+    return Going(
+        slots=slots,
+        block=block,
+        guessing=replace(guessing, passes=none, rows=none),
+        coming=jax.tree.map(lambda x: x[:, 0], drawn),
+        text=text,
+        guesses=look_up(text, lengths, guesser),
+        spoilt=jnp.zeros_like(slots.live),
+    )
+
+
+def _pass(
+    now: Going,
+    count: int,
+    *,
+    read: Callable[..., tuple[jax.Array, KVCache, Drawn]],
+    guesser: PromptLookup,
+    cost: float,
+) -> Going:
+    """The coming token and `count` guesses through the model: as many as were right."""
+    slots, guesses, lengths = now.slots, now.guesses[:, :count], now.slots.cache.lengths
+    x, cache, drawn = read(slots, now.coming, guesses)
+    every = jax.tree.map(_behind, now.coming, drawn)
+    left = jnp.where(slots.live, slots.asked.limits - slots.steps, 0)
+    right = every.tokens[:, 1:-1] == guesses
+    own = every.tokens[:, :-1], right, slots.asked.stop_ids, left
+    new, stopped = counted(*own)
+    kept = jnp.sum(new, axis=1, dtype=jnp.int32)
+    text = put(now.text, every.tokens[:, 1:], lengths + 1, kept)
+    wrong = jnp.sum(x - x, axis=(1, 2)) != 0
+    return Going(
+        slots=_with(slots, every, new, stopped, x, cache),
+        block=_recorded(now.block, every, kept),
+        guessing=_learned(now.guessing, slots.live, kept, count, cost),
+        coming=jax.tree.map(partial(_at, at=kept), every),
+        text=text,
+        guesses=look_up(text, lengths + kept, guesser),
+        spoilt=now.spoilt | (slots.live & wrong),
+    )
+
+
+def _read(
+    params: Params,
+    config: LlamaConfig,
+    draw: Callable[..., Drawn],
+    slots: Slots,
+    coming: Drawn,
+    guesses: jax.Array,
+) -> tuple[jax.Array, KVCache, Drawn]:
+    """Tokens through the model: hidden states, the cache, what follows each of them."""
+    first, live = coming.tokens[:, None], slots.live[:, None]
+    tokens = jnp.concatenate([first, jnp.maximum(guesses, 0)], axis=1)
+    tokens = jnp.where(live, tokens, 0)
+    x, cache = hidden_states(params, tokens, cache=slots.cache, config=config)
+    seen = add_seen(slots.seen, first, live)
+    return x, cache, draw(slots, x, guesses, slots.steps + 1, seen)
+
+
+def _draw(
+    params: Params,
+    config: LlamaConfig,
+    keys: jax.Array,
+    scored: bool,
+    slots: Slots,
+    x: jax.Array,
+    guesses: jax.Array,
+    steps: jax.Array,
+    seen: jax.Array,
+) -> Drawn:
+    """What follows each of hidden states x [B, T, D], as if the guesses were right."""
+    logits = unembed(params, x.reshape(-1, x.shape[-1]), config=config)
+    own = slots.asked.sampler, keys, steps, seen
+    tokens, logits, finite = draw_each(logits, guesses, *own)
+    best = min(ALTERNATIVES, logits.shape[1])
+    every = scores(logits, tokens.reshape(-1), best) if scored else ()
+    shape = tokens.shape
+    return Drawn(tokens, finite, tuple(s.reshape(*shape, *s.shape[1:]) for s in every))
+
+
+def _with(
+    slots: Slots,
+    drawn: Drawn,
+    new: jax.Array,
+    stopped: jax.Array,
+    x: jax.Array,
+    cache: KVCache,
+) -> Slots:
+    """The slots with those tokens that are new, bool [B, T]."""
+    kept = jnp.sum(new, axis=1, dtype=jnp.int32)
+    steps = slots.steps + kept
+    live = slots.live & ~stopped & (steps < slots.asked.limits)
+    # A row that has finished takes no more of the cache's reads.
+    lengths = jnp.where(slots.live & ~live, 0, slots.cache.lengths + kept)
+    newest = _at(x, jnp.maximum(kept - 1, 0))
+    return replace(
+        slots,
+        cache=replace(cache, lengths=lengths),
+        hidden=jnp.where(slots.live[:, None], newest, slots.hidden),
+        seen=add_seen(slots.seen, drawn.tokens[:, :-1], new),
+        live=live,
+        finite=slots.finite & jnp.all(drawn.finite[:, :-1] | ~new, axis=1),
+        steps=steps,
+    )
+
+
+def _behind(first: jax.Array, rest: jax.Array) -> jax.Array:
+    """[B, ...] before [B, T, ...]."""
+    return jnp.concatenate([first[:, None], rest], axis=1)
+
+
+def _at(x: jax.Array, at: jax.Array) -> jax.Array:
+    """x [B, T, ...] at one position of each row."""
+    return x[jnp.arange(len(at), dtype=jnp.int32), at]
+
+
+def _recorded(block: Block, drawn: Drawn, kept: jax.Array) -> Block:
+    """The block with the first few tokens of each row."""
+    add = partial(put, starts=block.counts, counts=kept)
+    own: dict[str, Any] = {"tokens": add(block.tokens, drawn.tokens[:, :-1])}
+    names = "logprobs", "top_ids", "top_logprobs"
+    for name, found in zip(names, drawn.scores, strict=False):
+        own[name] = add(getattr(block, name), found[:, :-1])
+    return replace(block, **own, counts=block.counts + kept, steps=block.steps + 1)
+
+
+def _learned(
+    before: Guessing, live: jax.Array, kept: jax.Array, count: int, cost: float
+) -> Guessing:
+    """How guessing goes, after a pass over so many guesses."""
+    rows = jnp.sum(live, dtype=jnp.int32)
+    now = replace(
+        before, pause=jnp.maximum(before.pause - 1, 0), rows=before.rows + rows
+    )
+    if not count:
+        return now
+    # What is tried in vain costs no larger a part where it costs more.
+    longest = round(LONGEST_PAUSE * (cost - 1) / (WIDER - 1))
+    caution = cautious(before.caution, kept, rows, cost, longest)
+    return replace(now, pause=caution, caution=caution, passes=before.passes + 1)

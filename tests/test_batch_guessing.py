@@ -1,0 +1,192 @@
+"""Guesses in the batch's engine: the tokens of plain decoding, in fewer passes."""
+
+import json
+from dataclasses import asdict, replace
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from batch_helpers import SAMPLERS, by_key, engine_of, tokens_alone, work
+from generate_helpers import VOCABULARY, model
+
+from jrope.batch import guessing
+from jrope.batch.engine import Engine
+from jrope.batch.guessing import wider
+from jrope.batch.programs import not_yet
+from jrope.batch.room import slots_for
+from jrope.batch.structure import MAY_STOP, Structure
+from jrope.batch.work import Finished, Work
+from jrope.errors import JropeError
+from jrope.generation.guesser import Draft, PromptLookup
+from jrope.generation.sample import Sampler
+from jrope.model.with_rope import with_rope
+
+LOOKUP, SLOTS = PromptLookup(tokens=4), 4
+SHAPE: dict[str, Any] = {"slots": SLOTS, "capacity": 60, "piece": 16}
+
+
+@cache
+def guessed() -> Engine:
+    return engine_of(*model()[1:], **SHAPE, speculate=LOOKUP)
+
+
+@cache
+def plain() -> Engine:
+    """The same slots without guesses; of the other programs there is one of each."""
+    own = engine_of(*model()[1:], **SHAPE | {"capacity": 64})
+    programs = guessed().compile()
+    own._programs = replace(programs, decode=programs.ruled, speculate=None)
+    return own
+
+
+def rows() -> list[Work]:
+    """Prompts that repeat themselves and others, samplers of all kinds, stop ids."""
+    random = np.random.default_rng(7)
+    every = list[Work]()
+    for i in range(5 * SLOTS):
+        size, new = int(random.integers(1, 36)), int(random.integers(1, 25))
+        own = {"sampler": SAMPLERS[i % len(SAMPLERS)], "seed": 99 - i, "logprobs": 2}
+        row = work(f"row {i}", size, new, stop_ids=(5, 9) if i % 3 else (), **own)
+        prompt = np.resize(row.prompt[:5], size) if i % 2 else row.prompt
+        every.append(replace(row, prompt=prompt))
+    return [*every, replace(work("full", 40, 20), logprobs=2)]
+
+
+@cache
+def wanted() -> dict[Any, Finished]:
+    return by_key(plain().run(rows()))
+
+
+def test_tokens_are_those_of_plain_decoding() -> None:
+    """With their log-probabilities, whoever is beside a row."""
+    before = asdict(guessed().stats)
+    got = by_key(guessed().run(rows()))
+    assert {*got} == {*wanted()}
+    for key, want in wanted().items():
+        answer = got[key]
+        assert answer.tokens.tolist() == want.tokens.tolist(), key
+        assert answer.finish_reason == want.finish_reason
+        assert answer.finite and want.finite
+        np.testing.assert_allclose(answer.logprobs, want.logprobs, atol=2e-5)
+        np.testing.assert_array_equal(answer.top_ids, want.top_ids)
+        np.testing.assert_allclose(answer.top_logprobs, want.top_logprobs, atol=2e-5)
+    assert {"stop", "length"} == {row.finish_reason for row in got.values()}
+    for row in rows()[:3]:
+        assert got[row.key].tokens.tolist() == tokens_alone(row)
+    after = asdict(guessed().stats)
+    grown = {name: after[name] - before[name] for name in after}
+    assert grown["decode_tokens"] == sum(len(row.tokens) for row in got.values())
+    assert 0 < grown["guessing_steps"] < grown["steps"]
+    assert grown["live_rows"] < grown["decode_tokens"]
+
+
+def test_rows_that_ask_for_no_log_probabilities() -> None:
+    got = by_key(guessed().run([replace(row, logprobs=None) for row in rows()[::-1]]))
+    for key, want in wanted().items():
+        assert got[key].tokens.tolist() == want.tokens.tolist(), key
+        assert got[key].logprobs is None
+
+
+def test_an_answer_that_repeats_takes_few_passes() -> None:
+    row = work("repeats", 3, 50)
+    before = guessed().stats.steps
+    got = next(guessed().run([row]))
+    assert (
+        got.tokens.tolist()
+        == tokens_alone(replace(row, max_new_tokens=40)) + (got.tokens.tolist()[40:])
+    )
+    assert guessed().stats.steps - before < 30
+    assert plain().stats.tokens_a_pass in (0, 1) and guessed().stats.tokens_a_pass > 1
+    assert 0 < guessed().stats.occupancy <= 1
+
+
+def test_guesses_that_are_wrong_become_rare() -> None:
+    """They are tried after 1, 2, 4, ... passes, across chunks of 8."""
+    row = work("noise", 30, 30, sampler=Sampler(temperature=30.0))
+    before = guessed().stats.guessing_steps
+    answer = next(guessed().run([row]))
+    assert answer.tokens.tolist() == tokens_alone(row)
+    assert 1 <= guessed().stats.guessing_steps - before <= 5
+
+
+def test_rows_with_a_form_are_drawn_without_guesses() -> None:
+    """And the rows beside them; later ones are guessed for again."""
+    programs, given = guessed().compile(), list[Any]()
+
+    def ruled(*own: Any) -> Any:
+        given.append(own[-1])
+        return programs.ruled[True](*own[:-1])
+
+    own = engine_of(*model()[1:], **SHAPE, speculate=LOOKUP)
+    own._programs = replace(programs, ruled={True: ruled})
+    free = Structure(np.array([[MAY_STOP, 0]], np.int32), np.ones(VOCABULARY, np.int16))
+    some = [
+        replace(row, structure=free) if i == 1 else row for i, row in enumerate(rows())
+    ]
+    got = by_key(own.run(some))
+    assert {key: row.tokens.tolist() for key, row in got.items()} == {
+        key: row.tokens.tolist() for key, row in wanted().items()
+    }
+    assert given and own.stats.guessing_steps
+
+
+def test_programs_are_as_many_as_without() -> None:
+    own, other = guessed(), engine_of(*model()[1:], **SHAPE)
+    own.compile()
+    assert own.stats.compiled == len(own.programs) == len(other.programs)
+    new = {"decode with guesses", "decode with guesses with log-probabilities"}
+    assert {*own.programs} - {*other.programs} == new
+    assert own.compile().ruled[False].func.func._cache_size() <= 2
+
+
+def test_room_is_left_for_guesses() -> None:
+    assert (guessed().capacity, guessed().width) == (60, 64)
+    with pytest.raises(JropeError, match="got 21 after a prompt of 40, want 60 in all"):
+        guessed().check(work("long", 40, 21))
+    own = engine_of(*model()[1:], **SHAPE | {"capacity": 61}, speculate=LOOKUP)
+    assert (own.capacity, own.width) == (76, 80)
+    _, params, config = model()
+    counts = [slots_for(params, config, 64, 3 * 10**6, drawn) for drawn in (1, 400)]
+    assert counts[0] > counts[1]
+
+
+def test_guesses_are_made_where_they_can_pay() -> None:
+    seven = PromptLookup()
+    assert wider(4, seven) == 1.25 and wider(128, seven) == 1024 / 300
+    guesses = np.full((128, 7), -1)
+    for known, due in ((43, False), (44, True)):  # 2.41 x 128 / 7
+        guesses[:known] = 3
+        slots: Any = SimpleNamespace(live=jnp.ones(128, bool))
+        now: Any = SimpleNamespace(
+            slots=slots, guesses=jnp.asarray(guesses), guessing=not_yet()
+        )
+        assert bool(guessing._hopeful(now, wider(128, seven))) == due
+        now.guessing = replace(not_yet(), pause=np.int32(1))
+        assert not guessing._hopeful(now, 1.25)
+    none = jnp.zeros((), jnp.int32)
+    before = replace(not_yet(), pause=none, caution=none + 2)
+    for kept, pause in ((3, 4), (4, 0)):
+        live, every = jnp.ones(128, bool), jnp.full(128, kept, jnp.int32)
+        after = guessing._learned(before, live, every, 7, wider(128, seven))
+        assert (after.pause, after.caution, after.rows) == (pause, pause, 128)
+    assert guessing._learned(after, live, every, 0, 1.25).passes == 1
+
+
+def test_what_cannot_guess_is_refused() -> None:
+    _, params, config = model()
+
+    def refused(match: str, own: Any = config, **options: Any) -> None:
+        given = {**SHAPE, "speculate": LOOKUP, **options}
+        with pytest.raises(JropeError, match=match):
+            engine_of(params, own, **given)
+
+    refused("got a Draft, whose cache", speculate=Draft(params, config))
+    refused("got a str, want a PromptLookup", speculate="prompt")
+    refused("capacity: got 64, want at most .* 62", replace(config, windows=(None, 62)))
+    refused("has layers with a window of 64", replace(config, windows=(None, 64)))
+    rope = with_rope(config, "dynamic", factor=2.0, lengths="hf")
+    refused('got lengths "hf"', rope)
