@@ -1,9 +1,7 @@
 """Guesses in the batch's engine: the tokens of plain decoding, in fewer passes."""
 
-import json
 from dataclasses import asdict, replace
 from functools import cache
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -92,14 +90,11 @@ def test_rows_that_ask_for_no_log_probabilities() -> None:
 
 
 def test_an_answer_that_repeats_takes_few_passes() -> None:
-    row = work("repeats", 3, 50)
+    row = work("g13", 3, 50)
     before = guessed().stats.steps
-    got = next(guessed().run([row]))
-    assert (
-        got.tokens.tolist()
-        == tokens_alone(replace(row, max_new_tokens=40)) + (got.tokens.tolist()[40:])
-    )
-    assert guessed().stats.steps - before < 30
+    tokens = next(guessed().run([row])).tokens.tolist()
+    assert tokens[:40] == tokens_alone(replace(row, max_new_tokens=40))
+    assert len(tokens) == 50 and guessed().stats.steps - before < 30
     assert plain().stats.tokens_a_pass in (0, 1) and guessed().stats.tokens_a_pass > 1
     assert 0 < guessed().stats.occupancy <= 1
 
@@ -138,9 +133,8 @@ def test_programs_are_as_many_as_without() -> None:
     own, other = guessed(), engine_of(*model()[1:], **SHAPE)
     own.compile()
     assert own.stats.compiled == len(own.programs) == len(other.programs)
-    new = {"decode with guesses", "decode with guesses with log-probabilities"}
+    new = {"decode with guesses", "decode with guesses and log-probabilities"}
     assert {*own.programs} - {*other.programs} == new
-    assert own.compile().ruled[False].func.func._cache_size() <= 2
 
 
 def test_room_is_left_for_guesses() -> None:
@@ -150,15 +144,15 @@ def test_room_is_left_for_guesses() -> None:
     own = engine_of(*model()[1:], **SHAPE | {"capacity": 61}, speculate=LOOKUP)
     assert (own.capacity, own.width) == (76, 80)
     _, params, config = model()
-    counts = [slots_for(params, config, 64, 3 * 10**6, drawn) for drawn in (1, 400)]
-    assert counts[0] > counts[1]
+    counts = [slots_for(params, config, 64, 10**7, drawn) for drawn in (1, 2000)]
+    assert counts[0] == 16 and 1 < counts[1] < 5
 
 
 def test_guesses_are_made_where_they_can_pay() -> None:
     seven = PromptLookup()
     assert wider(4, seven) == 1.25 and wider(128, seven) == 1024 / 300
     guesses = np.full((128, 7), -1)
-    for known, due in ((43, False), (44, True)):  # 2.41 x 128 / 7
+    for known, due in ((44, False), (45, True)):  # 2.41 x 128 / 7 = 44.1
         guesses[:known] = 3
         slots: Any = SimpleNamespace(live=jnp.ones(128, bool))
         now: Any = SimpleNamespace(

@@ -21,6 +21,7 @@ from cli_helpers import model as model
 
 from jrope.cli import batch_live, main
 from jrope.errors import JropeError
+from jrope.generation.guesser import PromptLookup
 
 TINY = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 
@@ -50,6 +51,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def jrope_stats(slots: int) -> Any:
     fields = [("slots", int, slots), ("occupancy", float, 0.5)]
+    fields += [("tokens_a_pass", float, 2.0)]
     return make_dataclass("Stats", fields)()
 
 
@@ -182,7 +184,22 @@ def test_metrics(capsys: Any, model: Path, good: Path, made: list[Any]) -> None:
     succeed(capsys, *words(model, good, "--metrics", path))
     told = json.loads(path.read_text())
     assert told["rows"] == told["answered"] == 20 and told["load_seconds"] > 0
-    assert told["engine"] == {"slots": 4, "occupancy": 0.5}
+    assert told["engine"] == {"slots": 4, "occupancy": 0.5, "tokens_a_pass": 2.0}
+
+
+def test_guesses_are_no_other_run(
+    capsys: Any, model: Path, good: Path, made: list[Any]
+) -> None:
+    """They change how fast answers come, as slots do."""
+    succeed(capsys, *words(model, good, "--speculate", "prompt:3"))
+    assert made[0]["speculate"] == PromptLookup(3)
+    _, err = succeed(capsys, *words(model, good))
+    assert "20 of 20 rows answered, 20 of them before" in err
+    command = ["batch", model, "--dry-run", "--input", good, "--speculate", "prompt:3"]
+    out, _ = succeed(capsys, *command)
+    assert "of 64 tokens" in out and ": decode with guesses, decode with g" in out
+    line = fail(capsys, *words(model, good, "--speculate", "draft"))
+    assert "'draft' is not prompt, or such as prompt:7" in line
 
 
 @pytest.mark.parametrize(

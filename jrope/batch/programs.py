@@ -75,10 +75,10 @@ def names(
 ) -> tuple[str, ...]:
     """What `compile_programs` compiles, one name a program."""
     first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
-    decoding = ["decode", "decode with log-probabilities"]
-    ways = [f"{decoding[scored]}, structures of {size:,}" for scored, size in ruled]
-    if guesses:
-        decoding = [name.replace("decode", "decode with guesses") for name in decoding]
+    plain = "decode", "decode with log-probabilities"
+    guessing = "decode with guesses", "decode with guesses and log-probabilities"
+    decoding = guessing if guesses else plain
+    ways = [f"{plain[scored]}, structures of {size:,}" for scored, size in ruled]
     further = [f"further pieces {shapes.groups} x {shapes.piece}"]
     further += [f"pieces behind a prefix {rows} x {width}" for width, rows in share]
     return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
