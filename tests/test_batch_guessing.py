@@ -1,10 +1,11 @@
 """Guesses in the batch's engine: the tokens of plain decoding, in fewer passes."""
 
 from dataclasses import asdict, replace
-from functools import cache
+from functools import cache, partial
 from types import SimpleNamespace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,10 +13,12 @@ from batch_helpers import SAMPLERS, by_key, engine_of, tokens_alone, work
 from generate_helpers import VOCABULARY, model
 
 from jrope.batch import guessing
+from jrope.batch.block import blank
 from jrope.batch.engine import Engine
 from jrope.batch.guessing import wider
 from jrope.batch.programs import not_yet
 from jrope.batch.room import slots_for
+from jrope.batch.slots import empty
 from jrope.batch.structure import MAY_STOP, Structure
 from jrope.batch.work import Finished, Work
 from jrope.errors import JropeError
@@ -168,6 +171,36 @@ def test_guesses_are_made_where_they_can_pay() -> None:
         after = guessing._learned(before, live, every, 7, wider(128, seven))
         assert (after.pause, after.caution, after.rows) == (pause, pause, 128)
     assert guessing._learned(after, live, every, 0, 1.25).passes == 1
+
+
+def test_a_guess_that_was_wrong_is_taken_back() -> None:
+    """By its row's length alone; a NaN that it left is told of."""
+    config, ones = model()[2], jnp.ones(2, jnp.int32)
+    slots = empty(config=config, count=2, capacity=16, dtype=np.dtype("float32"))
+    asked = replace(slots.asked, limits=9 * ones)
+    slots = replace(slots, live=ones > 0, asked=asked)
+    slots = replace(slots, cache=replace(slots.cache, lengths=3 * ones))
+    x = jnp.zeros((2, 2, config.hidden_size)).at[0, 1].set(jnp.nan)
+    drawn = guessing.Drawn(jnp.array([[1, 2], [1, 2]]), jnp.ones((2, 2), bool), ())
+    now = guessing.Going(
+        slots=slots,
+        block=blank(slots.live, None, VOCABULARY, 4, False),
+        guessing=not_yet(),
+        coming=guessing.Drawn(7 * ones, ones > 0, ()),
+        text=jnp.zeros((2, 16), jnp.int32),
+        guesses=3 * ones[:, None],
+        spoilt=ones < 0,
+    )
+    read: Any = lambda *_: (x, slots.cache, drawn)  # noqa: E731
+    how = {"read": read, "guesser": LOOKUP, "cost": 1.25}
+    now = jax.jit(partial(guessing._pass, count=1, **how))(now)
+    assert now.slots.cache.lengths.tolist() == [4, 4]
+    assert now.block.counts.tolist() == [1, 1]
+    assert now.block.tokens[:, 0].tolist() == [7, 7]
+    assert now.coming.tokens.tolist() == [1, 1]
+    assert now.text[:, 3:6].tolist() == [[0, 1, 0]] * 2  # the first stood there before
+    assert not jnp.isnan(now.slots.hidden).any()
+    assert now.spoilt.tolist() == [True, False]
 
 
 def test_what_cannot_guess_is_refused() -> None:
