@@ -102,6 +102,17 @@ def test_an_answer_that_repeats_takes_few_passes() -> None:
     assert 0 < guessed().stats.occupancy <= 1
 
 
+def test_a_stop_inside_of_right_guesses_ends_the_row_there() -> None:
+    start = work("g0", 3, 46)
+    before = next(guessed().run([start])).tokens
+    row = work("loops", 1, 9)
+    row = replace(row, prompt=np.concatenate([start.prompt, before]))
+    going = next(guessed().run([row])).tokens.tolist()
+    assert len(going) == 9 and going[3:6] == going[:3] and going[0] != going[1]
+    answer = next(guessed().run([replace(row, stop_ids=(going[1],))]))
+    assert answer.tokens.tolist() == going[:2] and answer.finish_reason == "stop"
+
+
 def test_guesses_that_are_wrong_become_rare() -> None:
     """They are tried after 1, 2, 4, ... passes, across chunks of 8."""
     row = work("noise", 30, 30, sampler=Sampler(temperature=30.0))

@@ -51,8 +51,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
 def jrope_stats(slots: int) -> Any:
     fields = [("slots", int, slots), ("occupancy", float, 0.5)]
-    fields += [("tokens_a_pass", float, 2.0)]
-    return make_dataclass("Stats", fields)()
+    return make_dataclass("Stats", fields, namespace={"tokens_a_pass": 2.0})()
 
 
 @pytest.fixture
