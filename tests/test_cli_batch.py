@@ -23,6 +23,7 @@ from jrope.cli import batch_live, main
 from jrope.errors import JropeError
 from jrope.generation.guesser import PromptLookup
 
+pytestmark = pytest.mark.usefixtures("handled")
 TINY = Path(__file__).parents[1] / "examples" / "models" / "jrope-tiny"
 
 
@@ -47,6 +48,14 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     monkeypatch.setattr(batch_live, "Engine", Engine)
     return made
+
+
+@pytest.fixture
+def handled() -> Iterator[None]:
+    """Ctrl-C is not ignored, as it is where these tests run behind a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def jrope_stats(slots: int) -> Any:
@@ -267,6 +276,22 @@ def test_a_second_ctrl_c_stops_at_once(
 
 
 # A real model, killed
+
+
+def test_what_is_ignored_stays_so(
+    capsys: Any, model: Path, good: Path, made: list[Any], monkeypatch: Any
+) -> None:
+    own = HashEngine.step
+
+    def step(*given: Any) -> Any:
+        signal.raise_signal(signal.SIGINT)
+        return own(*given)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with monkeypatch.context() as patch:
+        patch.setattr(HashEngine, "step", step)
+        assert "20 of 20 rows answered" in succeed(capsys, *words(model, good))[1]
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 @pytest.fixture

@@ -101,11 +101,15 @@ class Live:
 
     @contextlib.contextmanager
     def _signals(self) -> Generator[None]:
-        """Note the first Ctrl-C or SIGTERM; the second one acts at once."""
+        """Note the first Ctrl-C or SIGTERM; the second one acts at once.
+
+        What is ignored stays so, such as Ctrl-C by what a script runs behind itself.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
         before = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+        before = {n: was for n, was in before.items() if was is not signal.SIG_IGN}
 
         def note_it(number: int, _: FrameType | None) -> None:
             self._signal = number
