@@ -61,6 +61,7 @@ def test_a_group_that_does_not_fit_waits_for_room() -> None:
 def test_groups_of_devices_have_as_many_rows() -> None:
     shapes = Shapes.of(slots=64, capacity=40, groups=4)
     assert shapes.first == {16: 8, 24: 4, 32: 4, 40: 4} and shapes.groups == 4
+    assert shapes.behind[1] == 0 < Shapes.of(slots=64, capacity=40).behind[1]
     assert Shapes.of(slots=8, capacity=40, groups=8).first[16] == 8
     rows = waiting([10] * 11, slots=8)
     assert keys(rows.take(2, 1)) is None
