@@ -37,11 +37,8 @@ def guessed() -> Engine:
 
 @cache
 def plain() -> Engine:
-    """The same slots without guesses; of the other programs there is one of each."""
-    own = engine_of(*model()[1:], **SHAPE | {"capacity": 64})
-    programs = guessed().compile()
-    own._programs = replace(programs, decode=programs.ruled, speculate=None)
-    return own
+    """The same slots without guesses."""
+    return engine_of(*model()[1:], **SHAPE | {"capacity": 64})
 
 
 def rows() -> list[Work]:

@@ -57,6 +57,7 @@ class Fake:
         self.stats.steps, self.stats.slot_steps, self.stats.seconds = 12, 48, 1.0
         for row in works:
             self.stats.decode_tokens += row.max_new_tokens
+            self.stats.live_rows += row.max_new_tokens
             zeros = np.zeros(row.max_new_tokens, np.int32)
             yield Finished(key=0, tokens=zeros, finish_reason="length", finite=True)
 
