@@ -6,9 +6,9 @@ from typing import Any
 import jax
 import numpy as np
 from int8_helpers import wide
-from model_helpers import tokens_of
+from model_helpers import changed, tokens_of
 
-from jrope.model.config import LlamaConfig
+from jrope.bench.model import named_shape
 from jrope.model.llama import forward
 from jrope.rope import DynamicNTK, Rope, Yarn
 
@@ -16,7 +16,8 @@ TRAINED, LENGTH, ROWS = 8, 20, 2
 ROPE = partial(Rope, theta=1e4, rotary_dim=16)
 PLANNED = ROPE(scaling=Yarn(factor=4, original_length=TRAINED))
 GROWING = ROPE(scaling=DynamicNTK(factor=4, original_length=TRAINED), lengths="growing")
-CONFIG = LlamaConfig(
+CONFIG = changed(
+    named_shape("smollm2-135m"),
     vocab_size=61,
     hidden_size=64,
     intermediate_size=96,
@@ -25,16 +26,9 @@ CONFIG = LlamaConfig(
     num_key_value_heads=2,
     head_dim=16,
     max_position_embeddings=TRAINED,
-    rms_norm_eps=1e-5,
-    hidden_act="silu",
-    attention_bias=False,
-    mlp_bias=False,
-    tie_word_embeddings=True,
     initializer_range=0.3,
     rope=PLANNED,
     bos_token_id=None,
-    eos_token_id=(),
-    pad_token_id=None,
 )
 TOKENS = np.asarray(tokens_of(CONFIG, ROWS, LENGTH))
 run = jax.jit(forward, static_argnames=("config", "capacity", "cache_dtype"))

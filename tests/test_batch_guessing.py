@@ -13,11 +13,12 @@ from batch_helpers import SAMPLERS, by_key, engine_of, tokens_alone, work
 from generate_helpers import VOCABULARY, model
 
 from jrope.batch import guessing
-from jrope.batch.block import blank
+from jrope.batch.block import Guessing, blank
 from jrope.batch.engine import Engine
 from jrope.batch.guessing import wider
-from jrope.batch.programs import not_yet
+from jrope.batch.programs import lower_decode, not_yet
 from jrope.batch.room import slots_for
+from jrope.batch.rules import Rules
 from jrope.batch.slots import empty
 from jrope.batch.structure import MAY_STOP, Structure
 from jrope.batch.work import Finished, Work
@@ -133,6 +134,16 @@ def test_rows_with_a_form_are_drawn_without_guesses() -> None:
     }
     ruled = [name for name in own.programs if "structures" in name]
     assert len(ruled) == 1 and own.stats.guessing_steps
+
+
+def test_the_program_for_forms_makes_no_guesses() -> None:
+    """Nor where it is compiled ahead, beside the one that does."""
+    how: dict[str, Any] = {"slots": 2, "capacity": 16, "size": 2, "scored": False}
+    how |= {"key": jax.random.key(0), "speculate": LOOKUP}
+    given, _ = lower_decode(*model()[1:], **how, entries=16)
+    assert isinstance(given[-1], Rules)
+    given, _ = lower_decode(*model()[1:], **how)
+    assert isinstance(given[-1], Guessing)
 
 
 def test_programs_are_as_many_as_without() -> None:

@@ -106,10 +106,26 @@ def test_a_batch_is_the_passes_by_hand(
         make(cache_dtype="int2")
 
 
-def test_twice_the_slots_fit(params: Params) -> None:
+def test_twice_the_slots_fit(params: Params, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of long rows, whose slots are next to all that a row keeps."""
     half: Any = jax.eval_shape(
         lambda: init_params(jax.random.key(0), CONFIG, "bfloat16")
     )
     found = partial(slots_for, half, CONFIG, 2**16, 2**27)
     assert (found(), found(cache_dtype="int8")) == (5, 10)
+    monkeypatch.setattr("jrope.batch.engine.free_memory", lambda layout: 2**27)
+    engine = Engine(half, CONFIG, capacity=2**16, cache_dtype="int8")
+    assert engine.stats.slots == 10
+
+
+def test_rows_share_a_prefix_of_integers(params: Params) -> None:
+    """In programs of such slots; the first rows of a prefix see it as it was."""
+    engine = Engine(params, CONFIG, capacity=48, slots=2, piece=16, cache_dtype="int8")
+    behind, rows = engine.shapes.behind[0], range(4)
+    prompt = np.resize(PROMPT[0], 2 * behind + 2)
+    plain: Any = {"stop_ids": (), "seed": 0, "sampler": Sampler()}
+    asked = {"prompt": prompt, "shared": 2 * behind, "max_new_tokens": NEW}
+    found = [*engine.run([Work(key=i, **asked, **plain) for i in rows])]
+    assert all(row.finite and len(row.tokens) == NEW for row in found)
+    assert len({tuple(row.tokens) for row in found}) == 1
+    assert engine.stats.shared_tokens == len(rows) * 2 * behind

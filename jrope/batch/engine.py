@@ -160,9 +160,12 @@ class Engine:
         return self._programs
 
     def _how(self) -> dict[str, Any]:
+        own = {"layout": self.layout, "size": self.chunk, "key": self.key}
+        return {**self._cache(), **own}
+
+    def _cache(self) -> dict[str, Any]:
         same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.width}
-        same |= {"cache_dtype": self.cache_dtype, "layout": self.layout}
-        return {**same, "size": self.chunk, "key": self.key}
+        return {**same, "cache_dtype": self.cache_dtype}
 
     def _ruled(self, way: Ruled) -> Any:
         """The program to decode rows with structures, compiled if it is not there."""
@@ -173,8 +176,7 @@ class Engine:
     def _share(self) -> Any:
         """The program for what follows a prefix, compiled when the first is shared."""
         way = self.shapes.behind
-        how: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.width}
-        how |= {"cache_dtype": self.cache_dtype, "behind": way}
+        how = {**self._cache(), "behind": way}
         lower = partial(lower_share, self.params, self.config, **how)
         return self._later(self.compile().share, way, lower)
 
