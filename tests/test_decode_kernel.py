@@ -23,7 +23,12 @@ EPS = {"float32": 2.0**-23, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 
 
 def inputs(
-    dtype: Any, lengths: list[int], heads: int, kv_heads: int, width: int
+    dtype: Any,
+    lengths: list[int],
+    heads: int,
+    kv_heads: int,
+    width: int,
+    tokens: int = 1,
 ) -> dict[str, Any]:
     """Random ones; what lies past a row's length is infinite."""
     random, batch = np.random.default_rng(0), len(lengths)
@@ -33,11 +38,11 @@ def inputs(
 
     past = np.arange(S)[None, :] >= np.asarray(lengths)[:, None]
     slots = (normal(batch, S, kv_heads, width) for _ in range(2))
-    phase = 9 * random.standard_normal((batch, 1, width // 2))
+    phase = 9 * random.standard_normal((batch, tokens, width // 2))
     return {
-        "q": normal(batch, 1, heads, width),
-        "k": normal(batch, 1, kv_heads, width),
-        "v": normal(batch, 1, kv_heads, width),
+        "q": normal(batch, tokens, heads, width),
+        "k": normal(batch, tokens, kv_heads, width),
+        "v": normal(batch, tokens, kv_heads, width),
         "slots": tuple(jnp.where(past[..., None, None], jnp.inf, x) for x in slots),
         "starts": jnp.asarray(lengths, jnp.int32),
         "cos": jnp.cos(phase).astype(jnp.float32),
@@ -46,46 +51,52 @@ def inputs(
 
 
 def expected(q: Any, k: Any, v: Any, slots: Any, starts: Any, row: int) -> np.ndarray:
-    """Of a row's rotated query and key, in float64: [N, H]."""
-    end = int(starts[row])
+    """Of a row's rotated queries and keys, in float64: [T, N, H]."""
+    end, count = int(starts[row]), q.shape[1]
     keys, values = (
         np.concatenate([np.asarray(x[row, :end]), np.asarray(new[row])])
         for x, new in zip(slots, (k, v), strict=True)
     )
     keys, values = keys.astype(np.float64), values.astype(np.float64)
-    groups = np.asarray(q[row, 0], np.float64).reshape(keys.shape[1], -1, q.shape[3])
-    scores = np.einsum("kgh,skh->kgs", groups, keys) / np.sqrt(q.shape[3])
+    groups = np.asarray(q[row], np.float64)
+    groups = groups.reshape(count, keys.shape[1], -1, q.shape[3])
+    scores = np.einsum("tkgh,skh->kgts", groups, keys) / np.sqrt(q.shape[3])
+    hidden = np.arange(end + count)[None, :] > end + np.arange(count)[:, None]
+    scores = np.where(hidden, -np.inf, scores)
     weights = np.exp(scores - scores.max(-1, keepdims=True))
     weights /= weights.sum(-1, keepdims=True)
-    return np.einsum("kgs,skh->kgh", weights, values).reshape(q.shape[2:])
+    return np.einsum("kgts,skh->tkgh", weights, values).reshape(q.shape[1:])
 
 
 @pytest.mark.parametrize("programs", [1, 24])
 @pytest.mark.parametrize(
-    ("dtype", "heads", "precision"),
+    ("dtype", "heads", "tokens", "precision"),
     [
-        ("float32", (6, 2), "accurate"),
-        ("bfloat16", (9, 3), "parity"),
-        ("float16", (2, 2), "parity"),
+        ("float32", (6, 2), 1, "accurate"),
+        ("float32", (6, 2), 8, "parity"),
+        ("bfloat16", (9, 3), 1, "parity"),
+        ("bfloat16", (2, 2), 5, "accurate"),
+        ("float16", (2, 2), 1, "parity"),
     ],
 )
 def test_a_step(
     dtype: Any,
     heads: tuple[int, int],
+    tokens: int,
     precision: Any,
     programs: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Whole shares and empty ones, a first token and the last slot."""
     monkeypatch.setattr(decode_parts, "PROGRAMS", programs)
-    given = inputs(dtype, [0, 1, 130, S - 1], *heads, 64)
+    given = inputs(dtype, [0, 1, 130, S - tokens], *heads, 64, tokens)
     call = partial(rotate_append_attend, precision=precision, scale=None)
     y, slots = call(**given, interpret=True)
     turn = partial(rotate, cos=given["cos"], sin=given["sin"], precision=precision)
     q, k, v = turn(given["q"]), turn(given["k"]), given["v"]
     for row in range(4):
         want = expected(q, k, v, given["slots"], given["starts"], row)
-        got = np.asarray(y[row, 0], np.float64)
+        got = np.asarray(y[row], np.float64)
         # Values of at most 5; weights and the result are rounded to the dtype.
         np.testing.assert_allclose(got, want, atol=8 * EPS[dtype], rtol=0)
     for got, old, new in zip(slots, given["slots"], (k, v), strict=True):
@@ -96,18 +107,21 @@ def test_a_step(
         np.testing.assert_allclose(got, want, rtol=0, atol=close[dtype])
 
 
-def test_a_full_row_is_not_written() -> None:
-    given = inputs("float32", [S, S + 7], 4, 2, 64)
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_past_the_last_slot_nothing_is_written(tokens: int) -> None:
+    given = inputs("float32", [S, S + 7, S - 1], 4, 2, 64, tokens)
     call = partial(rotate_append_attend, precision="parity", scale=None)
     _, slots = call(**given, interpret=True)
     for got, old in zip(slots, given["slots"], strict=True):
-        np.testing.assert_array_equal(got, old)
+        np.testing.assert_array_equal(got[:2], old[:2])
+        np.testing.assert_array_equal(got[2, : S - 1], old[2, : S - 1])
+        assert np.isinf(old[2, S - 1]).all() and np.isfinite(got[2, S - 1]).all()
 
 
-@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("width", "tokens"), [(64, 1), (128, 1), (128, 8)])
 @pytest.mark.parametrize("batch", [1, 200])
-def test_triton_takes_it(width: int, batch: int) -> None:
-    given = inputs("bfloat16", [7] * batch, 8, 2, width)
+def test_triton_takes_it(width: int, tokens: int, batch: int) -> None:
+    given = inputs("bfloat16", [7] * batch, 8, 2, width, tokens)
     call = jax.jit(partial(rotate_append_attend, precision="parity", scale=0.1))
     text = call.trace(**given).lower(lowering_platforms=("cuda",)).as_text()
     assert "rotate_append_attend" in text
@@ -156,9 +170,12 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernel_takes(q, 2)  # no GPU
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert kernel_takes(q, 2)
-    assert not kernel_takes(q.update(shape=(1, 2, 4, 64)), 2)
+    assert kernel_takes(q.update(shape=(1, 16, 8, 64)), 2)
+    assert not kernel_takes(q.update(shape=(1, 2, 4, 64)), 2, 1)
+    assert not kernel_takes(q.update(shape=(1, 17, 4, 64)), 2)
+    assert not kernel_takes(q.update(shape=(1, 16, 10, 64)), 2)
     assert not kernel_takes(q.update(shape=(1, 1, 4, 80)), 2)
-    assert not kernel_takes(q.update(shape=(1, 1, 34, 64)), 2)
+    assert not kernel_takes(q.update(shape=(1, 1, 130, 64)), 2)
     assert not kernel_takes(q.update(dtype=jnp.dtype("float32")), 2)
     monkeypatch.setattr(decode_parts, "find_spec", lambda name: None)
     assert not kernel_takes(q, 2)
@@ -180,25 +197,26 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return chosen(*given, **ways)
 
     monkeypatch.setattr(layers, "rotate_append_attend", fused)
-    monkeypatch.setattr(layers, "kernel_takes", lambda q, heads: q.shape[1] == 1)
+    monkeypatch.setattr(layers, "kernel_takes", lambda q, heads: q.shape[1] <= 2)
     monkeypatch.setattr(jax.lax, "platform_dependent", choose)
     jax.clear_caches()
     return count
 
 
 def test_the_model_takes_it(make: Any, kernel: list[int]) -> None:
-    """Tokens one by one beside all at once: two layers, groups of two heads."""
+    """Tokens by one and by two beside all at once: two layers, groups of two heads."""
     model = make()
     tokens = tokens_of(model.config, 2, 9)
     run = partial(forward, model.params, config=model.config)
     want, _ = run(tokens)
     _, cache = run(tokens[:, :6], lengths=[6, 4], capacity=9)
-    for at in range(3):
-        rows = jnp.stack([tokens[0, 6 + at], tokens[1, 4 + at]])
-        got, cache = run(rows[:, None], cache=cache)
-        both = jnp.stack([want[0, 6 + at], want[1, 4 + at]])
-        close(got[:, 0], both)
-    assert kernel  # the layers share their program
+    for at, end in ((0, 1), (1, 3)):
+        where = [slice(6 + at, 6 + end), slice(4 + at, 4 + end)]
+        rows = jnp.stack([x[part] for x, part in zip(tokens, where, strict=True)])
+        got, cache = run(rows, cache=cache)
+        both = jnp.stack([x[part] for x, part in zip(want, where, strict=True)])
+        close(got, both)
+    assert len(kernel) == 2  # the layers share their program
 
 
 @pytest.mark.parametrize(
@@ -259,7 +277,9 @@ def test_the_model_takes_it_for_integers(
         return attend_int8(*given, **how, interpret=True)
 
     monkeypatch.setattr(decode_kernel, "attend_int8", interpreted)
-    monkeypatch.setattr(attention, "kernel_takes", lambda q, heads: q.shape[1] == 1)
+    monkeypatch.setattr(
+        attention, "kernel_takes", lambda q, heads, tokens: q.shape[1] == tokens
+    )
     monkeypatch.setattr(attention, "on_cuda", lambda kernel, plain: kernel)
     jax.clear_caches()
     got, _ = run(tokens[:, 5:6], cache=cache)

@@ -93,7 +93,7 @@ def attend_int8(
       scale: of the scores; None: 1 / sqrt(H).
     """
     plain = partial(_xla, scale=scale)
-    if not kernel_takes(q, k.shape[2]):
+    if not kernel_takes(q, k.shape[2], 1):
         return plain(q, k, v, lengths - 1)
 
     def kernel(q: jax.Array, k: Scaled, v: Scaled, starts: jax.Array) -> jax.Array:

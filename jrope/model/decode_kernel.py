@@ -1,10 +1,11 @@
 """A decode step's attention on NVIDIA GPUs by kernels of our own, see `decode_parts`.
 
-`rotate_append_attend` does all between two projections: it turns the new token's query
-and key, writes key and value where they belong, and attends.  Over a cache of 8-bit
-integers, which cuDNN does not read, `attend_int8` attends.
+`rotate_append_attend` does all between two projections: it turns queries and keys of a
+new token or of a few, writes keys and values where they belong, and attends.  Over a
+cache of 8-bit integers, which cuDNN does not read, `attend_int8` attends.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.model.decode_parts import HEADS, LOWEST, Share, run_shares
+from jrope.model.decode_parts import LOWEST, Share, Sums, rows_of, run_shares
 from jrope.rope.embedding import Precision
 from jrope.rope.rotation import turned
 
@@ -30,28 +31,28 @@ def rotate_append_attend(
     scale: float | None,
     interpret: bool = False,
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    """A new token of each row beside those before it.
+    """New tokens of each row beside those before them, which they see, and each other.
 
     Args:
-      q, k, v: [B, 1, N or K, H], not rotated.
+      q, k, v: [B, T, N or K, H], not rotated; T up to 16.
       slots: keys and values [B, S, K, H], donated.
-      starts: int32 [B], filled slots; a token past the last slot is not written.
-      cos, sin: float32 [B, 1, H / 2], of pairs in halves.
+      starts: int32 [B], filled slots; tokens past the last slot are not written.
+      cos, sin: float32 [B, T, H / 2], of pairs in halves.
       precision: of the rotation.
       scale: of the scores; None: 1 / sqrt(H).
       interpret: compute it without a GPU.
 
     Returns:
-      [B, 1, N, H] in q's dtype, and the slots with the new token in them.
+      [B, T, N, H] in q's dtype, and the slots with the new tokens in them.
     """
-    batch, _, _, head_dim = q.shape
+    batch, tokens, _, head_dim = q.shape
     # Of neighbours in the one product that `fuse` made, this is that and no copy.
-    new = jnp.concatenate([x.reshape(batch, 1, -1) for x in (q, k, v)], axis=2)
-    new = new.reshape(batch, -1, head_dim)
+    new = jnp.concatenate([x.reshape(batch, tokens, -1) for x in (q, k, v)], axis=2)
+    new = new.reshape(batch, tokens, -1, head_dim)
     y, (keys, values) = run_shares(
         partial(_step, precision=precision),
         q,
-        (starts, new, cos[:, 0], sin[:, 0], *slots),
+        (starts, new, cos, sin, *slots),
         slots[0],
         scale,
         aliases={4: 0, 5: 1},
@@ -72,40 +73,83 @@ def _step(
     values: Any,
     *out: Any,
     group: int,
+    tokens: int,
     scale: np.float32,
     precision: Precision,
 ) -> None:
-    """One share; the first begins with the new token, and writes it."""
+    """One share; the first begins with the new tokens, and writes them."""
     from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton
 
-    share = Share.of(starts, keys, group)
+    share = Share.of(starts, keys, group, tokens)
     row, kv_head, lanes = share.row, share.kv_head, share.lanes
-    half = keys.shape[3] // 2
-    lower, pair = lanes < half, lanes % half
-    other = jnp.where(lower, lanes + half, lanes - half)
-    c, s = cos[row, pair], jnp.where(lower, sin[row, pair], -sin[row, pair])
-    query = share.queries(new, lanes), share.queries(new, other)
-    query = _turn(*query, c[None, :], s[None, :], precision)
-    kv_heads = pl.num_programs(0)
-    at = group * kv_heads + kv_head
-    key = _turn(new[row, at, lanes], new[row, at, other], c, s, precision)
-    value = new[row, at + kv_heads, lanes]
+    at = jnp.arange(1 if tokens == 1 else rows_of(tokens), dtype=jnp.int32)
+    kv_heads, is_new = pl.num_programs(0), at < tokens
+    turn = partial(_turned, row=row, lanes=lanes, cos=cos, sin=sin, precision=precision)
 
-    wide = key.astype(jnp.float32)[None, :]
-    score = jnp.sum(query.astype(jnp.float32) * wide, axis=1)
-    first = jnp.broadcast_to(share.number == 0, (HEADS,))
-    top = jnp.where(first, score * scale, LOWEST)
-    total = jnp.where(first, np.float32(1), np.float32(0))
-    acc = total[:, None] * value.astype(jnp.float32)[None, :]
-    sums = share.walk(query, (keys, values), (), scale, (top, total, acc))
-    share.put(out, sums)
+    def load(head: Any, lanes: Any) -> jax.Array:
+        place = new.at[row, at[:, None], head, lanes[None, :]]
+        return triton.load(place, mask=is_new[:, None], other=0)
 
-    start = starts[row]
+    query = turn(partial(share.queries, new), share.tokens, share.own)
+    head = group * kv_heads + kv_head
+    key, value = turn(partial(load, head), at, is_new), load(head + kv_heads, lanes)
+    first = share.number == 0
+    seen = (at[None, :] <= share.tokens[:, None]) & is_new[None, :] & first
+    sums = _among(query, key, value, seen, scale)
+    share.put(out, share.walk(query, (keys, values), (), scale, sums))
 
-    @pl.when((share.number == 0) & (start < keys.shape[1]))
+    @pl.when(first)
     def _() -> None:
-        keys[row, start, kv_head, lanes] = key
-        values[row, start, kv_head, lanes] = value
+        slot = starts[row] + at
+        mask = (is_new & (slot < keys.shape[1]))[:, None]
+        for slots, x in ((keys, key), (values, value)):
+            place = slots.at[row, slot[:, None], kv_head, lanes[None, :]]
+            triton.store(place, x, mask=mask)
+
+
+def _turned(
+    load: Callable[[Any], jax.Array],
+    token: Any,
+    own: Any,
+    *,
+    row: Any,
+    lanes: Any,
+    cos: Any,
+    sin: Any,
+    precision: Precision,
+) -> jax.Array:
+    """Heads of some tokens, rotated: what `load` gives of their channels."""
+    from jax.experimental.pallas import triton
+
+    half = lanes.shape[0] // 2
+    lower = lanes < half
+    place, mask = (row, token[:, None], (lanes % half)[None, :]), own[:, None]
+    c, s = (triton.load(x.at[place], mask=mask, other=0) for x in (cos, sin))
+    s = jnp.where(lower[None, :], s, -s)
+    other = jnp.where(lower, lanes + half, lanes - half)
+    return _turn(load(lanes), load(other), c, s, precision)
+
+
+def _among(
+    query: jax.Array, key: jax.Array, value: jax.Array, seen: Any, scale: np.float32
+) -> Sums:
+    """The sums of queries [R, H] over the new tokens [n, H] that they see [R, n]."""
+    from jax.experimental.pallas import triton
+
+    one = len(key) == 1  # by sums, which take less time than a tile
+    if one:
+        products = query.astype(jnp.float32) * key.astype(jnp.float32)
+        scores = jnp.sum(products, axis=1)[:, None] * scale
+    else:
+        scores = triton.dot(query, key, trans_b=True) * scale
+    top = jnp.max(jnp.where(seen, scores, LOWEST), axis=1)
+    weights = jnp.where(seen, jnp.exp2(scores - top[:, None]), 0)
+    if one:
+        acc = weights * value.astype(jnp.float32)
+    else:
+        acc = triton.dot(weights.astype(value.dtype), value)
+    return top, jnp.sum(weights, axis=1), acc
 
 
 def _turn(
@@ -143,7 +187,7 @@ def attend_int8(
     Returns:
       [B, 1, N, H] in q's dtype.
     """
-    given = lengths, q[:, 0], *numbers, *scales
+    given = lengths, q, *numbers, *scales
     how: Any = {"interpret": interpret, "name": "attend_int8"}
     return run_shares(_read, q, given, numbers[0], scale, **how)[0]
 
@@ -157,12 +201,13 @@ def _read(
     value_scales: Any,
     *out: Any,
     group: int,
+    tokens: int,
     scale: np.float32,
 ) -> None:
     """One share of 8-bit slots."""
-    share = Share.of(lengths, keys, group)
-    zeros = jnp.zeros((HEADS,), jnp.float32)
-    acc = jnp.zeros((HEADS, keys.shape[3]), jnp.float32)
+    share = Share.of(lengths, keys, group, tokens)
+    zeros = jnp.zeros((rows_of(group),), jnp.float32)
+    acc = jnp.zeros((rows_of(group), keys.shape[3]), jnp.float32)
     how = (keys, values), (key_scales, value_scales), scale
     query = share.queries(q, share.lanes)
     share.put(out, share.walk(query, *how, (zeros + LOWEST, zeros, acc)))

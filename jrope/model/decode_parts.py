@@ -1,8 +1,9 @@
 """What the kernels of a decode step on NVIDIA GPUs have in common.
 
-A program has one key/value head of a row, with the query heads that read it, and walks
-a share of the row's filled slots: products by tensor cores, an online softmax in powers
-of two.  Nothing past a row's length is read.  A second, small kernel joins the shares.
+A program has one key/value head of a row, with the queries that read it, of one token
+or of a few, and walks a share of the row's filled slots: products by tensor cores, an
+online softmax in powers of two.  Nothing past a row's length is read.  A second, small
+kernel joins the shares.
 """
 
 import math
@@ -17,7 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-HEADS = 16  # query heads of a tensor core's tile, to which a group is padded
+TILE = 16  # rows of a tensor core's tile, to which queries are padded
+QUERIES = 64  # rows that a program has at most: tokens times a group's heads
 PROGRAMS = 256  # about so many keep a GPU busy: rows times heads times shares
 SHARE = 128  # slots of a share, at least
 TRITON = "jax.experimental.pallas.triton"  # which JAX will drop, it says since 0.11
@@ -26,16 +28,24 @@ BLOCK = 64  # slots at a time, of which the next are loaded while these are used
 LOWEST = np.float32(-1e30)  # of hidden scores; unlike infinity it has differences
 
 Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""Of query heads: the largest score [16], in powers of two, the sum of exponentials
-relative to it [16], and the values weighted by these [16, H]; float32."""
+"""Of R queries: the largest score [R], in powers of two, the sum of exponentials
+relative to it [R], and the values weighted by these [R, H]; float32."""
 
 
-def kernel_takes(q: jax.Array, kv_heads: int) -> bool:
-    """Whether queries [B, T, N, H] are a decode step for these kernels, and here."""
-    head_dim, group = q.shape[3], q.shape[2] // kv_heads
-    fits = q.shape[1] == 1 and head_dim in (64, 128) and group <= HEADS
+def kernel_takes(q: jax.Array, kv_heads: int, tokens: int = TILE) -> bool:
+    """Whether queries [B, T, N, H] are a decode step for these kernels, and here.
+
+    Of up to so many new tokens at once, which guesses are checked by.
+    """
+    count, head_dim, group = q.shape[1], q.shape[3], q.shape[2] // kv_heads
+    fits = count <= tokens and count * group <= QUERIES and head_dim in (64, 128)
     here = q.dtype in DTYPES and jax.default_backend() == "gpu"
     return fits and here and find_spec(TRITON) is not None
+
+
+def rows_of(queries: int) -> int:
+    """Rows of tiles for so many queries: a power of two."""
+    return max(TILE, 1 << (queries - 1).bit_length())
 
 
 def on_cuda(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Any:
@@ -64,7 +74,7 @@ def run_shares(
 
     Args:
       body: a kernel that ends with `put`; it is told `group` and `scale`.
-      q: [B, 1, N, H].
+      q: [B, T, N, H].
       given: what it reads.
       keys: [B, S, K, H].
       scale: of scores; None: 1 / sqrt(H).
@@ -73,16 +83,17 @@ def run_shares(
       name: of the kernel.
 
     Returns:
-      [B, 1, N, H] in q's dtype, and what was changed.
+      [B, T, N, H] in q's dtype, and what was changed.
     """
-    batch, _, heads, head_dim = q.shape
+    batch, tokens, heads, head_dim = q.shape
     capacity, kv_heads = keys.shape[1:3]
     shares, aliases = shares_of(batch * kv_heads, capacity), aliases or {}
-    y = jax.typeof(q).update(shape=(batch, heads, head_dim))
+    y = jax.typeof(q).update(shape=(batch, tokens * heads, head_dim))
     like = partial(y.update, dtype=jnp.dtype(jnp.float32))
-    sums = [like(shape=(batch, heads, shares, *last)) for last in ((head_dim,), (), ())]
+    shape = batch, tokens * heads, shares
+    sums = [like(shape=(*shape, *last)) for last in ((head_dim,), (), ())]
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
-    how = {"group": heads // kv_heads}
+    how = {"group": heads // kv_heads, "tokens": tokens}
     changed = [jax.typeof(given[i]) for i in aliases]
     out = _call(
         partial(body, **how, scale=np.float32(scale * math.log2(math.e))),
@@ -95,9 +106,9 @@ def run_shares(
     )
     changed, out = out[: len(aliases)], out[len(aliases) :]
     if shares > 1:
-        own: Any = {"grid": (heads, batch), "interpret": interpret}
+        own: Any = {"grid": shape[1::-1], "interpret": interpret}
         out = _call(_join, out, out_shape=[y], **own, name="join_shares")
-    return out[0][:, None], changed
+    return out[0].reshape(q.shape), changed
 
 
 def shares_of(rows: int, capacity: int) -> int:
@@ -134,12 +145,14 @@ class Share:
     number: Any
     begin: Any
     end: Any
-    heads: Any  # int32 [16], of queries
-    own: Any  # bool [16], whether it is one
+    tokens: Any  # int32 [R], of queries
+    heads: Any  # int32 [R]
+    places: Any  # int32 [R], among all T x N
+    own: Any  # bool [R], whether it is one
     lanes: Any  # int32 [H]
 
     @classmethod
-    def of(cls, lengths: Any, keys: Any, group: int) -> "Share":
+    def of(cls, lengths: Any, keys: Any, group: int, tokens: int) -> "Share":
         """The running program's, of filled slots [B] and keys [B, S, K, H]."""
         from jax.experimental import pallas as pl
 
@@ -148,16 +161,20 @@ class Share:
         size = pl.cdiv(pl.cdiv(length, pl.num_programs(1)), BLOCK) * BLOCK
         begin = jnp.minimum(number * size, length)
         end = jnp.minimum(begin + size, length)
-        lanes, member = (jnp.arange(n, dtype=jnp.int32) for n in (keys.shape[3], HEADS))
-        heads, own = kv_head * group + member, member < group
-        return cls(row, kv_head, number, begin, end, heads, own, lanes)
+        count = group * tokens
+        lanes = jnp.arange(keys.shape[3], dtype=jnp.int32)
+        member = jnp.arange(rows_of(count), dtype=jnp.int32)
+        token, head, own = member // group, member % group, member < count
+        head = kv_head * group + head
+        place = token * group * pl.num_programs(0) + head
+        return cls(row, kv_head, number, begin, end, token, head, place, own, lanes)
 
     def queries(self, rows: Any, lanes: Any) -> jax.Array:
-        """The query heads, zeros where there is none, of rows [B, N or more, H]."""
+        """The queries, zeros where there is none, of rows [B, T, N or more, H]."""
         from jax.experimental.pallas import triton
 
-        place = rows.at[self.row, self.heads[:, None], lanes[None, :]]
-        return triton.load(place, mask=self.own[:, None], other=0)
+        place = self.row, self.tokens[:, None], self.heads[:, None], lanes[None, :]
+        return triton.load(rows.at[place], mask=self.own[:, None], other=0)
 
     def walk(
         self,
@@ -199,20 +216,20 @@ class Share:
         from jax.experimental.pallas import triton
 
         top, total, acc = sums
-        heads, lanes = self.heads[:, None], self.lanes[None, :]
+        places, lanes = self.places[:, None], self.lanes[None, :]
         store = partial(triton.store, mask=self.own[:, None])
         if len(out) == 1:
             y = (acc / total[:, None]).astype(out[0].dtype)
-            store(out[0].at[self.row, heads, lanes], y)
+            store(out[0].at[self.row, places, lanes], y)
             return
-        store(out[0].at[self.row, heads, self.number, lanes], acc)
-        for place, x in zip(out[1:], (top, total), strict=True):
-            place = place.at[self.row, self.heads, self.number]
+        store(out[0].at[self.row, places, self.number, lanes], acc)
+        for array, x in zip(out[1:], (top, total), strict=True):
+            place = array.at[self.row, self.places, self.number]
             triton.store(place, x, mask=self.own)
 
 
 def _join(acc: Any, top: Any, total: Any, out: Any) -> None:
-    """The shares' sums [B, N, P, H] and [B, N, P] of one head of a row, as one."""
+    """The shares' sums [B, TN, P, H] and [B, TN, P] of one query of a row, as one."""
     from jax.experimental import pallas as pl
 
     head, row = pl.program_id(0), pl.program_id(1)
