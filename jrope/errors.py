@@ -1,7 +1,7 @@
-"""The one exception that jrope raises for bad input, and the checks that raise it."""
+"""The exceptions that jrope raises for bad input, and the checks that raise them."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import cast
 
 import numpy as np
@@ -11,10 +11,37 @@ class JropeError(ValueError):
     """Bad input: the message says what was got, what was wanted and what to do."""
 
 
+class RowError(JropeError):
+    """What is wrong with one row; the other rows go on.
+
+    Attributes:
+      code: the kind of it, a word for programs.
+    """
+
+    def __init__(self, message: str, code: str = "invalid_request") -> None:
+        super().__init__(message)
+        self.code = code
+
+
 def check(good: bool, name: str, got: object, wanted: str) -> None:
     """Raise a JropeError that names the field, its value and what is allowed."""
     if not good:
         raise JropeError(f"{name}: got {got!r}, want {wanted}")
+
+
+def want(good: bool, name: str, got: object, wanted: str) -> None:
+    """Raise a RowError that names the field, its value (shortened) and its range."""
+    if not good:
+        text = repr(got)
+        text = text if len(text) <= 60 else text[:57] + "..."
+        raise RowError(f"{name}: got {text}, want {wanted}")
+
+
+def refuse(names: Sequence[str], why: str = "", where: str = "") -> None:
+    """Raise a RowError that names (shortened) what is not served, if there is any."""
+    if names:
+        shown = ", ".join(name[:40] for name in names[:8])
+        raise RowError(f"{where}{shown}: not served{why}", "unsupported")
 
 
 def is_positive(value: object) -> bool:

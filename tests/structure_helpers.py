@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from jrope.batch.automaton import Automata
-from jrope.batch.schema import schema_regex
-from jrope.batch.structure import (
+from jrope.forms.automaton import Automata
+from jrope.forms.schema import schema_regex
+from jrope.forms.structure import (
     MAY_STOP,
     MUST_STOP,
     Structure,
     Vocabulary,
     make_structure,
 )
-from jrope.batch.values import any_object
+from jrope.forms.values import any_object
 
 PERSON = {
     "type": "object",

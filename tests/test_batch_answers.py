@@ -9,11 +9,11 @@ from batch_file_helpers import settings
 from cli_helpers import VOCAB, ids_of
 
 from jrope.batch.answers import answer
-from jrope.batch.fields import RowError
 from jrope.batch.rows import read_row
 from jrope.batch.source import read_line
 from jrope.batch.text import decode, token_text, tokens_to_stop
 from jrope.batch.work import Finished
+from jrope.errors import RowError
 
 SETTINGS = settings(max_length=64, model="tiny", created=17)
 TOKENIZER = SETTINGS.tokenizer

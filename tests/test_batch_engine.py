@@ -27,9 +27,9 @@ from jrope.batch.engine import Engine
 from jrope.batch.packing import WINDOW
 from jrope.batch.programs import Programs, compile_programs
 from jrope.batch.room import slots_for
-from jrope.batch.rules import ENTRIES
 from jrope.batch.slots import empty
 from jrope.errors import JropeError
+from jrope.forms.rules import ENTRIES
 from jrope.generation.sample import Sampler
 
 

@@ -18,11 +18,11 @@ from jrope.batch.engine import Engine
 from jrope.batch.guessing import wider
 from jrope.batch.programs import lower_decode, not_yet
 from jrope.batch.room import slots_for
-from jrope.batch.rules import Rules
 from jrope.batch.slots import empty
-from jrope.batch.structure import MAY_STOP, Structure
 from jrope.batch.work import Finished, Work
 from jrope.errors import JropeError
+from jrope.forms.rules import Rules
+from jrope.forms.structure import MAY_STOP, Structure
 from jrope.generation.guesser import Draft, PromptLookup
 from jrope.generation.sample import Sampler
 from jrope.model.with_rope import with_rope

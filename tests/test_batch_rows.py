@@ -12,10 +12,11 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from jrope.batch.answers import failure
-from jrope.batch.fields import UNSERVED, RowError
+from jrope.batch.fields import UNSERVED
 from jrope.batch.journal import id_of, to_line
 from jrope.batch.rows import Row, read_row
 from jrope.batch.source import Line, read_line
+from jrope.errors import RowError
 from jrope.generation.sample import Sampler
 
 SETTINGS = settings(max_length=64)

@@ -27,13 +27,13 @@ from structure_helpers import (
 )
 
 import jrope
-import jrope.batch.rules
+import jrope.forms.rules
 from jrope.batch.engine import Engine
-from jrope.batch.rules import Held, after, allowed
-from jrope.batch.structure import MAY_STOP, Structure
 from jrope.batch.work import Finished, Work
 from jrope.cli import batch_live
 from jrope.errors import JropeError
+from jrope.forms.rules import Held, after, allowed
+from jrope.forms.structure import MAY_STOP, Structure
 from jrope.generation.sample import Sampler
 from jrope.model.llama import forward
 
@@ -210,7 +210,7 @@ def test_a_row_ends_where_nothing_can_follow() -> None:
 
 
 def test_tables_are_held_and_replaced(monkeypatch: Any) -> None:
-    monkeypatch.setattr(jrope.batch.rules, "ENTRIES", 1024)
+    monkeypatch.setattr(jrope.forms.rules, "ENTRIES", 1024)
     held = Held(VOCABULARY, 30)
     every = [table_of(f"a{{{n}}}b*") for n in range(1, 31)]
     large = table_of(".{1,400}")

@@ -10,7 +10,6 @@ from bench_helpers import CEILINGS, tiny
 from bench_helpers import quick as quick
 
 from jrope.batch.stats import Stats
-from jrope.batch.structure import MAY_STOP
 from jrope.batch.work import Finished
 from jrope.bench import batching
 from jrope.bench.batching import (
@@ -25,6 +24,7 @@ from jrope.bench.batching import (
 )
 from jrope.bench.model import cache_bytes, prefill_flops, random_params, read_bytes
 from jrope.cli import bench_batch, main
+from jrope.forms.structure import MAY_STOP
 
 
 def test_rows_are_drawn_once_and_within_their_bounds() -> None:

@@ -34,10 +34,11 @@ ARROWS = {
     "hf": "errors numerics tree rope sharding model weights",
     "generation": "errors tree sharding model",
     "parity": "errors tree rope model hf sharding",
-    "bench": "errors numerics tree rope model weights hf generation batch",
+    "bench": "errors numerics tree rope model weights hf generation forms batch",
     "plan": "errors model weights generation bench sharding",
     "lab": "errors locks tree rope sharding model generation",
-    "batch": "errors locks numerics tree rope sharding model hf generation",
+    "forms": "errors sharding model",
+    "batch": "errors locks numerics tree rope sharding model hf generation forms",
     "cli": "errors tree rope sharding model weights hf generation parity bench plan "
     "lab batch",
     "integrations": "errors tree model weights hf generation batch cli",

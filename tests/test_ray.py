@@ -12,8 +12,7 @@ from batch_file_helpers import HashEngine, write_rows
 from cli_helpers import TEMPLATE
 from cli_helpers import model as model
 
-from jrope.batch.fields import RowError
-from jrope.errors import JropeError
+from jrope.errors import JropeError, RowError
 from jrope.integrations import ray as integration
 from jrope.integrations.ray import ERROR, JropePredictor
 

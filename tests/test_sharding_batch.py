@@ -17,9 +17,9 @@ from jrope.batch.admission import check_mesh, check_slots
 from jrope.batch.embeddings import Embedder
 from jrope.batch.engine import Engine
 from jrope.batch.room import free_memory, slots_for
-from jrope.batch.structure import Structure
 from jrope.batch.work import Work
 from jrope.errors import JropeError
+from jrope.forms.structure import Structure
 from jrope.sharding.axes import Axes
 from jrope.sharding.meshes import layout_of
 from jrope.weights.fuse import fuse

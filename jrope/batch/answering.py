@@ -10,14 +10,13 @@ import numpy as np
 
 from jrope.batch.answers import Record, answer, failure
 from jrope.batch.embeddings import embedding
-from jrope.batch.fields import RowError
 from jrope.batch.journal import Output
 from jrope.batch.neighbours import Neighbours
 from jrope.batch.rows import BatchSettings, Row, read_row
 from jrope.batch.source import Index, Line
 from jrope.batch.text import tokens_to_stop
 from jrope.batch.work import Finished, Stopped, Work
-from jrope.errors import JropeError
+from jrope.errors import JropeError, RowError
 
 _TEXTS = 64  # to embed together
 

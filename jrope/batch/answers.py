@@ -6,11 +6,11 @@ from typing import Any, TypeAlias, final
 
 import numpy as np
 
-from jrope.batch.fields import RowError
 from jrope.batch.rows import ANSWER_FIELDS, BatchSettings, Row, is_api, passed_through
 from jrope.batch.source import Line
 from jrope.batch.text import decode, first_stop, token_text, tokens_to_stop
 from jrope.batch.work import Finished
+from jrope.errors import RowError
 
 Record: TypeAlias = dict[str, Any]
 PREFIX = "batch_req_"

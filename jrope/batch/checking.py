@@ -4,9 +4,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import final
 
-from jrope.batch.fields import RowError
 from jrope.batch.rows import BatchSettings, Row, read_row
 from jrope.batch.source import Line, Source
+from jrope.errors import RowError
 
 _FEW = 5
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from jrope.batch.admission import check_mesh
 from jrope.batch.answers import Record, enveloped, usage
-from jrope.batch.fields import RowError
 from jrope.batch.rows import BatchSettings, Row
+from jrope.errors import RowError
 from jrope.generation.request import bucket
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, last_token

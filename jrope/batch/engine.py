@@ -31,11 +31,11 @@ from jrope.batch.programs import (
     names,
 )
 from jrope.batch.room import free_memory, slots_for
-from jrope.batch.rules import ENTRIES
 from jrope.batch.running import Run
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import check_count
+from jrope.forms.rules import ENTRIES
 from jrope.generation.guesser import PromptLookup
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype, check_cache_dtype

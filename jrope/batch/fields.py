@@ -1,10 +1,18 @@
 """What a row asks for besides its prompt: read and checked, or refused by name."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, final
 
-from jrope.errors import JropeError, did_you_mean, is_integer, is_number
+from jrope.errors import (
+    JropeError,
+    RowError,
+    did_you_mean,
+    is_integer,
+    is_number,
+    refuse,
+    want,
+)
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 
@@ -14,7 +22,7 @@ SERVED = {
     *_SAMPLER,
     *_LIMITS,
     *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
-    *("response_format", "structured_outputs"),  # read in `form`
+    *("response_format", "structured_outputs"),  # read in `jrope.forms`
 }
 _GUIDED = (  # vLLM's words before structured_outputs
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
@@ -41,18 +49,6 @@ UNREAD = {"model", "user", "metadata", "store", "service_tier", "stream_options"
 _MOST_CHOICES, _MOST_ALTERNATIVES = 128, 20
 
 
-class RowError(JropeError):
-    """What is wrong with one row; the other rows go on.
-
-    Attributes:
-      code: the kind of it, a word for programs.
-    """
-
-    def __init__(self, message: str, code: str = "invalid_request") -> None:
-        super().__init__(message)
-        self.code = code
-
-
 @final
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -77,26 +73,11 @@ class Request:
     logprobs: int | None
 
 
-def want(good: bool, name: str, got: object, wanted: str) -> None:
-    """Raise a RowError that names the field, its value (shortened) and its range."""
-    if not good:
-        text = repr(got)
-        text = text if len(text) <= 60 else text[:57] + "..."
-        raise RowError(f"{name}: got {text}, want {wanted}")
-
-
 def refuse_unserved(given: Mapping[str, Any]) -> None:
     """Raise a RowError that names the fields of the API that would go unheeded."""
     names = [n for n, idle in UNSERVED.items() if n in given and given[n] not in idle]
     guided = {*names} & {*_GUIDED}
     refuse(names, "; structured_outputs is" if guided else "")
-
-
-def refuse(names: Sequence[str], why: str = "", where: str = "") -> None:
-    """Raise a RowError that names (shortened) what is not served, if there is any."""
-    if names:
-        shown = ", ".join(name[:40] for name in names[:8])
-        raise RowError(f"{where}{shown}: not served{why}", "unsupported")
 
 
 def refuse_unknown(given: Mapping[str, Any], known: set[str]) -> None:

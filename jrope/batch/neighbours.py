@@ -12,10 +12,10 @@ from typing import TypeAlias, final
 
 import numpy as np
 
-from jrope.batch.fields import RowError
 from jrope.batch.prefix import frequencies
 from jrope.batch.rows import BatchSettings, Row, read_row
 from jrope.batch.source import Line
+from jrope.errors import RowError
 
 LAST = 16  # prompts of the input that one is compared with
 AGREE = 2  # so many of them have what it takes from another slot

@@ -15,7 +15,6 @@ from jrope.batch.block import Guessing
 from jrope.batch.filling import Piece, begin, extend, share
 from jrope.batch.guessing import decode_guessing
 from jrope.batch.packing import Shapes
-from jrope.batch.rules import no_rules
 from jrope.batch.slots import (
     STOP_IDS,
     Asked,
@@ -26,6 +25,7 @@ from jrope.batch.slots import (
     greedy,
     slots_specs,
 )
+from jrope.forms.rules import no_rules
 from jrope.generation.guesser import PromptLookup
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype

@@ -8,19 +8,17 @@ from jrope.batch.fields import (
     SERVED,
     UNSERVED,
     Request,
-    RowError,
     read_request,
-    refuse,
     refuse_unknown,
     refuse_unserved,
-    want,
 )
-from jrope.batch.form import NAMES
-from jrope.batch.forms import Forms
 from jrope.batch.source import Line
-from jrope.batch.spelling import token_bytes
-from jrope.batch.structure import Structure
 from jrope.batch.text import chat_ids, prompt_ids
+from jrope.errors import RowError, refuse, want
+from jrope.forms.cache import Forms
+from jrope.forms.request import NAMES
+from jrope.forms.spelling import token_bytes
+from jrope.forms.structure import Structure
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 

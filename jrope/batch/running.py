@@ -14,10 +14,10 @@ from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.pieces import next_pieces
 from jrope.batch.prefix import Prefix
 from jrope.batch.programs import Programs, Ruled, not_yet
-from jrope.batch.rules import Held, Rules
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
+from jrope.forms.rules import Held, Rules
 from jrope.tree import Params
 
 KEEP = 4  # parts of the slots, that hold prefixes at most

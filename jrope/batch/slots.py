@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from jrope.batch.block import Block, blank, block_specs, recorded
-from jrope.batch.rules import Rules, after, allowed, rules_specs
+from jrope.forms.rules import Rules, after, allowed, rules_specs
 from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache

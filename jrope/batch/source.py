@@ -8,8 +8,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, final
 
-from jrope.batch.form import asks
 from jrope.errors import JropeError
+from jrope.forms.request import asks
 from jrope.hf.folders import parse_json
 
 PARQUET = ".parquet"

@@ -4,7 +4,8 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from typing import Any
 
-from jrope.batch.fields import RowError, check_ids, want
+from jrope.batch.fields import check_ids
+from jrope.errors import RowError, want
 from jrope.model.config import LlamaConfig
 
 _TAIL = 16  # tokens of the prompt that new ones are decoded with

@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias, final
 
 import numpy as np
 
-from jrope.batch.structure import Structure
+from jrope.forms.structure import Structure
 from jrope.generation.sample import Sampler
 
 

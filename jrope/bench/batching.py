@@ -16,12 +16,12 @@ import jax
 import numpy as np
 
 from jrope.batch.engine import Engine
-from jrope.batch.forms import Forms
 from jrope.batch.stats import Stats
-from jrope.batch.values import COMMA, anything
 from jrope.batch.work import Work
 from jrope.bench.device import Ceilings
 from jrope.bench.model import cache_bytes, prefill_flops, read_bytes
+from jrope.forms.cache import Forms
+from jrope.forms.values import COMMA, anything
 from jrope.generation.ahead import compile_ahead
 from jrope.generation.request import bucket
 from jrope.generation.run import generate

@@ -20,10 +20,11 @@ import numpy as np
 from jrope.batch.answering import Run
 from jrope.batch.answers import PREFIX, Record, failure
 from jrope.batch.engine import Engine
-from jrope.batch.fields import RowError, refuse_unknown
+from jrope.batch.fields import refuse_unknown
 from jrope.batch.rows import BatchSettings
 from jrope.batch.source import Index, Line, line_id
 from jrope.cli.batch import longest_row
+from jrope.errors import RowError
 from jrope.generation.sample import Sampler
 from jrope.hf.folders import PathLike
 from jrope.hf.generation import read_generation_config, sampler_fields

@@ -13,16 +13,16 @@ from cli_helpers import SIZE, fast
 from structure_helpers import EOS, TOKENS, drawn, table_of, text_of
 from tokenizers import Tokenizer, decoders, models
 
-import jrope.batch.automaton
-import jrope.batch.forms
-import jrope.batch.structure
-from jrope.batch.automaton import Automata
-from jrope.batch.fields import RowError
-from jrope.batch.forms import Forms
+import jrope.forms.automaton
+import jrope.forms.cache
+import jrope.forms.structure
 from jrope.batch.rows import BatchSettings
-from jrope.batch.spelling import token_bytes
-from jrope.batch.structure import Structure
 from jrope.batch.text import decode
+from jrope.errors import RowError
+from jrope.forms.automaton import Automata
+from jrope.forms.cache import Forms
+from jrope.forms.spelling import token_bytes
+from jrope.forms.structure import Structure
 
 
 def formed(own: Forms, regex: str, stop_ids: Any = ()) -> Structure:
@@ -52,7 +52,7 @@ def test_equal_forms_share_a_table(monkeypatch: Any) -> None:
         monkeypatch.setattr(own, "_automata", None)
     assert formed(own, "a+") is one
     monkeypatch.undo()
-    monkeypatch.setattr(jrope.batch.forms, "_KEPT", 1)
+    monkeypatch.setattr(jrope.forms.cache, "_KEPT", 1)
     assert formed(own, "a{9}") is formed(own, "a{9}")
     assert len(own._made) == 1 and formed(own, "a+") is not one
 
@@ -71,12 +71,12 @@ def test_tables_without_end_are_refused() -> None:
 
 
 def test_large_tables_are_refused_with_their_numbers(monkeypatch: Any) -> None:
-    monkeypatch.setattr(jrope.batch.automaton, "STATES", 5)
+    monkeypatch.setattr(jrope.forms.automaton, "STATES", 5)
     with pytest.raises(RowError, match="it: it takes 10 states, want 5 at") as told:
         Automata().of("it", "a{9}")
     assert told.value.code == "too_long"
     monkeypatch.undo()
-    monkeypatch.setattr(jrope.batch.structure, "ENTRIES", 25)
+    monkeypatch.setattr(jrope.forms.structure, "ENTRIES", 25)
     with pytest.raises(RowError, match="it takes 10 states and more than 3 classes of"):
         table_of("[a]{9}")
 
@@ -131,7 +131,7 @@ def test_an_answer_that_nobody_waited_for_is_nobodys(monkeypatch: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(jrope.batch.automaton, "_asked", interrupted)
+        patch.setattr(jrope.forms.automaton, "_asked", interrupted)
         with pytest.raises(KeyboardInterrupt):
             own.of("it", "a")
     assert own.of("it", "aa").states == 3

@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from jrope.batch.regex import literal, one_of
+from jrope.forms.regex import literal, one_of
 
 DEPTH = 3  # of objects and arrays in each other, where a schema says nothing of them
 COMMA, COLON = "[ ]?,[ ]?", "[ ]?:[ ]?"

@@ -5,7 +5,7 @@ The syntax is that of Rust's `regex`, which outlines_core compiles; see `automat
 
 import re
 
-from jrope.batch.fields import RowError
+from jrope.errors import RowError
 
 LONGEST = 2**22  # characters of an expression
 _PIECE = re.compile(

@@ -4,7 +4,7 @@ import json
 import re
 from typing import Any
 
-from jrope.batch.fields import RowError
+from jrope.errors import RowError
 from jrope.model.config import LlamaConfig
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")

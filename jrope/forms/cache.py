@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any, TypeAlias, final
 
-from jrope.batch.automaton import Automata
-from jrope.batch.fields import RowError
-from jrope.batch.form import NAMES, asks, read_form
-from jrope.batch.structure import Structure, Vocabulary, make_structure
+from jrope.errors import RowError
+from jrope.forms.automaton import Automata
+from jrope.forms.request import NAMES, asks, read_form
+from jrope.forms.structure import Structure, Vocabulary, make_structure
 
 _KEPT = 2**28  # bytes of tables
 Spell: TypeAlias = Callable[[], Sequence[bytes]]

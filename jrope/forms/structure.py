@@ -11,8 +11,8 @@ from typing import final
 
 import numpy as np
 
-from jrope.batch.automaton import Automaton
-from jrope.batch.fields import RowError
+from jrope.errors import RowError
+from jrope.forms.automaton import Automaton
 
 ENTRIES = 2**22  # of a table, and of what it is made from, at most
 GO_ON, MAY_STOP, MUST_STOP = 0, 1, 2

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec
 
-from jrope.batch.structure import MAY_STOP, MUST_STOP, Structure
+from jrope.forms.structure import MAY_STOP, MUST_STOP, Structure
 from jrope.sharding.axes import ONE, Axes, entry
 from jrope.sharding.meshes import Layout
 from jrope.sharding.vocabulary import pick

@@ -7,10 +7,10 @@ but no others.
 from collections.abc import Mapping
 from typing import Any, cast, final
 
-from jrope.batch.automaton import Automata
-from jrope.batch.fields import RowError, refuse, want
-from jrope.batch.regex import check_length, inside_string, one_of
-from jrope.batch.values import (
+from jrope.errors import RowError, is_integer, refuse, want
+from jrope.forms.automaton import Automata
+from jrope.forms.regex import check_length, inside_string, one_of
+from jrope.forms.values import (
     CHARACTER,
     COLON,
     COMMA,
@@ -25,7 +25,6 @@ from jrope.batch.values import (
     object_,
     several,
 )
-from jrope.errors import is_integer
 
 _IDLE = {  # change no answer
     *("title", "description", "default", "examples", "deprecated", "readOnly"),

@@ -4,11 +4,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jrope.batch.automaton import Automata
-from jrope.batch.fields import RowError, refuse, want
-from jrope.batch.regex import literal, one_of, whole
-from jrope.batch.schema import schema_regex
-from jrope.batch.values import any_object
+from jrope.errors import RowError, refuse, want
+from jrope.forms.automaton import Automata
+from jrope.forms.regex import literal, one_of, whole
+from jrope.forms.schema import schema_regex
+from jrope.forms.values import any_object
 
 NAMES = ("response_format", "structured_outputs")
 _KINDS = ("json", "regex", "choice", "json_object")

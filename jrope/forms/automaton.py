@@ -20,9 +20,9 @@ from typing import Any, BinaryIO, cast, final
 
 import numpy as np
 
-from jrope.batch import compiler
-from jrope.batch.fields import RowError
-from jrope.batch.regex import check_length, size
+from jrope.errors import RowError
+from jrope.forms import compiler
+from jrope.forms.regex import check_length, size
 
 STATES = 2**15  # at most
 SIZE = 2**16  # of an expression, see `size`

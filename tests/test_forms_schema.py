@@ -25,10 +25,10 @@ from structure_helpers import (
     valid,
 )
 
-from jrope.batch.fields import RowError
-from jrope.batch.form import read_form
-from jrope.batch.schema import schema_regex
-from jrope.batch.structure import MAY_STOP, MUST_STOP
+from jrope.errors import RowError
+from jrope.forms.request import read_form
+from jrope.forms.schema import schema_regex
+from jrope.forms.structure import MAY_STOP, MUST_STOP
 
 BYTES = tuple(bytes([byte]) for byte in range(256))
 
