@@ -2,7 +2,6 @@
 
 from dataclasses import asdict, replace
 from functools import cache, partial
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from generate_helpers import VOCABULARY, model
 from jrope.batch import guessing
 from jrope.batch.block import Guessing, blank
 from jrope.batch.engine import Engine
-from jrope.batch.guessing import wider
+from jrope.batch.pauses import hopeful, learned, wider
 from jrope.batch.programs import lower_decode, not_yet
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
@@ -171,20 +170,17 @@ def test_guesses_are_made_where_they_can_pay() -> None:
     guesses = np.full((128, 7), -1)
     for known, due in ((44, False), (45, True)):  # 2.41 x 128 / 7 = 44.1
         guesses[:known] = 3
-        slots: Any = SimpleNamespace(live=jnp.ones(128, bool))
-        now: Any = SimpleNamespace(
-            slots=slots, guesses=jnp.asarray(guesses), guessing=not_yet()
-        )
-        assert bool(guessing._hopeful(now, wider(128, seven))) == due
-        now.guessing = replace(not_yet(), pause=np.int32(1))
-        assert not guessing._hopeful(now, 1.25)
+        now = jnp.ones(128, bool), jnp.asarray(guesses)
+        assert bool(hopeful(not_yet(), *now, wider(128, seven))) == due
+        paused = replace(not_yet(), pause=np.int32(1))
+        assert not hopeful(paused, *now, 1.25)
     none = jnp.zeros((), jnp.int32)
     before = replace(not_yet(), pause=none, caution=none + 2)
     for kept, pause in ((3, 4), (4, 0)):
         live, every = jnp.ones(128, bool), jnp.full(128, kept, jnp.int32)
-        after = guessing._learned(before, live, every, 7, wider(128, seven))
+        after = learned(before, live, every, 7, wider(128, seven))
         assert (after.pause, after.caution, after.rows) == (pause, pause, 128)
-    assert guessing._learned(after, live, every, 0, 1.25).passes == 1
+    assert learned(after, live, every, 0, 1.25).passes == 1
 
 
 def test_a_guess_that_was_wrong_is_taken_back() -> None:

@@ -15,14 +15,12 @@ import jax
 import jax.numpy as jnp
 
 from jrope.batch.block import ALTERNATIVES, Block, Guessing, blank, scores
+from jrope.batch.pauses import hopeful, learned, wider
 from jrope.batch.slots import Slots, ended, started
 from jrope.generation.guesser import PromptLookup
 from jrope.generation.lookup import look_up
 from jrope.generation.passes import (
-    LONGEST_PAUSE,
-    WIDER,
     add_seen,
-    cautious,
     counted,
     draw_each,
     in_turns,
@@ -32,19 +30,6 @@ from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, unembed
 from jrope.tree import Params
-
-FREE = 300  # tokens of a pass that cost little more than one: an H100's FLOPs per byte
-
-
-def wider(slots: int, guesser: PromptLookup) -> float:
-    """What a pass over guesses is taken to cost, in terms of one over single tokens.
-
-        max(1.25, slots (tokens + 1) / 300)
-
-    As long as weights take longer to read than to multiply, little; then in proportion
-    to the tokens, those of slots without a row included.
-    """
-    return max(WIDER, slots * (guesser.tokens + 1) / FREE)
 
 
 @jax.tree_util.register_dataclass
@@ -109,23 +94,16 @@ def decode_guessing(
         left = jnp.sum(now.slots.live, dtype=jnp.int32)
         return (now.block.steps < size) & (left > 0) & (began - left < enough)
 
-    hopeful = partial(_hopeful, cost=cost)
+    def due(now: Going) -> jax.Array:
+        return hopeful(now.guessing, now.slots.live, now.guesses, cost)
+
     columns = size * (guesser.tokens + 1)
     block = blank(slots.live, None, config.vocab_size, columns, scored)
     now = _begun(slots, block, text, guessing, draw, guesser)
-    now = in_turns(unfinished, hopeful, step, guesser.tokens, now)
+    now = in_turns(unfinished, due, step, guesser.tokens, now)
     slots, block = ended(now.slots, now.block)
     spoilt = block.spoilt | now.spoilt
     return slots, replace(block, spoilt=spoilt, guessing=now.guessing)
-
-
-def _hopeful(now: Going, cost: float) -> jax.Array:
-    """Whether guesses are due, and would pay if all of them were right."""
-    live, guesses = now.slots.live, now.guesses
-    known = jnp.sum(live & (guesses[:, 0] >= 0), dtype=jnp.float32)
-    wanted = (cost - 1) * jnp.sum(live, dtype=jnp.float32)
-    enough = (known > 0) & (known * guesses.shape[1] >= wanted)
-    return (now.guessing.pause == 0) & enough
 
 
 def _begun(
@@ -175,7 +153,7 @@ def _pass(
     return Going(
         slots=_with(slots, every, new, stopped, x, cache),
         block=_recorded(now.block, every, kept),
-        guessing=_learned(now.guessing, slots.live, kept, count, cost),
+        guessing=learned(now.guessing, slots.live, kept, count, cost),
         coming=jax.tree.map(partial(_at, at=kept), every),
         text=text,
         guesses=look_up(text, lengths + kept, guesser),
@@ -265,19 +243,3 @@ def _recorded(block: Block, drawn: Drawn, kept: jax.Array) -> Block:
     for name, found in zip(names, drawn.scores, strict=False):
         own[name] = add(getattr(block, name), found[:, :-1])
     return replace(block, **own, counts=block.counts + kept, steps=block.steps + 1)
-
-
-def _learned(
-    before: Guessing, live: jax.Array, kept: jax.Array, count: int, cost: float
-) -> Guessing:
-    """How guessing goes, after a pass over so many guesses."""
-    rows = jnp.sum(live, dtype=jnp.int32)
-    now = replace(
-        before, pause=jnp.maximum(before.pause - 1, 0), rows=before.rows + rows
-    )
-    if not count:
-        return now
-    # What is tried in vain costs no larger a part where it costs more.
-    longest = round(LONGEST_PAUSE * (cost - 1) / (WIDER - 1))
-    caution = cautious(before.caution, kept, rows, cost, longest)
-    return replace(now, pause=caution, caution=caution, passes=before.passes + 1)
