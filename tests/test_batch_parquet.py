@@ -48,6 +48,22 @@ def test_parquet_rows_are_those_of_json_lines(arrow: Any, tmp_path: Path) -> Non
     assert first["topic"] == "x" and len(second["generated_text"]) == 2
 
 
+def test_tables_of_pandas_hold_floats_and_structs(arrow: Any, tmp_path: Path) -> None:
+    """Whole ones where an integer is missing, NaN, and fields that other rows have."""
+    form = {"type": "text", "json_schema": None}
+    rows = [
+        {"prompt": "a", "max_tokens": 2.0, "score": float("nan"), "n": None},
+        {"prompt": "b", "response_format": form, "seed": float("nan"), "n": 2.0},
+    ]
+    import pyarrow
+
+    arrow.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    run(tmp_path / "rows.parquet", tmp_path / "out.jsonl", in_order=True)
+    first, second = records_of(tmp_path / "out.jsonl")
+    assert first["error"] is second["error"] is None and "score" not in first
+    assert len(first["generated_tokens"]) <= 2 == len(second["generated_text"])
+
+
 def test_parquet_answers_hold_the_records(arrow: Any, tmp_path: Path) -> None:
     source = write_rows(tmp_path / "rows.jsonl", mixed_rows(35))
     whole, output = tmp_path / "whole.jsonl", tmp_path / "out.parquet"

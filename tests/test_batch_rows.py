@@ -115,6 +115,19 @@ def test_plain_rows_may_have_any_other_field() -> None:
     assert found.extra == {"method": None, "model": "m"}
 
 
+def test_whole_floats_are_integers() -> None:
+    """As for vLLM's models, and as tables with missing values make them."""
+    one = {"max_tokens": 16, "seed": 3, "n": 2, "top_k": 7, "stop_token_ids": [1, 2]}
+    two = {"max_tokens": 16.0, "seed": 3.0, "n": 2.0, "top_k": 7.0}
+    two |= {"stop_token_ids": [1.0, 2]}
+    for name in ("logprobs", "max_completion_tokens", "top_logprobs"):
+        more = {"logprobs": True, "max_tokens": None} | {name: 4}
+        wanted = row({"prompt": "x", **one, **more}).request
+        found = row({"prompt": "x", **two, **more, name: 4.0}).request
+        assert repr(found) == repr(wanted)
+    assert repr(row(api({"max_tokens": 16.0})).limits) == "[16]"
+
+
 def test_seeds_come_from_the_row_itself() -> None:
     seeds = [row({"custom_id": f"{i}", "prompt": "x"}).request.seed for i in "aab"]
     assert seeds[0] == seeds[1] != seeds[2]
@@ -136,9 +149,9 @@ BAD = {
     "min_p": [2],
     "repetition_penalty": [0],
     "seed": [1.5, "x", 2**70 * -1],
-    "n": [0, 129, 1.0],
+    "n": [0, 129, 1.5],
     "stop": [5, [5], {}],
-    "stop_token_ids": [5, [-1], [True], [999]],
+    "stop_token_ids": [5, [-1], [True], [999], [1.5], [[1.0]]],
     "ignore_eos": [1],
     "max_tokens": [0, -1, 2.5, 2**40],
     "logprobs": ["yes", -1, 21],

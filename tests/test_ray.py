@@ -118,6 +118,33 @@ def test_chats_ids_and_logprobs(predict: Any) -> None:
     assert sizes == [2] * chat["num_generated_tokens"]
 
 
+def test_numbers_are_the_same_beside_missing_ones(predict: Any) -> None:
+    """Which Ray, Arrow and pandas make floats and NaN, or NumPy's own numbers."""
+
+    def rows(kind: Any, none: Any) -> list[dict[str, Any]]:
+        own = {"max_tokens": kind(4), "temperature": kind(1), "seed": none, "n": none}
+        stops = {"stop_token_ids": np.array([5], kind), "max_tokens": none}
+        ids = np.array([65, 66], kind)
+        missing = dict.fromkeys(("prompt", "token_ids", "custom_id"), none)
+        every = [
+            {"prompt": "x", "sampling_params": own},
+            {"prompt": "x", "custom_id": kind(7), "sampling_params": stops},
+            {"token_ids": ids, "sampling_params": none},
+        ]
+        return [{**missing, **row} for row in every]
+
+    wanted = rows_of(predict(batch_of(rows(int, None))))
+    assert [row["num_generated_tokens"] <= 4 for row in wanted] == [True, False, False]
+    nan = float("nan")
+    for kind, none in ((float, nan), (np.float64, np.float64(nan)), (np.int64, None)):
+        found = rows_of(predict(batch_of(rows(kind, none))))
+        for one, other in zip(found, wanted, strict=True):
+            assert one[ERROR] is None and one["request_id"] == other["request_id"]
+            assert one["generated_text"] == other["generated_text"]
+    row = {"prompt": "x", "sampling_params": {"max_tokens": 2.5}}
+    assert "max_tokens: got 2.5" in rows_of(predict(batch_of([row])))[0][ERROR]
+
+
 def test_forms_are_told_from_each_other(predict: Any, monkeypatch: Any) -> None:
     own = HashEngine()
     monkeypatch.setattr(predict, "_engine", own)

@@ -18,6 +18,10 @@ from jrope.model.config import LlamaConfig
 
 _SAMPLER = tuple(f.name for f in fields(Sampler))
 _LIMITS = ("max_completion_tokens", "max_tokens")
+_INTEGERS = (
+    *(*_LIMITS, "seed", "n", "top_k"),
+    *("logprobs", "top_logprobs", "stop_token_ids"),
+)
 SERVED = {
     *_SAMPLER,
     *_LIMITS,
@@ -103,6 +107,7 @@ def read_request(
       RowError: a value that is not allowed, or a field of UNSERVED.
     """
     refuse_unserved(given)
+    given = _with_integers(given)
     seed = given.get("seed", seed)
     want(is_integer(seed, at_least=-(2**63)), "seed", seed, "a whole number")
     n = given.get("n", 1)
@@ -121,6 +126,25 @@ def read_request(
         stop_ids=_stop_ids(given, config),
         logprobs=_alternatives(given),
     )
+
+
+def _with_integers(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields with 16 for 16.0 where integers are wanted.
+
+    JSON knows numbers alone, vLLM's models take both, and tables with missing values
+    turn the one into the other.
+    """
+    own = {name: integers(given[name]) for name in _INTEGERS if name in given}
+    return {**given, **own}
+
+
+def integers(value: Any) -> Any:
+    """The integer that a whole float is, alone or in a list; others as they are."""
+    return [*map(_integer, value)] if isinstance(value, list) else _integer(value)
+
+
+def _integer(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _sampler(given: Mapping[str, Any], default: Sampler) -> Sampler:

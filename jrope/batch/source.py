@@ -2,11 +2,13 @@
 
 import importlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, BinaryIO, final
+
+import numpy as np
 
 from jrope.errors import JropeError
 from jrope.forms.request import asks
@@ -181,13 +183,27 @@ def _skip_rest(file: BinaryIO, data: bytes) -> None:
 
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Rows as JSON lines; a null is a field that is not there."""
+    """Rows as JSON lines."""
     number = 0
     for batch in pyarrow("pyarrow.parquet").ParquetFile(path).iter_batches(256):
         for row in batch.to_pylist():
             number += 1
-            given = {name: value for name, value in row.items() if value is not None}
-            yield number, json.dumps(given, default=str).encode()
+            yield number, json.dumps(from_table(row), default=str).encode()
+
+
+def from_table(value: Any) -> Any:
+    """A table's value of plain Python values, without the fields that it lacks.
+
+    In tables a row has the fields of all, and what is missing is a null or, for pandas,
+    NaN.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if isinstance(value, float) and value != value:
+        return None
+    if isinstance(value, Mapping):
+        return {k: x for k, v in value.items() if (x := from_table(v)) is not None}
+    return [from_table(item) for item in value] if isinstance(value, list) else value
 
 
 def pyarrow(name: str) -> Any:

@@ -20,9 +20,9 @@ import numpy as np
 from jrope.batch.answering import Run
 from jrope.batch.answers import PREFIX, Record, failure
 from jrope.batch.engine import Engine
-from jrope.batch.fields import refuse_unknown
+from jrope.batch.fields import integers, refuse_unknown
 from jrope.batch.rows import BatchSettings
-from jrope.batch.source import Index, Line, line_id
+from jrope.batch.source import Index, Line, from_table, line_id
 from jrope.cli.batch import longest_row
 from jrope.errors import RowError
 from jrope.generation.sample import Sampler
@@ -102,8 +102,9 @@ class JropePredictor:
         return {**batch, **_columns([given.record(line) for line in lines])}
 
     def _line(self, number: int, row: Mapping[str, Any]) -> Line:
-        name, own = row.get("custom_id"), row.get("sampling_params") or {}
-        fields = {**self._sampling, **own}
+        # Of a batch's integers Ray makes floats where one is missing.
+        name = integers(row.get("custom_id"))
+        fields = {**self._sampling, **(row.get("sampling_params") or {})}
         problem = None
         try:
             refuse_unknown(fields, set())
@@ -112,8 +113,9 @@ class JropePredictor:
         except RowError as error:
             problem = f"sampling_params: {error}"
         name = None if name is None else str(name)
-        fields |= {key: row[key] for key in _PROMPTS if row.get(key) is not None}
-        text = json.dumps(dict(sorted(fields.items())), default=repr)
+        fields |= {key: integers(row[key]) for key in _PROMPTS if key in row}
+        same = {key: integers(value) for key, value in sorted(fields.items())}
+        text = json.dumps(same, default=repr)
         id = line_id(text if name is None else f"id {name}", text.encode())
         return Line(number, id, name, {**fields, "custom_id": name}, problem)
 
@@ -149,16 +151,7 @@ def _rows(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     """The rows that arrays hold, of plain Python values."""
     names = [n for n in (*_PROMPTS, "sampling_params", "custom_id") if n in batch]
     for values in zip(*(batch[name] for name in names), strict=True):
-        yield {n: _plain(value) for n, value in zip(names, values, strict=True)}
-
-
-def _plain(value: Any) -> Any:
-    """Without arrays, and without the nulls of fields that other rows have."""
-    if isinstance(value, np.ndarray | np.generic):
-        value = value.tolist()
-    if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items() if v is not None}
-    return [_plain(item) for item in value] if isinstance(value, list) else value
+        yield from_table(dict(zip(names, values, strict=True)))
 
 
 def _name(record: Record) -> str:
