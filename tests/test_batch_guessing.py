@@ -213,6 +213,23 @@ def test_a_guess_that_was_wrong_is_taken_back() -> None:
     assert now.spoilt.tolist() == [True, False]
 
 
+def test_rows_may_be_as_long_as_a_window() -> None:
+    """Guesses stand behind it, and so do slots for round numbers."""
+    _, params, config = model()
+    config = replace(config, windows=(None, 60))
+    own = engine_of(params, config, **SHAPE, speculate=LOOKUP, logprobs=False)
+    assert (own.capacity, own.width) == (60, 64)
+    for cut in (engine_of(params, config, capacity=n) for n in (49, 60)):
+        assert (cut.capacity, cut.width) == (60, 64)
+    full = [work("full", 40, 20), work("short", 9, 12)]
+    for row in full:
+        row.prompt[:] = np.resize(row.prompt[:5], len(row.prompt))
+    found = by_key(own.run(full))
+    assert own.stats.guessing_steps
+    for row in full:
+        assert found[row.key].tokens.tolist() == tokens_alone(row, params, config)
+
+
 def test_what_cannot_guess_is_refused() -> None:
     _, params, config = model()
 
@@ -223,7 +240,6 @@ def test_what_cannot_guess_is_refused() -> None:
 
     refused("got a Draft, whose cache", speculate=Draft(params, config))
     refused("got a str, want a PromptLookup", speculate="prompt")
-    refused("capacity: got 64, want at most .* 62", replace(config, windows=(None, 62)))
-    refused("has layers with a window of 64", replace(config, windows=(None, 64)))
+    refused("capacity: got 60, want at most .* 59", replace(config, windows=(None, 59)))
     rope = with_rope(config, "dynamic", factor=2.0, lengths="hf")
     refused('got lengths "hf"', rope)

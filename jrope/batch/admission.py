@@ -1,6 +1,6 @@
 """What an engine cannot run, found before anything is computed."""
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -59,11 +59,23 @@ def check_slots(slots: int, layout: Layout | None) -> None:
         )
 
 
-def check_windows(config: LlamaConfig, capacity: int) -> None:
-    """Raise a JropeError where a layer's slots would go round: rows enter in pieces."""
-    shortest = min((w for w in config.windows or () if w is not None), default=capacity)
+def within_windows(
+    config: LlamaConfig, capacity: int, width: int
+) -> tuple[LlamaConfig, int]:
+    """The model with windows that `width` slots do not reach, and the longest row.
+
+    Where no row is longer than a window that changes no answer, but slots behind the
+    longest row, for guesses and round numbers, need not go round.
+
+    Raises:
+      JropeError: rows may be longer, and they enter in pieces.
+    """
+    windows = config.windows or ()
+    shortest = min((w for w in windows if w is not None), default=width)
     wanted = f"at most the shortest window, {shortest}; `generate` takes more"
     check(capacity <= shortest, "capacity", capacity, wanted)
+    longer = tuple(w and max(w, width + 1) for w in windows) or None
+    return replace(config, windows=longer), shortest
 
 
 def check_speculation(

@@ -18,8 +18,8 @@ from jrope.batch.admission import (
     check_model,
     check_slots,
     check_speculation,
-    check_windows,
     check_work,
+    within_windows,
 )
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import (
@@ -96,7 +96,7 @@ class Engine:
         check_count("capacity", capacity, 2)
         guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
         width = -(-(capacity + guesses) // ROUND) * ROUND
-        check_windows(config, width)
+        config, longest = within_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
         if speculate is not None:
             check_speculation(speculate, params, config, width)
@@ -109,8 +109,8 @@ class Engine:
         for name, value in (("chunk", chunk), ("piece", piece)):
             check_count(name, value, 1)
         self.params, self.config, self.chunk, self.piece = params, config, chunk, piece
-        self.capacity, self.width, self.speculate = width - guesses, width, speculate
-        self.cache_dtype: CacheDtype | None = cache_dtype
+        self.capacity, self.width = min(width - guesses, longest), width
+        self.speculate, self.cache_dtype = speculate, cache_dtype
         self.key = stand_whole(jax.random.key(0) if key is None else key, layout)
         self.logprobs, self.structures = logprobs, structures
         self.stats = Stats(slots=slots)
