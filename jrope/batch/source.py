@@ -197,6 +197,8 @@ def from_table(value: Any) -> Any:
     In tables a row has the fields of all, and what is missing is a null or, for pandas,
     NaN.
     """
+    if isinstance(value, int | str):  # first, as most are
+        return value
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()
     if isinstance(value, float) and value != value:
