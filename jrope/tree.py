@@ -10,7 +10,7 @@ Params: TypeAlias = Mapping[str, Any]
 LayerParams: TypeAlias = Mapping[str, Any]
 """One decoder layer's subtree, {"self_attn": {"q_proj": {"weight": ...}}, ...}."""
 LinearParams: TypeAlias = Mapping[str, jax.Array]
-"""One projection: `weight` [out, in] or `kernel` [in, out], maybe `bias`, `scale`."""
+"""A projection: `weight` [out, in] or `kernel` [in, out]; `bias`, `scale`, `zero`."""
 Tree: TypeAlias = dict[str, Any]
 """A parameter tree that a function makes."""
 

@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shlex
 import sys
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from jrope.cli.together import add_mesh_arguments, mesh_of, shared
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import (
     READERS,
+    arriving_shapes,
     load,
     load_shapes,
     open_tensors,
@@ -61,7 +61,6 @@ from jrope.lab.passkey import NEW
 from jrope.model.config import LlamaConfig
 from jrope.model.placed import layout_on
 from jrope.model.with_rope import with_rope
-from jrope.weights.int8 import quantize
 
 _EPILOG = f"""\
 exit status: 0 all measured, 1 something failed or did not fit, 2 bad input
@@ -223,13 +222,12 @@ def _dtype(folder: Path) -> str:
 
 
 def _weights(folder: Path, args: argparse.Namespace, mesh: Mesh | None) -> Any:
-    plain, config = load_shapes(folder, args.dtype)
-    arriving = sorted(array_bytes(plain))
-    held = sum(arriving)
+    shapes, config = load_shapes(folder, args.dtype, quantize=args.quantize)
+    arriving = array_bytes(arriving_shapes(folder, args.dtype, args.quantize))
+    held = sum(array_bytes(shapes))
     if args.quantize:  # each wide tensor goes when its integers are there
         at_once = 1 if jax.default_backend() == "cpu" else READERS
-        narrow = jax.eval_shape(partial(quantize, kind=args.quantize), plain)
-        held = sum(array_bytes(narrow)) + sum(arriving[-at_once:])
+        held += sum(sorted(arriving)[-at_once:])
     if mesh is not None:  # on a CPU the devices of a process share its memory
         layout_on(mesh, config)
         own = mesh.local_devices if jax.default_backend() == "cpu" else [None]

@@ -2,7 +2,6 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +11,8 @@ from jax.sharding import Mesh
 from jrope.cli.common import array_bytes
 from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
-from jrope.hf.checkpoint import load, load_shapes
+from jrope.hf.checkpoint import arriving_shapes, load, load_shapes
 from jrope.hf.folders import PathLike
-from jrope.model.placed import shard
-from jrope.weights import int8
 from jrope.weights.int8 import Quantization
 
 
@@ -38,16 +35,13 @@ class Loading:
         mesh: Mesh | None = None,
         adapter: PathLike | None = None,
     ) -> None:
-        plain, config = load_shapes(folder, dtype)  # finds what headers can tell
-        self.shapes = plain
-        if quantize is not None:
-            self.shapes = jax.eval_shape(partial(int8.quantize, kind=quantize), plain)
-        if mesh is not None:
-            self.shapes = shard(self.shapes, mesh, config)
         self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
+        # finds what headers can tell
+        self.shapes, _ = load_shapes(folder, **self._how)
+        arriving = sum(array_bytes(arriving_shapes(folder, dtype, quantize)))
         self._how["adapter"] = adapter
         jax.devices()  # starts the backend here, not in two threads at once
-        self._bar, self._shown = Progress("loading", sum(array_bytes(plain))), False
+        self._bar, self._shown = Progress("loading", arriving), False
         self._unwanted = False
         self._pool = ThreadPoolExecutor(1)
         self._future = self._pool.submit(self._load, folder)

@@ -34,6 +34,7 @@ from jrope.hf.folders import (
     read_json,
     some,
 )
+from jrope.hf.held import Held, held
 from jrope.hf.joined import join, split_shapes
 from jrope.hf.placing import to_mesh
 from jrope.hf.quantized import without_quantization
@@ -57,6 +58,7 @@ __all__ = [
 ]
 
 Progress: TypeAlias = Callable[[str, int], None]
+Keep: TypeAlias = Callable[[str, jax.Array], dict[str, jax.Array]]
 
 SHARD_SIZE = 5 * 2**30
 READERS = 8  # one alone reads and copies at a fraction of what a GPU's link carries
@@ -88,7 +90,8 @@ def load(
         arrive (after `dtype`), see `adapters.open_adapter`; `save` writes the sum.
       quantize: "int8" or "int4" for `jrope.quantize` of each tensor, on the device, as
         it arrives (after `dtype`); memory is that of the quantised tree and one tensor
-        (or eight).
+        (or eight).  Of a folder with 4-bit matrices "int4" keeps those, see `Held`, and
+        what it holds as floats stays that.
       mesh: of `jrope.mesh`, or any other: every part is read once and goes straight to
         the devices that hold it, see `jrope.shard`; what is said above of tensors holds
         of parts.
@@ -103,7 +106,8 @@ def load(
 
     Raises:
       JropeError: anything missing, left over, damaged, or not understood; with
-        `check_finite`, all tensors with a NaN or an infinity, by name.
+        `check_finite`, all tensors with a NaN or an infinity, by name; an adapter for
+        4-bit matrices that are kept.
 
     >>> params, config = load("path/to/hf-folder", dtype="bfloat16")  # doctest: +SKIP
     """
@@ -111,9 +115,11 @@ def load(
     folder = find_folder(path_or_repo, revision)
     config = read_llama_config(folder)
     there = None if mesh is None else layout_on(mesh, config, axes)
-    tensors, names = open_checked(folder, config)
-    keep = keeper(config, quantize)
+    tensors, names, keep = _opened(folder, config, quantize)
     lora = None if adapter is None else open_adapter(adapter, config)
+    if lora is not None and isinstance(tensors, Held):
+        hint = "leave quantize out, or take 'int8'"
+        raise JropeError(f"{folder}: an adapter cannot change 4-bit weights; {hint}")
     finite: dict[str, jax.Array] = {}
 
     def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:
@@ -157,17 +163,49 @@ def load_shapes(
 
     Reads and checks headers only: to compile, or to plan memory, before the weights.
     """
-    wanted, folder = _dtype(dtype), find_folder(path_or_repo, revision)
+    folder = find_folder(path_or_repo, revision)
     config = read_llama_config(folder)
-    tensors, names = open_checked(folder, config, data=False)
-    keep = keeper(config, quantize)
     shapes: dict[str, jax.ShapeDtypeStruct] = {}
-    for name in names:
-        slot = tensors.slots[name]
-        plain = jax.ShapeDtypeStruct(slot.shape, wanted or DTYPES[slot.dtype])
+    tensors, names, keep = _opened(folder, config, quantize, data=False)
+    for name, plain in _arriving(tensors, names, dtype).items():
         shapes |= jax.eval_shape(partial(keep, name), plain)
     tree = nest(shapes)
     return (tree if mesh is None else shard(tree, mesh, config, axes)), config
+
+
+def arriving_shapes(
+    folder: Path,
+    dtype: DTypeLike | None = None,
+    quantize: Quantization | None = None,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `load` reads of a folder, by name, before it quantises anything."""
+    config = read_llama_config(folder)
+    tensors, names, _ = _opened(folder, config, quantize, data=False)
+    return _arriving(tensors, names, dtype)
+
+
+def _opened(
+    folder: Path,
+    config: LlamaConfig,
+    quantize: Quantization | None,
+    *,
+    data: bool = True,
+) -> tuple[Tensors, list[str], Keep]:
+    """The tensors to load, their names, and what to keep of each that arrives."""
+    tensors, names = open_checked(folder, config, data=data)
+    if quantize == "int4" and (kept := held(tensors, names)) is not None:
+        return kept, kept.names, keeper(config, None)
+    return tensors, names, keeper(config, quantize)
+
+
+def _arriving(
+    tensors: Tensors, names: Sequence[str], dtype: DTypeLike | None
+) -> dict[str, jax.ShapeDtypeStruct]:
+    wanted, shapes = _dtype(dtype), tensors.shapes
+    return {
+        name: jax.ShapeDtypeStruct(shapes[name], tensors.dtype(name, wanted))
+        for name in names
+    }
 
 
 @jax.jit
@@ -187,7 +225,7 @@ def _arrivals(
     put: Callable[[str, np.dtype[Any] | None], jax.Array],
     names: Sequence[str],
     dtype: np.dtype[Any] | None,
-    keep: Callable[[str, jax.Array], dict[str, jax.Array]],
+    keep: Keep,
     ordered: bool,
 ) -> Iterator[tuple[dict[str, jax.Array], int]]:
     """What is kept of every tensor, on the device, in order; and the bytes it had.

@@ -7,7 +7,6 @@ import jax
 import numpy as np
 
 from jrope.hf.tensors import Tensors
-from jrope.sharding.axes import spec_of
 from jrope.sharding.meshes import Layout
 
 Part = tuple[slice, ...]
@@ -27,8 +26,8 @@ def to_mesh(
       name: one of theirs.
       dtype: as in `Tensors.read`.
     """
-    shape = tensors.shapes[name]
-    sharding = layout.sharding(spec_of(name, len(shape), layout.axes))
+    slot = tensors.slots[name]
+    shape, sharding = slot.shape, layout.sharding(layout.specs({name: slot})[name])
     holders: dict[tuple[tuple[int, int], ...], list[Any]] = {}
     for device, part in sharding.addressable_devices_indices_map(shape).items():
         ends = zip(part or (), shape, strict=True)

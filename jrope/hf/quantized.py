@@ -21,7 +21,8 @@ import numpy as np
 from jrope.errors import JropeError
 from jrope.hf.families import FAMILIES
 from jrope.hf.folders import CONFIG, read_json, some
-from jrope.hf.schemes import HINT, KEY, Parts, Scheme, scheme_of
+from jrope.hf.schemes import scheme_of
+from jrope.hf.stored import HINT, KEY, Part, Parts, Scheme
 from jrope.hf.tensors import DTYPES, Slot, Tensors, check_range, open_tensors
 from jrope.model.config import LlamaConfig, parameter_shapes
 
@@ -31,6 +32,7 @@ class Dequantized(Tensors):
 
     Attributes:
       matrices: name -> the names of the tensors that hold it, by their last words.
+      scheme: how they do.
     """
 
     def __init__(
@@ -41,7 +43,7 @@ class Dequantized(Tensors):
         scheme: Scheme,
     ) -> None:
         super().__init__(slots)
-        self.matrices, self._stored, self._scheme = dict(matrices), stored, scheme
+        self.matrices, self._stored, self.scheme = dict(matrices), stored, scheme
 
     def read(
         self,
@@ -52,21 +54,23 @@ class Dequantized(Tensors):
         """As `Tensors.read`; of a quantised matrix all is read, whatever the part."""
         if name not in self.matrices:
             return super().read(name, dtype, part)
-        slot, names = self.slots[name], self.matrices[name]
-        arrays = {leaf: self._stored.raw(whole) for leaf, whole in names.items()}
-        out, width = slot.shape
-        try:
-            values = self._scheme.make(arrays, (out, width))
-        except JropeError as error:
-            raise JropeError(f"{name}: {error}") from None
-        stored = DTYPES[slot.dtype]
-        steps = [stored] if self._scheme.rounds or dtype is None else []
+        values = self.of_stored(name, self.scheme.widened)
+        stored = DTYPES[self.slots[name].dtype]
+        steps = [stored] if self.scheme.rounds or dtype is None else []
         for step in [*steps, dtype or stored]:
             wide = values
             with np.errstate(all="ignore"):  # too large is found below
                 values = wide.astype(step, copy=False)
             check_range(name, wide, values)
         return values if part is None else np.ascontiguousarray(values[part])
+
+    def of_stored(self, name: str, take: Part) -> np.ndarray:
+        """What `take` makes of the tensors that hold a quantised matrix."""
+        names, (out, width) = self.matrices[name], self.slots[name].shape
+        try:
+            return take(lambda leaf: self._stored.raw(names[leaf]), (out, width))
+        except JropeError as error:
+            raise JropeError(f"{name}: {error}") from None
 
     def same(self, first: str, second: str) -> bool:
         """As `Tensors.same`, of the float matrices."""

@@ -110,6 +110,10 @@ class Tensors:
         """Name -> dtype code, such as "BF16"; those in DTYPES can be read."""
         return {name: slot.dtype for name, slot in self.slots.items()}
 
+    def dtype(self, name: str, wanted: np.dtype[Any] | None = None) -> np.dtype[Any]:
+        """That of what `read` gives."""
+        return wanted or DTYPES[self.slots[name].dtype]
+
     def read(
         self,
         name: str,

@@ -257,7 +257,7 @@ def _embedded(model: Params, tokens: jax.Array, axes: Axes) -> jax.Array:
         return weight.at[ids].get(mode="fill", fill_value=jnp.nan)
     rows = weight.at[ids].get(mode="clip")
     scale = jnp.asarray(leaves["scale"]).at[ids].get(mode="fill", fill_value=jnp.nan)
-    return widen(rows, scale, model["norm"]["weight"].dtype)
+    return widen(rows, scale, model["norm"]["weight"].dtype, _zeros_of(leaves, ids))
 
 
 def _embed_share(
@@ -273,9 +273,15 @@ def _embed_share(
     rows = weight.at[local].get(mode="fill", fill_value=0)
     if "scale" in leaves:
         scale = leaves["scale"].at[local].get(mode="fill", fill_value=0)
-        rows = widen(rows, scale, dtype)
+        rows = widen(rows, scale, dtype, _zeros_of(leaves, local))
     rows = axes.total(rows)  # exact: all but one are zero
     return jnp.where((ids < total)[..., None], rows, jnp.asarray(jnp.nan, rows.dtype))
+
+
+def _zeros_of(leaves: Params, ids: jax.Array) -> jax.Array | None:
+    """Of some rows of a quantised embedding; any where an id is outside it."""
+    zero = leaves.get("zero")
+    return None if zero is None else jnp.asarray(zero).at[ids].get(mode="clip")
 
 
 def last_token(

@@ -5,13 +5,16 @@ A row of W [out, in] is cut into groups with a scale s each, of 128 elements; of
 
     W[o, i] = s[o, group of i] (n[o, i] - 8),  n in 0..15
 
+or with a zero z for each group, s (n - 8 - z): checkpoints have those, and groups of
+any number of whole words.
+
 Word k of a group holds its elements k, k + m, ..., k + 7 m for m words a group, the
 first in its lowest bits: elements of one place in neighbouring words are neighbours,
 and nothing is interleaved where words are taken apart.
 """
 
 import math
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +25,7 @@ from jrope.numerics import with_rank
 
 GROUP, LEAST = 128, 32
 IN_WORD = 8  # elements of a word
+Array = TypeVar("Array", jax.Array, np.ndarray)
 _SHIFTS = np.arange(0, 32, 4, dtype=np.uint32)
 
 
@@ -41,17 +45,21 @@ def group_of(name: str, width: int) -> int:
     return group
 
 
-def pack(levels: jax.Array) -> jax.Array:
+def pack(levels: Array) -> Array:
     """Integers -8..7 of groups [out, groups, n] as words [out, groups n / 8]."""
     out, groups, group = levels.shape
-    nibbles = (levels + 8).astype(jnp.uint32)
-    parts = nibbles.reshape(out, groups, IN_WORD, group // IN_WORD)
-    words = jnp.sum(parts << with_rank(_SHIFTS[:, None], 4), axis=2, dtype=jnp.uint32)
+    parts = levels.reshape(out, groups, IN_WORD, group // IN_WORD) + 8
+    words: Any = sum(
+        parts[:, :, place].astype(np.uint32) << shift
+        for place, shift in enumerate(_SHIFTS)
+    )
     return words.reshape(out, -1)
 
 
-def widen(held: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
-    """The weights [..., in] of words [..., in / 8] and scales [..., groups].
+def widen(
+    held: jax.Array, scale: jax.Array, dtype: Any, zero: jax.Array | None = None
+) -> jax.Array:
+    """The weights [..., in] of words [..., in / 8], scales and zeros [..., groups].
 
     Or of int8 [..., in] and scales [...].
     """
@@ -60,6 +68,8 @@ def widen(held: jax.Array, scale: jax.Array, dtype: Any) -> jax.Array:
     *rest, groups = scale.shape
     parts = held.reshape(*rest, groups, 1, -1)
     levels = _levels(parts, with_rank(_SHIFTS[:, None], parts.ndim))
+    if zero is not None:
+        levels = levels - zero.astype(jnp.int32)[..., None, None]
     wide = levels.astype(jnp.float32) * scale.astype(jnp.float32)[..., None, None]
     return wide.astype(dtype).reshape(*rest, -1)
 

@@ -30,7 +30,8 @@ def linear(
     A single token that meets weights of at most 16 bits is a multiply and a reduction:
     on GPU and CPU it streams them faster than a matrix product of one row.  `fuse` may
     hold W as a `kernel` [in, out] instead, which suits larger batches; `quantize` holds
-    it as integers, whose `scale` [out] comes after the sum, or [out, groups] within it.
+    it as integers, whose `scale` [out] comes after the sum, or [out, groups] within it,
+    with what a `zero` [out, groups] makes of the inputs' sums taken off.
     With `axes` the sum goes on over the shares of `in` that other devices hold.
     """
     bias, scale = weights.get("bias"), weights.get("scale")
@@ -38,7 +39,10 @@ def linear(
     plain = bias is None and factor is None and scale is None and not axes.tensor
     exact = dtype if plain else jnp.float32
     if scale is not None and scale.ndim > 1:
-        y, scale = _packed_product(x, weights["weight"], scale), None
+        y = _packed_product(x, weights["weight"], scale)
+        if "zero" in weights:
+            y = y - _zero_product(x, scale, weights["zero"])
+        scale = None
     elif is_row(weights, x):
         y = _row_product(x, weights["weight"])
     elif "kernel" in weights:
@@ -138,6 +142,17 @@ def _packed_product(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Arr
         cuda=_packed_row if row else _packed_dot,
         default=_packed_dot,
     )
+
+
+def _zero_product(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
+    """What the zeros [out, groups] of 4-bit weights take off their product with x.
+
+    A group's scale times zero times the sum of its inputs: float32 [..., out].
+    """
+    scale, zero, x = cpu_barrier(scale, zero, x)  # else held in float32 of all layers
+    groups = x.astype(jnp.float32).reshape(*x.shape[:-1], zero.shape[1], -1)
+    steps = scale.astype(jnp.float32) * zero.astype(jnp.float32)
+    return _dot(jnp.sum(groups, axis=-1), steps, 1, jnp.float32)
 
 
 def _packed_in_blocks(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:

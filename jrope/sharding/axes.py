@@ -162,8 +162,8 @@ def spec_of(name: str, ndim: int, axes: Axes) -> PartitionSpec:
     projection, leaf = name.split(".")[-2:]
     kind = _SPLIT.get(projection)
     joined = is_joined(name) and bool(axes.tensor)
-    grouped = leaf == "scale" and ndim - joined == 2
-    leaf = "weight" if grouped else leaf  # scales of int4 lie as their groups do
+    grouped = leaf in ("scale", "zero") and ndim - joined == 2
+    leaf = "weight" if grouped else leaf  # what int4 groups have lies as they do
     if kind is None or (kind == "in" and leaf in ("bias", "scale")):
         return PartitionSpec(*[None] * ndim)
     split = entry(axes.kv_heads if kind == "kv" else axes.tensor)

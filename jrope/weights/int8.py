@@ -80,7 +80,8 @@ def quantize(params: Params, kind: Quantization = "int8") -> Tree:
 def dequantize(params: Params, dtype: Any = None) -> Tree:
     """The plain tree that a quantised one stands for, scale times integers.
 
-    It is not what was quantised: half a scale of each element is lost.
+    It is not what was quantised: half a scale of each element is lost.  4-bit weights
+    that a folder held as such are (q - zero) scale, rounded once.
 
     Args:
       params: a tree of `quantize`.
@@ -94,23 +95,23 @@ def dequantize(params: Params, dtype: Any = None) -> Tree:
     dtype = params["model"]["norm"]["weight"].dtype if dtype is None else dtype
     flat, wide = flatten(params), _float(dtype)
     plain = {
-        name: _widen(array, flat.get(scale_name(name)), wide)
+        name: _widen(array, flat.get(scale_name(name)), flat.get(_zero(name)), wide)
         for name, array in flat.items()
-        if not name.endswith(".scale")
+        if name.split(".")[-1] not in ("scale", "zero")
     }
     return stand(nest(plain), layout_of(params))
 
 
 def is_quantized(params: Params) -> bool:
-    """Whether the tree, or a part of one, holds scales."""
+    """Whether the tree, or a part of one, holds integers."""
     return quantization_of(params) is not None
 
 
 def quantization_of(params: Params) -> Quantization | None:
     """How the tree, or a part of one, is quantised; None: it is not."""
     for name, array in flatten(params).items():
-        if name.split(".")[-1] == "scale":
-            return "int8" if array.dtype == jnp.float32 else "int4"
+        if name.split(".")[-1] == "weight" and array.dtype in (jnp.int8, jnp.uint32):
+            return "int8" if array.dtype == jnp.int8 else "int4"
     return None
 
 
@@ -123,6 +124,10 @@ def matrices(shapes: Mapping[str, tuple[int, ...]]) -> set[str]:
 def scale_name(name: str) -> str:
     """Of the scale that stands beside a weight; nothing stands under other names."""
     return name.removesuffix(".weight") + ".scale"
+
+
+def _zero(name: str) -> str:
+    return name.removesuffix(".weight") + ".zero"
 
 
 def quantize_tensor(
@@ -219,10 +224,12 @@ def _quantize(
 
 
 @partial(jax.jit, static_argnames=("dtype",))
-def _widen(array: jax.Array, scale: jax.Array | None, dtype: Any) -> jax.Array:
+def _widen(
+    array: jax.Array, scale: jax.Array | None, zero: jax.Array | None, dtype: Any
+) -> jax.Array:
     if scale is None:
         return array.astype(dtype)
-    return packed.widen(array, scale, dtype)
+    return packed.widen(array, scale, dtype, zero)
 
 
 def _float(dtype: Any) -> np.dtype[Any]:
