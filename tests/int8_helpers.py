@@ -61,6 +61,17 @@ def matrix(dtype: Any) -> np.ndarray:
     return w.astype(dtype)
 
 
+def unpacked(words: Any, groups: int) -> np.ndarray:
+    """4-bit levels [out, in], a word at a time: k + j m of a group is nibble j of k."""
+    out, m = len(words), words.shape[1] // groups
+    levels = np.empty((out, groups, 8 * m), np.int8)
+    for k in range(m):
+        for j in range(8):
+            nibble = np.asarray(words)[:, k::m] >> np.uint32(4 * j) & np.uint32(15)
+            levels[:, :, k + j * m] = nibble.astype(np.int8) - 8
+    return levels.reshape(out, -1)
+
+
 def wide(got: Any) -> np.ndarray:
     return np.asarray(got, np.float64)
 

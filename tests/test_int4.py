@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import make_tiny_hf
-from int8_helpers import EMBEDDED, EPS, TOKENS, largest_gap, run, wide
+from int8_helpers import EMBEDDED, EPS, TOKENS, largest_gap, run, unpacked, wide
 from model_helpers import assert_equal, params_of
 
 from jrope.bench.model import random_params
@@ -46,17 +46,6 @@ def definition(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         levels = np.rint((groups * steps[..., None]).astype(np.float32))
     levels = np.where(scale[..., None] == 0, 0, np.clip(levels, -7, 7))
     return levels.reshape(w.shape).astype(np.int8), scale
-
-
-def unpacked(words: Any, groups: int) -> np.ndarray:
-    """Levels [out, in], word by word: element k + j m of a group is nibble j of k."""
-    out, m = len(words), words.shape[1] // groups
-    levels = np.empty((out, groups, 8 * m), np.int8)
-    for k in range(m):
-        for j in range(8):
-            nibble = np.asarray(words)[:, k::m] >> np.uint32(4 * j) & np.uint32(15)
-            levels[:, :, k + j * m] = nibble.astype(np.int8) - 8
-    return levels.reshape(out, -1)
 
 
 def matrix(width: int, dtype: Any) -> np.ndarray:

@@ -116,10 +116,10 @@ def load(
     config = read_llama_config(folder)
     there = None if mesh is None else layout_on(mesh, config, axes)
     tensors, names, keep = _opened(folder, config, quantize)
-    lora = None if adapter is None else open_adapter(adapter, config)
-    if lora is not None and isinstance(tensors, Held):
+    if adapter is not None and isinstance(tensors, Held):
         hint = "leave quantize out, or take 'int8'"
         raise JropeError(f"{folder}: an adapter cannot change 4-bit weights; {hint}")
+    lora = None if adapter is None else open_adapter(adapter, config)
     finite: dict[str, jax.Array] = {}
 
     def arrived(name: str, array: jax.Array) -> dict[str, jax.Array]:

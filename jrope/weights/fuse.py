@@ -29,6 +29,7 @@ Order = Literal["out_in", "in_out"]
 def fuse(params: Params, order: Order = "out_in") -> Tree:
     """Join the projections that read the same input; the given tree stays as it is.
 
+    Those of a layer that lie in different ways, of which some are int4, stay apart.
     `forward`, `generate` and `score` take either tree; `unfuse` gives the first back.
     On a mesh each device joins the shares that it holds, key/value heads that stand on
     replicas too: [shares, rows of a share, in].
@@ -113,6 +114,8 @@ def _join(
     for joined, names in FUSED.values():
         if joined in block or names[0] not in block:
             continue
+        if any(_kind(block[name]) != _kind(block[names[0]]) for name in names):
+            break
         rest = {name: leaf for name, leaf in block.items() if name not in names}
         whole = {
             key: join(joined, {f"{name}.{key}": block[name][key] for name in names})
@@ -120,6 +123,11 @@ def _join(
         }
         return rest | {joined: whole}
     return dict(block)
+
+
+def _kind(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """What matrices must have in common to be one; a folder may have some as int4."""
+    return {key: (leaf.dtype, np.shape(leaf)[1:]) for key, leaf in leaves.items()}
 
 
 def _split(
