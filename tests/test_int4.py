@@ -21,7 +21,7 @@ from jrope.generation.run import generate
 from jrope.hf.checkpoint import load, save
 from jrope.model import packed
 from jrope.model.products import BLOCK, linear
-from jrope.tree import flatten
+from jrope.tree import flatten, nest
 from jrope.weights.fuse import fuse, unfuse
 from jrope.weights.int8 import (
     dequantize,
@@ -91,9 +91,14 @@ def test_values_are_the_definition(width: int, dtype: Any) -> None:
 
 
 def test_words_hold_every_level() -> None:
+    """On the host, too, where a folder's own integers are put into words."""
     levels = np.random.default_rng(0).integers(-8, 8, (3, 2, 128)).astype(np.int8)
     words = packed.pack(jnp.asarray(levels))
     np.testing.assert_array_equal(unpacked(words, 2), levels.reshape(3, -1))
+    assert {*levels.flat} == {*range(-8, 8)}
+    host = packed.pack(levels)
+    assert isinstance(host, np.ndarray) and host.dtype == np.uint32
+    np.testing.assert_array_equal(host, words)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -128,6 +133,32 @@ def test_a_product_is_that_of_the_dequantised_weights(width: int) -> None:
     assert (np.abs(got - want[1, 2]) <= bound[1, 2]).all()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_zero_is_taken_off_each_group(dtype: str) -> None:
+    """Levels and zeros of any kind, for a row and several, biases and factors beside.
+
+    A level times its scale is off by half a last bit of x's dtype, the float32 sums by
+    some of theirs; a row is summed in float32 whatever x is.
+    """
+    random = np.random.default_rng(4)
+    levels = random.integers(-8, 8, (40, 2, 128)).astype(np.int8)
+    zero = random.integers(-8, 8, (40, 2)).astype(np.int8)
+    scale = jnp.asarray(random.uniform(0.1, 1, (40, 2)), jnp.float16)
+    weights = {"weight": packed.pack(jnp.asarray(levels)), "scale": scale}
+    weights |= {"zero": jnp.asarray(zero), "bias": jnp.ones(40)}
+    exact = (levels - wide(zero)[..., None]) * wide(scale)[..., None]
+    plain = packed.widen(*[weights[n] for n in ("weight", "scale")], jnp.float32, zero)
+    np.testing.assert_array_equal(wide(plain), exact.reshape(40, 256))
+    x = jnp.asarray(random.standard_normal((2, 3, 256)) + 1, dtype)
+    most = 16 * np.abs(wide(x)) @ np.repeat(wide(scale), 128, 1).T
+    for rows, eps in ((x, float(jnp.finfo(dtype).eps) / 2), (x[1:, 2:], EPS)):
+        got = wide(linear(weights, rows, dtype=jnp.float32, factor=jnp.float32(2)))
+        off = np.abs(got - 1 - 2 * wide(rows) @ exact.reshape(40, 256).T)
+        sums = 8 * EPS * 16
+        bound = 2 * (eps / 2 + sums) * most[-len(rows) :, -rows.shape[1] :]
+        assert (off <= bound).all()
+
+
 def test_a_gpu_makes_one_sum_of_a_row() -> None:
     weights = {"weight": jnp.ones((40, 32), jnp.uint32), "scale": jnp.ones((40, 2))}
     x = jnp.ones((1, 1, 256))
@@ -155,8 +186,8 @@ def test_logits_and_tokens_are_those_of_the_dequantised_weights() -> None:
 
 
 @pytest.mark.skipif(jax.default_backend() != "cpu", reason="as XLA's CPU backend is")
-@pytest.mark.parametrize("rows", [1, 2])
-def test_a_cpu_widens_a_block_at_a_time(rows: int) -> None:
+@pytest.mark.parametrize(("rows", "zeros"), [(1, False), (2, False), (2, True)])
+def test_a_cpu_widens_a_block_at_a_time(rows: int, zeros: bool) -> None:
     """In a loop, too, ahead of which XLA would widen all."""
     out, width = 8 * BLOCK, 256
     words = jax.ShapeDtypeStruct((out, width // 8), jnp.uint32)
@@ -170,7 +201,10 @@ def test_a_cpu_widens_a_block_at_a_time(rows: int) -> None:
 
         return jax.lax.fori_loop(0, 9, step, x)
 
-    program = steps.lower({"weight": words, "scale": scale}, x).compile()
+    weights = {"weight": words, "scale": scale}
+    if zeros:
+        weights["zero"] = jax.ShapeDtypeStruct(scale.shape, jnp.int8)
+    program = steps.lower(weights, x).compile()
     assert program.memory_analysis().temp_size_in_bytes < 3 * 4 * BLOCK * width
 
 
@@ -186,6 +220,21 @@ def test_fusing_and_quantising_commute() -> None:
     assert_equal(fuse(dequantize(narrow)), dequantize(fused))
     kinds = {x.dtype.name for x in flatten(dequantize(narrow, "bfloat16")).values()}
     assert kinds == {"bfloat16"}
+
+
+def test_what_lies_in_another_way_is_not_joined() -> None:
+    """As where a folder holds some projections of a layer in 4 bits."""
+    params, config = wide_model()
+    narrow, flat = flatten(quantize(params, "int4")), flatten(params)
+    name = "model.layers.0.self_attn.v_proj"
+    del narrow[f"{name}.scale"]
+    mixed = nest({**narrow, f"{name}.weight": flat[f"{name}.weight"]})
+    joined = fuse(mixed)
+    names = {n.split(".")[-2] for n in flatten(joined) if "_proj" in n}
+    assert names == {f"{n}_proj" for n in ("q", "k", "v", "o", "gate_up", "down")}
+    assert_equal(unfuse(joined, config), mixed)
+    got, want = (run(x, TOKENS, config=config)[0] for x in (joined, mixed))
+    assert largest_gap(got, want) <= 4e-6
 
 
 def test_load_is_quantize_of_load_and_bytes_are_counted(tmp_path: Path) -> None:
