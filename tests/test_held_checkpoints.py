@@ -136,6 +136,7 @@ def test_what_arrives_is_counted(write: Any) -> None:
     counted: dict[str, int] = {}
     with Loading(folder, "bfloat16", "int4") as loading:
         params, _ = loading.wait()
+        assert loading._bar.done == loading._bar.total
         assert shapes_of(loading.shapes) == shapes_of(params)
     load(folder, "bfloat16", quantize="int4", progress=counted.__setitem__)
     arriving = arriving_shapes(folder, "bfloat16", "int4")

@@ -149,7 +149,6 @@ def _zero_product(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
 
     A group's scale times zero times the sum of its inputs: float32 [..., out].
     """
-    scale, zero, x = cpu_barrier(scale, zero, x)  # else held in float32 of all layers
     groups = x.astype(jnp.float32).reshape(*x.shape[:-1], zero.shape[1], -1)
     steps = scale.astype(jnp.float32) * zero.astype(jnp.float32)
     return _dot(jnp.sum(groups, axis=-1), steps, 1, jnp.float32)
