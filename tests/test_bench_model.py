@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +20,15 @@ from jrope.bench.model import (
     random_params,
     read_bytes,
     step_bytes,
+    tree_bytes,
     weight_count,
     with_layers,
 )
 from jrope.errors import JropeError
 from jrope.model.llama import forward
 from jrope.tree import flatten
+from jrope.weights.fuse import fuse
+from jrope.weights.int8 import weight_bytes
 
 
 def test_counts_of_a_tiny_model_are_those_by_hand():
@@ -56,6 +60,17 @@ def test_windows_see_fewer_pairs():
 def test_tied_head_is_read():
     config = tiny(tie_word_embeddings=True)
     assert read_bytes(config, 1) == weight_count(config) == read_bytes(tiny(), 1)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_a_tree_has_the_bytes_that_its_shapes_tell(tied: bool, quantize: Any) -> None:
+    config = tiny(tie_word_embeddings=tied)
+    for layout in (lambda tree: tree, fuse):
+        tree = layout(random_params(config, "bfloat16", quantize))
+        whole, read = tree_bytes(tree)
+        assert whole == sum(weight_bytes(config, 2, quantize).values())
+        assert read == read_bytes(config, 2, quantize)
 
 
 def test_counts_of_llama3_8b_are_the_known_ones():

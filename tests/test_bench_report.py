@@ -18,7 +18,7 @@ def blank(**fields):
 def make_report(rows=()):
     return Report(
         model="m", dtype="bfloat16", config=tiny(), command=("jrope",),
-        ceilings=CEILINGS, rows=rows,
+        ceilings=CEILINGS, weight_bytes=2, read_bytes=1, rows=rows,
     )  # fmt: skip
 
 

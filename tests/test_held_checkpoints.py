@@ -22,6 +22,7 @@ from quantized_helpers import (
     write_folder,
 )
 
+from jrope.bench.model import tree_bytes
 from jrope.cli.loading import Loading
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import arriving_shapes, load, load_shapes
@@ -142,6 +143,9 @@ def test_what_arrives_is_counted(write: Any) -> None:
     arriving = arriving_shapes(folder, "bfloat16", "int4")
     assert counted == {n: x.size * x.dtype.itemsize for n, x in arriving.items()}
     assert counted == {n: x.nbytes for n, x in flatten(params).items()}
+    whole, read = tree_bytes(params)
+    assert whole == sum(counted.values())
+    assert read == whole - counted["model.embed_tokens.weight"]
     anew, _ = load(folder, "bfloat16", quantize="int8")
     assert quantization_of(anew) == "int8"
 

@@ -19,7 +19,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.stats import Stats
 from jrope.batch.work import Work
 from jrope.bench.device import Ceilings
-from jrope.bench.model import cache_bytes, prefill_flops, read_bytes
+from jrope.bench.model import cache_bytes, prefill_flops, tree_bytes
 from jrope.forms.cache import Forms
 from jrope.forms.values import COMMA, anything
 from jrope.generation.ahead import compile_ahead
@@ -28,7 +28,6 @@ from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
-from jrope.weights.int8 import quantization_of
 
 PROMPT = (5.6, 32, 2048)  # mean of the logarithm, least, most
 NEW = (5.0, 16, 1024)
@@ -206,10 +205,9 @@ def least_seconds(
     are bound by FLOPs.
     """
     itemsize: int = params["model"]["norm"]["weight"].dtype.itemsize
-    quantize = quantization_of(params)
     sizes = [(len(work.prompt), work.max_new_tokens) for work in works]
     filled = sum(new * prompt + new * (new + 1) // 2 for prompt, new in sizes)
-    read = steps * read_bytes(config, itemsize, quantize)
+    read = steps * tree_bytes(params)[1]
     read += cache_bytes(config, filled, itemsize)
     flops = sum(prefill_flops(config, 1, prompt) for prompt, _ in sizes)
     return read / best.read + flops / best.matmul

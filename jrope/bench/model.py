@@ -16,11 +16,11 @@ import numpy as np
 
 from jrope.errors import JropeError
 from jrope.model.cache import layer_slots
-from jrope.model.config import EMBEDDING, LlamaConfig, parameter_shapes
+from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.model.int8_cache import CacheDtype, head_bytes
 from jrope.model.packed import group_of
 from jrope.rope import Rope
-from jrope.tree import Params, Tree, nest
+from jrope.tree import Params, Tree, flatten, nest
 from jrope.weights.fuse import fuse, unfuse
 from jrope.weights.int8 import Quantization, matrices, scale_name, weight_bytes
 
@@ -183,6 +183,16 @@ def read_bytes(
     return sum(sizes.values()) - table
 
 
+def tree_bytes(params: Params) -> tuple[int, int]:
+    """Bytes of a tree as it is held, and of those what `read_bytes` counts."""
+    flat = flatten(params)
+    sizes = {name: x.size * x.dtype.itemsize for name, x in flat.items()}
+    table = EMBEDDING.removesuffix("weight")
+    unread = sum(size for name, size in sizes.items() if name.startswith(table))
+    whole = sum(sizes.values())
+    return whole, whole - (unread if HEAD in flat else 0)
+
+
 def step_bytes(
     config: LlamaConfig,
     filled: int,
@@ -191,9 +201,14 @@ def step_bytes(
     rows: int = 1,
 ) -> int:
     """Bytes a decode step must read: weights, and the filled slots of all rows."""
-    rows = 1 if config.windows is None else rows
-    slots = cache_bytes(config, filled // rows, itemsize, rows)
+    slots = filled_bytes(config, filled, itemsize, rows)
     return read_bytes(config, itemsize, quantize) + slots
+
+
+def filled_bytes(config: LlamaConfig, filled: int, itemsize: int, rows: int) -> int:
+    """Bytes of so many filled slots of all rows together."""
+    rows = 1 if config.windows is None else rows
+    return cache_bytes(config, filled // rows, itemsize, rows)
 
 
 def prefill_flops(config: LlamaConfig, batch: int, count: int) -> int:

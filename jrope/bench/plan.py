@@ -16,7 +16,14 @@ import jax
 import numpy as np
 
 from jrope.bench.device import Ceilings, host_load, peak_memory, top_kernels
-from jrope.bench.model import Order, Weights, cache_bytes, prefill_flops, step_bytes
+from jrope.bench.model import (
+    Order,
+    Weights,
+    cache_bytes,
+    filled_bytes,
+    prefill_flops,
+    tree_bytes,
+)
 from jrope.bench.report import Row, Work
 from jrope.bench.runs import (
     Decode,
@@ -32,7 +39,6 @@ from jrope.errors import JropeError
 from jrope.generation.request import bucket
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
-from jrope.weights.int8 import Quantization, quantization_of, weight_bytes
 
 
 @final
@@ -117,7 +123,7 @@ class Bench:
         self.ceilings, self.peer = ceilings, peer
         tree = weights.arranged("none")
         self.itemsize: int = tree["model"]["norm"]["weight"].dtype.itemsize
-        self.quantize: Quantization | None = quantization_of(tree)
+        self.held, self.read = tree_bytes(tree)
 
     def rows(self) -> Iterator[Row]:
         """Every row as soon as it is known."""
@@ -174,8 +180,8 @@ class Bench:
             counted = prefill_flops(self.config, row.batch, row.context)
         else:
             filled = row.batch * row.context + row.batch * row.new // 2
-            how = (self.itemsize, self.quantize, row.batch)
-            counted = step_bytes(self.config, filled, *how)
+            slots = filled_bytes(self.config, filled, self.itemsize, row.batch)
+            counted = self.read + slots
         best = self.ceilings.matmul if prompt else self.ceilings.read
         return replace(
             row,
@@ -237,8 +243,7 @@ class Bench:
 
     def _check_size(self, task: Task, capacity: int) -> None:
         copies = 1 if self.peer is None or task.order == "none" else 2
-        sizes = weight_bytes(self.config, self.itemsize, self.quantize)
-        weights = copies * sum(sizes.values())
+        weights = copies * self.held
         cache = cache_bytes(self.config, capacity, self.itemsize, task.batch)
         text = f"weights {weights / 1e9:.2f} + cache {cache / 1e9:.2f} GB are"
         check_fits(weights + cache, text)

@@ -9,10 +9,10 @@ from typing import Literal, final
 import jax
 
 from jrope.bench.device import Ceilings, Kernel, describe_device
-from jrope.bench.model import cache_bytes, read_bytes, weight_count
+from jrope.bench.model import cache_bytes, weight_count
 from jrope.model.config import LlamaConfig
 from jrope.rope import describe
-from jrope.weights.int8 import Quantization, weight_bytes
+from jrope.weights.int8 import Quantization
 
 Work = Literal["prefill", "decode"]
 WIDTH = "{:<8}{:<23}{:<9}{:<8}{:>5}{:>8}{:>12}{:>11}{:>7}{:>11}{:>7}{:>9}{:>9}{:>8}"
@@ -126,6 +126,8 @@ class Report:
     config: LlamaConfig
     command: tuple[str, ...]
     ceilings: Ceilings
+    weight_bytes: int
+    read_bytes: int  # of the weights, by a step
     rows: tuple[Row, ...] = ()
     busy: float | None = None  # the host's load before anything was measured
     load_seconds: float | None = None
@@ -136,7 +138,7 @@ class Report:
         device, versions = describe_device(), package_versions()
         on = device["kind"] if device["kind"] != "cpu" else device["processor"]
         driver = f", driver {device['driver']}" if device["driver"] else ""
-        size = self._weight_bytes()
+        size = self.weight_bytes
         kind = f", {self.quantize} weights" if self.quantize else ""
         best = self.ceilings
         limits = [
@@ -184,10 +186,6 @@ class Report:
         """Every row of the table, once all is known."""
         return [line for row in self.rows for line in row.lines()]
 
-    def _weight_bytes(self) -> int:
-        sizes = weight_bytes(self.config, _itemsize(self.dtype), self.quantize)
-        return sum(sizes.values())
-
     def to_json(self) -> str:
         """Everything; kernels of a profile in full."""
         config, itemsize = self.config, _itemsize(self.dtype)
@@ -196,8 +194,8 @@ class Report:
             "parameters": weight_count(config),
             "quantize": self.quantize,
             "rope": describe(self.config.rope),
-            "weight_bytes": self._weight_bytes(),
-            "read_bytes": read_bytes(config, itemsize, self.quantize),
+            "weight_bytes": self.weight_bytes,
+            "read_bytes": self.read_bytes,
             "slot_bytes": cache_bytes(config, 1, itemsize),
         }
         shape = asdict(config)

@@ -20,6 +20,7 @@ from jrope.bench.model import (
     first_layers,
     named_shape,
     random_params,
+    tree_bytes,
     with_layers,
 )
 from jrope.bench.plan import Bench, Plan
@@ -127,12 +128,15 @@ def run(args: argparse.Namespace) -> int:
     params = _weights(args, config, dtype)
     loaded = time.perf_counter() - begin
     peer = Peer(params, config) if shared else None
+    held, read = tree_bytes(params)
     report = Report(
         model=args.folder or args.shape,
         dtype=dtype,
         config=config,
         command=("jrope", *sys.argv[1:]),
         ceilings=ceilings,
+        weight_bytes=held,
+        read_bytes=read,
         busy=busy,
         load_seconds=loaded if args.folder else None,
         quantize=args.quantize,
