@@ -13,7 +13,9 @@ With "int4" each group of 128 elements of a row (64 or 32 if need be) has a scal
     m = max |W[o, group]|,  s = m / 7 in bfloat16,  q = round(W[o, i] (1 / s))
 
 in float32, q from -7 to 7.  Since q goes by the scale as it is held, bfloat16 loses
-next to nothing beside float32, for 4.125 bits an element instead of 4.25.
+next to nothing beside float32, for 4.125 bits an element instead of 4.25.  4-bit
+weights of a folder keep scales of their own, of any float, and where they have zeros
+`zero` int8 [out, groups], see `hf.held`: W is (q - zero) s.
 
 Source: absmax quantisation, a scale for each output of W, Dettmers et al. 2022
 (arXiv:2208.07339, sections 2.1 and 3.1), here of the weights alone; for each block of
