@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from kernel_helpers import text_for_cuda
 from model_helpers import changed, close, tokens_of
 from model_helpers import make as make
 
@@ -122,8 +123,8 @@ def test_past_the_last_slot_nothing_is_written(tokens: int) -> None:
 @pytest.mark.parametrize("batch", [1, 200])
 def test_triton_takes_it(width: int, tokens: int, batch: int) -> None:
     given = inputs("bfloat16", [7] * batch, 8, 2, width, tokens)
-    call = jax.jit(partial(rotate_append_attend, precision="parity", scale=0.1))
-    text = call.trace(**given).lower(lowering_platforms=("cuda",)).as_text()
+    call = partial(rotate_append_attend, precision="parity", scale=0.1)
+    text = text_for_cuda(call, **given)
     assert "rotate_append_attend" in text
     assert ("join_shares" in text) == (batch == 1)
 
@@ -159,10 +160,8 @@ def test_triton_takes_integers() -> None:
     shape = partial(jax.ShapeDtypeStruct, dtype=jnp.int8)
     numbers, scales = shape((2, S, 2, 128)), shape((2, S, 2, 1), dtype=jnp.bfloat16)
     q, lengths = shape((2, 1, 8, 128), dtype=jnp.bfloat16), shape((2,), dtype=jnp.int32)
-    call = jax.jit(partial(attend_int8, scale=None))
     given = q, (numbers, numbers), (scales, scales), lengths
-    text = call.trace(*given).lower(lowering_platforms=("cuda",)).as_text()
-    assert "attend_int8" in text
+    assert "attend_int8" in text_for_cuda(partial(attend_int8, scale=None), *given)
 
 
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,8 +39,13 @@ def kernel_takes(q: jax.Array, kv_heads: int, tokens: int = TILE) -> bool:
     """
     count, head_dim, group = q.shape[1], q.shape[3], q.shape[2] // kv_heads
     fits = count <= tokens and count * group <= QUERIES and head_dim in (64, 128)
-    here = q.dtype in DTYPES and jax.default_backend() == "gpu"
-    return fits and here and find_spec(TRITON) is not None
+    return fits and triton_takes(q)
+
+
+def triton_takes(x: jax.Array) -> bool:
+    """Whether there is a GPU, whose kernels take x's dtype."""
+    here = x.dtype in DTYPES and jax.default_backend() == "gpu"
+    return here and find_spec(TRITON) is not None
 
 
 def rows_of(queries: int) -> int:
@@ -95,7 +100,7 @@ def run_shares(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     how = {"group": heads // kv_heads, "tokens": tokens}
     changed = [jax.typeof(given[i]) for i in aliases]
-    out = _call(
+    out = call_triton(
         partial(body, **how, scale=np.float32(scale * math.log2(math.e))),
         given,
         grid=(kv_heads, shares, batch),
@@ -107,7 +112,7 @@ def run_shares(
     changed, out = out[: len(aliases)], out[len(aliases) :]
     if shares > 1:
         own: Any = {"grid": shape[1::-1], "interpret": interpret}
-        out = _call(_join, out, out_shape=[y], **own, name="join_shares")
+        out = call_triton(_join, out, out_shape=[y], **own, name="join_shares")
     return out[0].reshape(q.shape), changed
 
 
@@ -117,7 +122,15 @@ def shares_of(rows: int, capacity: int) -> int:
     return 2 ** (most.bit_length() - 1)
 
 
-def _call(body: Any, given: Any, *, out_shape: list[Any], **how: Any) -> list[Any]:
+def call_triton(
+    body: Any,
+    given: Any,
+    *,
+    out_shape: list[Any],
+    warps: int = 4,
+    stages: int = 3,
+    **how: Any,
+) -> list[Any]:
     """A Triton kernel that loads its blocks itself."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*Triton", DeprecationWarning)
@@ -130,7 +143,7 @@ def _call(body: Any, given: Any, *, out_shape: list[Any], **how: Any) -> list[An
             in_specs=[where] * len(given),
             out_specs=[where] * len(out_shape),
             out_shape=out_shape,
-            compiler_params=triton.CompilerParams(num_warps=4, num_stages=3),
+            compiler_params=triton.CompilerParams(num_warps=warps, num_stages=stages),
             **how,
         )
         return call(*given)

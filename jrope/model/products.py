@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from jrope.model import packed
+from jrope.model import packed, packed_kernel
+from jrope.model.decode_parts import on_cuda
 from jrope.numerics import cpu_barrier, matmul_precision, with_rank
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LinearParams
@@ -132,6 +133,12 @@ def _product_in_blocks(
 
 def _packed_product(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
     """x [..., in] times 4-bit weights, see `packed`: float32 [..., out]."""
+    if packed_kernel.kernel_takes(x, words, scale):
+        return on_cuda(packed_kernel.times_packed, _packed_plain)(x, words, scale)
+    return _packed_plain(x, words, scale)
+
+
+def _packed_plain(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
     row = x.size == x.shape[-1]
     x = x.astype(jnp.float32) if row else x
     return jax.lax.platform_dependent(
