@@ -139,12 +139,16 @@ def _with_integers(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def integers(value: Any) -> Any:
-    """The integer that a whole float is, alone or in a list; others as they are."""
+    """The integer that a whole float is, alone or in a list; others as they are.
+
+    Floats from 2^53 on are no integer in particular: tables make some of long seeds.
+    """
     return [*map(_integer, value)] if isinstance(value, list) else _integer(value)
 
 
 def _integer(value: Any) -> Any:
-    return int(value) if isinstance(value, float) and value.is_integer() else value
+    whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+    return int(value) if whole else value
 
 
 def _sampler(given: Mapping[str, Any], default: Sampler) -> Sampler:
