@@ -119,6 +119,25 @@ def test_write(batch: int, room: int, count: int, data: st.DataObject) -> None:
     np.testing.assert_array_equal(got, written(slots, new, starts))
 
 
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_cpu_writes_16_bit_tokens_as_they_are(dtype: str) -> None:
+    starts = np.array([0, 4, 5, 2], np.int32)  # the third is past the end
+    normal = np.random.default_rng(0).standard_normal
+    slots, new = (jnp.asarray(normal((4, n, 2, 3)), dtype) for n in (5, 1))
+    slots = slots.at[0, 1, 0].set(jnp.asarray([np.nan, -np.inf, 1e-6], dtype))
+    got = jax.jit(write)(slots, new, starts)
+    want = written(np.asarray(slots), np.asarray(new), starts)
+    np.testing.assert_array_equal(got.astype(float), want.astype(float))
+
+
+@pytest.mark.parametrize(("platform", "scatters"), [("cpu", False), ("cuda", True)])
+def test_a_cpu_scatters_no_16_bit_tokens(platform: str, scatters: bool) -> None:
+    slots, new = (jnp.zeros((2, n, 2, 8), jnp.bfloat16) for n in (512, 1))
+    traced = jax.jit(write).trace(slots, new, jnp.zeros(2, jnp.int32))
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    assert ("scatter" in text) == scatters
+
+
 def test_write_is_in_place_when_donated() -> None:
     slots = jnp.zeros((2, 512, 2, 8), jnp.float32)
     new, starts = jnp.ones((2, 1, 2, 8), jnp.float32), jnp.array([3, 9], jnp.int32)

@@ -17,16 +17,23 @@ import numpy as np
 
 from jrope.model import decode_kernel
 from jrope.model.decode_parts import kernel_takes, on_cuda
+from jrope.model.filled import attend_filled, filled_takes
 from jrope.model.int8_cache import Keys, Scaled, by_head, parts
 from jrope.model.kernels import cudnn, cudnn_takes, flash, flash_takes
-from jrope.model.queries import Queries, einsum, steps
+from jrope.model.queries import (
+    LOWEST,
+    Queries,
+    einsum,
+    own_heads,
+    spread,
+    steps,
+)
 from jrope.numerics import cpu_barrier
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 
 BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
-LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exactly 0
 
 SoftmaxSums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
 """Of queries [..., H], float32: the largest score so far and the sum of exponentials
@@ -123,7 +130,9 @@ def _xla(
     queries = Queries(slots=slots, segments=own, window=window, scale=scale, cap=cap)
     if q.shape[1] == 1:
         given = q, k, v, queries, segments
-        how = {"tpu": _one_query_on_tpu, "default": one_query}
+        how: dict[str, Any] = {"tpu": _one_query_on_tpu, "default": one_query}
+        if filled_takes(q, k, segments):
+            how["cpu"] = partial(attend_filled, one_query)
         return jax.lax.platform_dependent(*given, **how)
     if q.shape[1] * k.shape[1] <= WHOLE:
         return _whole(q, k, v, queries, segments)
@@ -178,15 +187,11 @@ def one_query(
     Where a mesh splits the slots each device sees its own, and [B, N] and [B, N, H + 1]
     go between them, however many slots there are.
     """
-    batch, _, heads, head_dim = q.shape
     kv_heads = k.shape[2]
-    own = np.repeat(np.eye(kv_heads, dtype=bool), heads // kv_heads, axis=0)
-    own = own[None, :, :, None]  # [1, N, K, 1]
-    spread = jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
     (k, k_scales), (v, v_scales) = parts(k), parts(v)
     k, v = (x.reshape(*x.shape[:2], -1) for x in (k, v))
     k, v = cpu_barrier(k, v)  # else a single row's slots are held in two orders
-    products = einsum("BNX,BSX->BNS", spread, k)
+    products = einsum("BNX,BSX->BNS", spread(q, kv_heads), k)
     scores = queries.scores(q, by_head(products, k_scales))
     hidden = queries.hidden(stripes.slots(k.shape[1], axes), segments)
     if axes.context:
@@ -196,9 +201,7 @@ def one_query(
     else:
         weights = jax.nn.softmax(jnp.where(hidden, -jnp.inf, scores), axis=-1)
     seen = by_head(weights, v_scales).astype(q.dtype)
-    y = einsum("BNS,BSX->BNX", seen, v)
-    y = jnp.where(own, y.reshape(batch, heads, kv_heads, head_dim), 0)
-    y = jnp.sum(y, axis=2)
+    y = own_heads(einsum("BNS,BSX->BNX", seen, v), kv_heads)
     if axes.context:
         sums = y, jnp.sum(weights, axis=-1, keepdims=True)
         y = jax.lax.psum(jnp.concatenate(sums, axis=-1), axes.context)

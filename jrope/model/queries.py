@@ -10,6 +10,8 @@ import numpy as np
 
 from jrope.numerics import matmul_precision
 
+LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exactly 0
+
 
 @partial(
     jax.tree_util.register_dataclass,
@@ -62,3 +64,22 @@ def einsum(equation: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(
         equation, a, b, precision=precision, preferred_element_type=jnp.float32
     )
+
+
+def spread(q: jax.Array, kv_heads: int) -> jax.Array:
+    """Queries [B, 1, N, H] as a matrix [B, N, K x H], 0 outside their own key head."""
+    batch, _, heads, _ = q.shape
+    own = _own(heads, kv_heads)
+    return jnp.where(own, jnp.moveaxis(q, 1, 2), 0).reshape(batch, heads, -1)
+
+
+def own_heads(y: jax.Array, kv_heads: int) -> jax.Array:
+    """Of y [B, N, K x H], what belongs to each query's own key head: [B, N, H]."""
+    batch, heads, _ = y.shape
+    y = jnp.where(_own(heads, kv_heads), y.reshape(batch, heads, kv_heads, -1), 0)
+    return jnp.sum(y, axis=2)
+
+
+def _own(heads: int, kv_heads: int) -> np.ndarray:
+    own = np.repeat(np.eye(kv_heads, dtype=bool), heads // kv_heads, axis=0)
+    return own[None, :, :, None]  # [1, N, K, 1]
