@@ -58,7 +58,7 @@ def test_failing_shape_is_a_row_and_the_rest_goes_on(monkeypatch, capsys):
     def fail(*_):
         raise RuntimeError("INTERNAL: no such kernel")
 
-    monkeypatch.setattr("jrope.bench.plan.Prefill", fail)
+    monkeypatch.setattr("jrope.bench.share.Prefill", fail)
     assert run("--json", "-") == 1
     captured = capsys.readouterr()
     step, prompt = json.loads(captured.out)["rows"]

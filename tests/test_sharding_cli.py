@@ -168,7 +168,6 @@ def test_parity_loads_onto_the_mesh(
         ),
         (["generate", "ab", "--mesh", "modle=2"], r"did you mean 'model'"),
         (["parity", "--mesh", "fsdp=3"], r"hidden_size 32 over fsdp=3; .* fsdp=1"),
-        (["bench", "--mesh", "model=2"], "--mesh: bench measures one device"),
         (
             ["bench", "--distributed"],
             "bench runs in one process; generate and evaluate",

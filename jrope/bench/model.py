@@ -7,12 +7,14 @@ causal attention, which is counted at half of the square.
 
 import dataclasses
 import math
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jrope.errors import JropeError
 from jrope.model.cache import layer_slots
@@ -20,6 +22,7 @@ from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.model.int8_cache import CacheDtype, head_bytes
 from jrope.model.packed import group_of
 from jrope.rope import Rope
+from jrope.sharding.meshes import Layout
 from jrope.tree import Params, Tree, flatten, nest
 from jrope.weights.fuse import fuse, unfuse
 from jrope.weights.int8 import Quantization, matrices, scale_name, weight_bytes
@@ -67,26 +70,61 @@ def first_layers(params: Params, count: int) -> Tree:
 
 
 def random_params(
-    config: LlamaConfig, dtype: Any, quantize: Quantization | None = None
+    config: LlamaConfig,
+    dtype: Any,
+    quantize: Quantization | None = None,
+    layout: Layout | None = None,
 ) -> Tree:
     """Weights that never leave the device: uniform noise in `dtype`, norms one.
 
     With "int8" or "int4" the matrices that `jrope.quantize` takes are made as integers.
+    With a layout each device makes its share, and the numbers are the same.
     """
 
     shapes, flat = parameter_shapes(config), dict[str, jax.Array]()
     chosen = set[str]() if quantize is None else matrices(shapes)
     spread = config.initializer_range
     for i, (name, shape) in enumerate(shapes.items()):
-        if name in chosen:
-            if quantize == "int4":
-                made = _words(i, shape, group_of(name, shape[1]), spread)
-            else:
-                made = _integers(i, shape, spread)
-            flat |= zip((name, scale_name(name)), made, strict=True)
-        else:
-            flat[name] = _noise(i, shape, spread, dtype)
+        how: dict[str, Any] = {"shape": shape, "spread": spread}
+        if name not in chosen:
+            flat |= _made(i, (name,), _noise, {**how, "dtype": dtype}, layout)
+            continue
+        make = _words if quantize == "int4" else _integers
+        if quantize == "int4":
+            how["group"] = group_of(name, shape[1])
+        flat |= _made(i, (name, scale_name(name)), make, how, layout)
     return nest(flat)
+
+
+def _made(
+    seed: int,
+    names: tuple[str, ...],
+    make: Callable[..., Any],
+    how: Mapping[str, Any],
+    layout: Layout | None,
+) -> dict[str, jax.Array]:
+    """A parameter, and its scales, where the layout has them."""
+    if layout is None:
+        return dict(zip(names, jax.tree.leaves(make(seed, **how)), strict=True))
+    shapes = jax.tree.leaves(jax.eval_shape(partial(make, **how), seed))
+    specs = layout.specs(dict(zip(names, shapes, strict=True)))
+    places = tuple(layout.sharding(specs[name]) for name in names)
+    made = _made_there(seed, make, tuple(how.items()), places)
+    return dict(zip(names, made, strict=True))
+
+
+@partial(jax.jit, static_argnames=("make", "how", "places"))
+def _made_there(
+    seed: Any,
+    make: Callable[..., Any],
+    how: tuple[tuple[str, Any], ...],
+    places: tuple[NamedSharding, ...],
+) -> list[jax.Array]:
+    arrays = jax.tree.leaves(make(seed, **dict(how)))
+    return [
+        jax.lax.with_sharding_constraint(x, place)
+        for x, place in zip(arrays, places, strict=True)
+    ]
 
 
 @partial(jax.jit, static_argnames=("shape", "spread", "dtype"))
@@ -147,7 +185,9 @@ class Weights:
         if self.plain is None:
             tree["model"]["layers"].clear()
         for index in list(layers):
-            part: Tree = {"model": {"layers": {index: layers.pop(index)}}}
+            part: Tree = {"layers": {index: layers.pop(index)}}
+            # whose place tells of the mesh
+            part = {"model": {"embed_tokens": tree["model"]["embed_tokens"], **part}}
             if order != "none":
                 part = fuse(part, order)
             elif self.order != "none":

@@ -2,7 +2,8 @@
 
 A plan is a set of prompts and decode loops.  Each is compiled once, run once to warm
 up, then timed several times, in turns with whoever is beside it; the figure is the
-median.  Something that does not fit or fails is a row that says so.
+median.  A mesh takes turns with one of its devices.  Something that does not fit or
+fails is a row that says so.
 """
 
 import gc
@@ -10,30 +11,17 @@ import itertools
 import statistics
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal, final
 
 import jax
 import numpy as np
 
 from jrope.bench.device import Ceilings, host_load, peak_memory, top_kernels
-from jrope.bench.model import (
-    Order,
-    Weights,
-    cache_bytes,
-    filled_bytes,
-    prefill_flops,
-    tree_bytes,
-)
+from jrope.bench.model import Order, Weights
 from jrope.bench.report import Row, Work
-from jrope.bench.runs import (
-    Decode,
-    Prefill,
-    Program,
-    Runner,
-    check_fits,
-    in_turns,
-    told,
-)
+from jrope.bench.runs import Decode, Prefill, Program, Runner, in_turns, once, told
+from jrope.bench.share import ALONE, Side, check_sizes, one_device
 from jrope.bench.versus import Peer
 from jrope.errors import JropeError
 from jrope.generation.request import bucket
@@ -119,11 +107,9 @@ class Bench:
         plan: Plan,
         peer: Peer | None = None,
     ) -> None:
-        self.weights, self.config, self.plan = weights, config, plan
-        self.ceilings, self.peer = ceilings, peer
-        tree = weights.arranged("none")
-        self.itemsize: int = tree["model"]["norm"]["weight"].dtype.itemsize
-        self.held, self.read = tree_bytes(tree)
+        self.plan, self.ceilings, self.peer = plan, ceilings, peer
+        self.side = Side(weights, config)
+        self.alone = one_device(self.side)
 
     def rows(self) -> Iterator[Row]:
         """Every row as soon as it is known."""
@@ -137,51 +123,70 @@ class Bench:
             gc.collect()
 
     def _run(self, task: Task) -> Iterator[Row]:
-        lengths, capacity = self._lengths(task), self._capacity(task)
-        self._check_size(task, capacity)
-        params, size = self.weights.arranged(task.order), (task.batch, task.context)
-        if task.work == "prefill":
-            work = Prefill(params, self.config, *size, capacity)
-            runners: dict[str, Runner] = {"jrope": work.run}
-            if self.peer is not None:
-                runners[self.peer.modes[0]] = self.peer.prefill(*size)
-            yield from self._time(self._blank(task), work.program, runners)
-            return
-        loop = Decode(params, self.config, lengths, self.plan.new, capacity)
-        for name, sampler in self.plan.samplers.items():
-            runners = {"jrope": lambda sampler=sampler: loop.run(sampler)}
-            if peer := self.peer:
-                more = (self.plan.new, sampler)
-                runners |= {m: peer.decode(*size, *more, m) for m in peer.modes}
+        works, problem = {"jrope": self._work(task, self.side)}, None
+        if self.alone is not None:
+            try:
+                works[ALONE] = self._work(task, self.alone, self.side)
+            except Exception as error:  # whatever a device or compiler says
+                problem = told(error)
+        decoding = task.work == "decode"
+        samplers = self.plan.samplers if decoding else {None: Sampler()}
+        for name, sampler in samplers.items():
+            runners: dict[str, Runner] = {
+                who: partial(once, work, sampler) for who, work in works.items()
+            }
+            runners |= self._peers(task, sampler)
             blank = replace(self._blank(task), sampler=name)
-            yield from self._time(blank, loop.program, runners)
+            yield from self._time(blank, works, runners)
+            if problem is not None:
+                yield replace(blank, by=ALONE, problem=problem)
+
+    def _work(self, task: Task, side: Side | str, *beside: Side) -> Prefill | Decode:
+        """What is timed, compiled; the others' weights and caches stay there."""
+        if isinstance(side, str):
+            raise JropeError(side)
+        capacity = self._capacity(task)
+        copies = 1 if self.peer is None or task.order == "none" else 2
+        shares = [other.share for other in (side, *beside)]
+        check_sizes(shares, task.batch, capacity, copies)
+        if task.work == "prefill":
+            return side.prefill(task.order, task.batch, task.context, capacity)
+        lengths = self._lengths(task)
+        return side.decode(task.order, lengths, self.plan.new, capacity)
+
+    def _peers(self, task: Task, sampler: Sampler) -> dict[str, Runner]:
+        peer, size = self.peer, (task.batch, task.context)
+        if peer is None:
+            return {}
+        if task.work == "prefill":
+            return {peer.modes[0]: peer.prefill(*size)}
+        more = (self.plan.new, sampler)
+        return {mode: peer.decode(*size, *more, mode) for mode in peer.modes}
 
     def _time(
-        self, blank: Row, program: Program, runners: Mapping[str, Runner]
+        self,
+        blank: Row,
+        works: Mapping[str, Prefill | Decode],
+        runners: Mapping[str, Runner],
     ) -> Iterator[Row]:
         """A row for everyone who runs this."""
         times, problems = in_turns(runners, self.plan.repeats, self.plan.patience)
         own = statistics.median(times["jrope"]) if "jrope" in times else None
         for who in runners:
-            row = replace(blank, by=who, order=blank.order if who == "jrope" else None)
+            row = replace(blank, by=who, order=blank.order if who in works else None)
             if who in problems:
                 yield replace(row, problem=problems[who])
                 continue
             row = self._timed(row, times[who])
-            if who == "jrope":
-                row = self._with_program(row, program, runners[who])
-            elif own is not None:
+            if who in works:
+                row = self._with_program(row, works[who].program, runners[who])
+            if who != "jrope" and own is not None:
                 row = replace(row, ratio=statistics.median(times[who]) / own)
             yield row
 
     def _timed(self, row: Row, times: list[float]) -> Row:
         median, prompt = statistics.median(times), row.work == "prefill"
-        if prompt:
-            counted = prefill_flops(self.config, row.batch, row.context)
-        else:
-            filled = row.batch * row.context + row.batch * row.new // 2
-            slots = filled_bytes(self.config, filled, self.itemsize, row.batch)
-            counted = self.read + slots
+        counted = self._counted(row)
         best = self.ceilings.matmul if prompt else self.ceilings.read
         return replace(
             row,
@@ -194,6 +199,14 @@ class Bench:
             device_peak_bytes=peak_memory(),
             host_load=host_load(),
         )
+
+    def _counted(self, row: Row) -> int:
+        """FLOPs of a device's part of a prompt, or bytes that it reads in a step."""
+        alone = self.alone if row.by == ALONE else None
+        share = alone.share if isinstance(alone, Side) else self.side.share
+        if row.work == "prefill":
+            return share.prompt_flops(row.batch, row.context)
+        return share.step_bytes(row.batch, row.context, row.new)
 
     def _with_program(self, row: Row, program: Program, run: Runner) -> Row:
         row = replace(
@@ -229,21 +242,12 @@ class Bench:
         )
 
     def _lengths(self, task: Task) -> np.ndarray:
-        if task.work == "prefill" or task.batch == 1 or not self._ragged():
+        ragged = self.plan.ragged and self.peer is None
+        if task.work == "prefill" or task.batch == 1 or not ragged:
             return np.full(task.batch, task.context)
         first = max(task.context // 2, 1)
         return np.linspace(first, task.context, task.batch).astype(np.int64)
 
-    def _ragged(self) -> bool:
-        return self.plan.ragged and self.peer is None
-
     def _capacity(self, task: Task) -> int:
         room = bucket(self.plan.new + 1) if task.work == "decode" else 0
         return round(self.plan.capacity_factor * (task.context + room))
-
-    def _check_size(self, task: Task, capacity: int) -> None:
-        copies = 1 if self.peer is None or task.order == "none" else 2
-        weights = copies * self.held
-        cache = cache_bytes(self.config, capacity, self.itemsize, task.batch)
-        text = f"weights {weights / 1e9:.2f} + cache {cache / 1e9:.2f} GB are"
-        check_fits(weights + cache, text)

@@ -43,9 +43,9 @@ class Row:
       spread: (slowest - fastest) / median.
       repeats: runs behind the median.
       tokens_per_second: all rows together.
-      counted: FLOPs of the prompt, or bytes that a step must read.
+      counted: FLOPs of the prompt, or bytes that a step must read; of a device's part.
       of_ceiling: counted / seconds as a part of the device's best.
-      memory_bytes: arguments, results and temporaries of the compiled program.
+      memory_bytes: arguments, results and temporaries of the program, on a device.
       temp_bytes: its temporaries alone.
       alias_bytes: results that lie in the arguments' memory: the donated cache.
       compile_seconds: tracing and compiling.
@@ -132,6 +132,7 @@ class Report:
     busy: float | None = None  # the host's load before anything was measured
     load_seconds: float | None = None
     quantize: Quantization | None = None
+    mesh: str | None = None
 
     def head(self) -> list[str]:
         """Device, versions, model and ceilings, above the table."""
@@ -155,6 +156,11 @@ class Report:
             f", rope {describe(self.config.rope)}",
             f"at best the device {', '.join(limits)}",
         ]
+        if self.mesh is not None:
+            lines.append(
+                f"mesh {self.mesh}: batch and tokens/s are of all devices; counted, "
+                "limit, memory and temp of each"
+            )
         if self.load_seconds is not None:
             rate = size / self.load_seconds
             text = f"weights loaded in {self.load_seconds:.2f} s, {_si(rate, 'B/s')}"
@@ -194,6 +200,7 @@ class Report:
             "parameters": weight_count(config),
             "quantize": self.quantize,
             "rope": describe(self.config.rope),
+            "mesh": self.mesh,
             "weight_bytes": self.weight_bytes,
             "read_bytes": self.read_bytes,
             "slot_bytes": cache_bytes(config, 1, itemsize),

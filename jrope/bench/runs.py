@@ -3,20 +3,24 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jrope.bench.device import memory_limit
 from jrope.bench.versus import COMPILED
 from jrope.errors import JropeError
 from jrope.generation.loop import decode, first_token, prefill
-from jrope.generation.request import prepare
+from jrope.generation.request import prepare, sampling_specs
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
+from jrope.model.placed import cache_specs
+from jrope.sharding.meshes import Layout, stand_whole
 from jrope.tree import Params
 
 Runner = Callable[[], float]
@@ -47,30 +51,37 @@ class Decode:
         lengths: np.ndarray,
         new: int,
         capacity: int,
+        layout: Layout | None = None,
     ) -> None:
         batch, dtype = len(lengths), params["model"]["norm"]["weight"].dtype
         prompt = np.ones((batch, 1), np.int32)
-        request = prepare(prompt, None, config, max_new_tokens=new + 1, stop_ids=())
+        how: dict[str, Any] = {"max_new_tokens": new + 1, "stop_ids": ()}
+        request = prepare(prompt, None, config, layout, **how)
         self.params, self.sampling, self.new = params, request.sampling, new
-        self.lengths = jnp.asarray(lengths, jnp.int32)
-        self.cache = KVCache.empty(config, batch, capacity, dtype)
+        self.layout = request.layout
+        self.lengths = request.place(jnp.asarray(lengths, jnp.int32))
+        self.cache = _empty(config, batch, capacity, dtype, self.layout)
+        hidden = jnp.ones((batch, config.hidden_size), dtype)
+        prompts = jnp.asarray(request.prompt), jnp.asarray(request.lengths)
         self.rows = first_token(
             params,
-            jnp.ones((batch, config.hidden_size), dtype),
-            jnp.asarray(request.prompt),
-            jnp.asarray(request.lengths),
+            *request.place((hidden, *prompts)),
             request.sampling,
             config=config,
             output_slots=request.output_slots,
             scored=False,
+            layout=self.layout,
         )
-        self.limit = jnp.asarray(new + 1, jnp.int32)
+        self.limit = stand_whole(jnp.asarray(new + 1, jnp.int32), self.layout)
         args = (params, self.cache, self.rows, self.sampling, self.limit)
-        self.program = Program(decode, *args, config=config)
+        self.program = Program(decode, *args, config=config, layout=self.layout)
 
     def run(self, sampler: Sampler) -> float:
         """Seconds of a step."""
         sampling = replace(self.sampling, sampler=sampler)
+        if self.layout is not None:
+            specs = sampling_specs(self.layout, sampling)
+            sampling = self.layout.place(sampling, specs)
         cache = replace(self.cache, lengths=self.lengths + 0)  # it will be donated
         jax.block_until_ready((cache, self.rows))
         begin = time.perf_counter()
@@ -91,17 +102,21 @@ class Prefill:
         batch: int,
         context: int,
         capacity: int,
+        layout: Layout | None = None,
     ) -> None:
         shape, key = (batch, context + 1), jax.random.key(1)
         tokens = jax.random.randint(key, shape, 0, config.vocab_size, jnp.int32)
         prompt = np.asarray(tokens[:, :-1])
-        request = prepare(prompt, None, config, max_new_tokens=1, stop_ids=())
-        lengths = jnp.asarray(request.lengths)
+        how: dict[str, Any] = {"max_new_tokens": 1, "stop_ids": ()}
+        request = prepare(prompt, None, config, layout, **how)
+        tokens, lengths = request.place((tokens, jnp.asarray(request.lengths)))
         self.args = (params, tokens, lengths, lengths, None, None)
-        static = {"config": config, "capacity": capacity, "scored": False}
+        static: dict[str, Any] = {"config": config, "scored": False}
+        static |= {"capacity": capacity, "layout": request.layout}
         self.program = Program(prefill, *self.args, **static)
         last, _, _ = self.program.call(*self.args)
-        self.first_args = (tokens[:, :-1], lengths, request.sampling)
+        prompt = request.place(tokens[:, :-1])
+        self.first_args = (prompt, lengths, request.sampling)
         static["output_slots"] = request.output_slots
         del static["capacity"]
         self.first = Program(first_token, params, last, *self.first_args, **static)
@@ -116,6 +131,32 @@ class Prefill:
         seconds = time.perf_counter() - begin
         del cache
         return seconds
+
+
+def once(work: Prefill | Decode, sampler: Sampler) -> float:
+    """Seconds of a prompt, or of a step."""
+    return work.run(sampler) if isinstance(work, Decode) else work.run()
+
+
+def _empty(
+    config: LlamaConfig, batch: int, capacity: int, dtype: Any, layout: Layout | None
+) -> KVCache:
+    if layout is None:
+        return KVCache.empty(config, batch, capacity, dtype)
+    capacity = -(-capacity // (n := layout.size(layout.axes.context))) * n
+    specs = cache_specs(layout)
+    make = partial(KVCache.empty, config, batch, capacity, dtype)
+
+    def there(spec: PartitionSpec, part: Any) -> Any:
+        return jax.tree.map(lambda _: layout.sharding(spec), part)
+
+    places = jax.tree.map(
+        there,
+        specs,
+        jax.eval_shape(make),
+        is_leaf=lambda x: isinstance(x, PartitionSpec),
+    )
+    return jax.jit(make, out_shardings=places)()
 
 
 def in_turns(

@@ -38,12 +38,15 @@ from jrope.cli.common import (
     whole,
 )
 from jrope.cli.speculating import add_speculate_argument
+from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load, open_tensors, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.hf.tensors import DTYPES as STORED
 from jrope.model.config import LlamaConfig
+from jrope.model.placed import check_rows, layout_on
+from jrope.sharding.meshes import Layout
 from jrope.tree import Tree
 from jrope.weights.int8 import weight_bytes
 
@@ -54,6 +57,8 @@ exit status: 0 all measured, 1 something failed or did not fit, 2 bad input
 The limit of a prompt is the device's best matrix product, that of a decode step its
 best read; both are measured first.  Rows of a decode batch hold from half of the
 context to all of it, and the table tells the mean; with --versus all have the context.
+With --mesh the same work runs on one of its devices, too, in turns, if it fits there;
+batch is all devices' rows, and the limit counts what one device reads or multiplies.
 """
 
 
@@ -93,7 +98,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
     bench_batch.add_arguments(parser)
-    add("--mesh", help=argparse.SUPPRESS)
+    add_mesh_arguments(parser, together=False)
     add_rope_arguments(parser)
     parser.epilog = (
         f"{_EPILOG}\n{bench_batch.EPILOG}\n{bench_speculate.EPILOG}\n{parser.epilog}"
@@ -111,21 +116,23 @@ def run(args: argparse.Namespace) -> int:
         raise JropeError("bench: give either a FOLDER or --shape NAME")
     if args.speculate is not None and (batching or args.versus):
         raise JropeError("bench: --speculate goes with neither batch nor --versus")
-    if args.mesh is not None:
-        raise JropeError(
-            "--mesh: bench measures one device against its own limits; `jrope plan` "
-            "predicts meshes, and `jrope generate --mesh` tells its tokens/s"
-        )
+    _check_mesh(args, batching)
     plan, busy = _plan(args), host_load()
     shared = args.versus is not None and not batching
     _prepare_memory(shared)
     config, dtype = _model(args)
+    mesh = mesh_of(args)
+    layout = None if mesh is None else layout_on(mesh, config)
+    if layout is not None:
+        for rows in args.batch:
+            check_rows(rows, layout)
     others = bench_batch.others(args, config, dtype) if batching else []
-    _check_weights(config, dtype, args, copies=2 if shared else 1)
+    parts = 1 if layout is None else layout.size(layout.axes.tensor + layout.axes.fsdp)
+    _check_weights(config, dtype, args, copies=2 if shared else 1, parts=parts)
     table = sys.stderr if args.json == "-" else sys.stdout
     ceilings = measure_ceilings(jnp.dtype(dtype))
     begin = time.perf_counter()
-    params = _weights(args, config, dtype)
+    params = _weights(args, config, dtype, layout)
     loaded = time.perf_counter() - begin
     peer = Peer(params, config) if shared else None
     held, read = tree_bytes(params)
@@ -140,6 +147,7 @@ def run(args: argparse.Namespace) -> int:
         busy=busy,
         load_seconds=loaded if args.folder else None,
         quantize=args.quantize,
+        mesh=args.mesh,
     )
     if batching:
         return bench_batch.run(args, params, report, others)
@@ -159,6 +167,15 @@ def run(args: argparse.Namespace) -> int:
     if args.json == "-":
         print(report.to_json())
     return 1 if any(row.problem for row in report.rows) else 0
+
+
+def _check_mesh(args: argparse.Namespace, batching: bool) -> None:
+    """Raise a JropeError for what runs on one device alone."""
+    asked = {"batch": batching, "--speculate": args.speculate, "--versus": args.versus}
+    wrong = [name for name, given in asked.items() if given]
+    if args.mesh is not None and wrong:
+        hint = "leave --mesh out, or that"
+        raise JropeError(f"bench: {wrong[0]} runs on one device, not a mesh; {hint}")
 
 
 def _measured_again(report: Report, table: TextIO) -> Report:
@@ -234,19 +251,26 @@ def _dtype(folder: Path) -> str:
     return STORED[codes.pop()].name
 
 
-def _weights(args: argparse.Namespace, config: LlamaConfig, dtype: str) -> Tree:
+def _weights(
+    args: argparse.Namespace, config: LlamaConfig, dtype: str, layout: Layout | None
+) -> Tree:
     if args.shape is not None:
-        return random_params(config, jnp.dtype(dtype), args.quantize)
-    params, _ = load(args.folder, dtype, quantize=args.quantize)
+        return random_params(config, jnp.dtype(dtype), args.quantize, layout)
+    mesh = None if layout is None else layout.mesh
+    params, _ = load(args.folder, dtype, quantize=args.quantize, mesh=mesh)
     return first_layers(params, config.num_hidden_layers)
 
 
 def _check_weights(
-    config: LlamaConfig, dtype: str, args: argparse.Namespace, copies: int
+    config: LlamaConfig,
+    dtype: str,
+    args: argparse.Namespace,
+    copies: int,
+    parts: int,
 ) -> None:
     limit = memory_limit()
     sizes = weight_bytes(config, jnp.dtype(dtype).itemsize, args.quantize)
-    size, kind = sum(sizes.values()), args.quantize or dtype
+    size, kind = sum(sizes.values()) // parts, args.quantize or dtype
     if limit is not None and size * copies > limit:
         raise JropeError(
             f"{copies} x {size / 1e9:.1f} GB of {kind} weights do not fit into the "
