@@ -100,7 +100,9 @@ class Row:
             "" if self.compile_seconds is None else f"{self.compile_seconds:.1f} s",
         ]
         line = WIDTH.format(*place, *known).rstrip()
-        line += "" if self.ratio is None else f"  jrope is {self.ratio:.2f}x as fast"
+        if self.ratio is not None:
+            faster = "the mesh" if self.by.startswith("jrope") else "jrope"
+            line += f"  {faster} is {self.ratio:.2f}x as fast"
         return [line, *self._profile()]
 
     def _profile(self) -> list[str]:
