@@ -34,7 +34,8 @@ ARROWS = {
     "hf": "errors numerics tree rope sharding model weights",
     "generation": "errors tree sharding model",
     "parity": "errors tree rope model hf sharding",
-    "bench": "errors numerics tree rope sharding model weights hf generation forms batch",
+    "bench": "errors numerics tree rope sharding model weights hf generation forms "
+    "batch",
     "plan": "errors model weights generation bench sharding",
     "lab": "errors locks tree rope sharding model generation",
     "forms": "errors sharding model",

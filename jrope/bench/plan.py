@@ -151,8 +151,7 @@ class Bench:
         check_sizes(shares, task.batch, capacity, copies)
         if task.work == "prefill":
             return side.prefill(task.order, task.batch, task.context, capacity)
-        lengths = self._lengths(task)
-        return side.decode(task.order, lengths, self.plan.new, capacity)
+        return side.decode(task.order, self._lengths(task), self.plan.new, capacity)
 
     def _peers(self, task: Task, sampler: Sampler) -> dict[str, Runner]:
         peer, size = self.peer, (task.batch, task.context)
