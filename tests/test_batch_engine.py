@@ -103,8 +103,8 @@ def test_nothing_compiles_after_compile() -> None:
         assert made
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
-    assert own.stats.compiled == len(own.programs) == 8
-    assert own.programs[2] == "first pieces 2 x 16"
+    assert own.stats.compiled == len(own.programs) == 6
+    assert own.programs[2] == "first pieces up to 32, 1 x 32"
 
 
 def test_logprobs_and_alternatives_are_those_of_the_model() -> None:

@@ -4,10 +4,11 @@ The pieces of a prompt, and the shapes they are computed in, follow from its own
 alone, so that a row's answer does not depend on who else is there.
 """
 
-import heapq
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import insort
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import final
 
 import numpy as np
@@ -18,10 +19,12 @@ from jrope.generation.request import bucket
 from jrope.rope import Rope
 
 WIDEST = 2048  # tokens of a row in a piece, and of all rows of a program
-NARROWEST = 32  # parts of the widest
+NARROWEST = 32  # parts of the widest, and rows of a program at most
+SHORTEST = 16  # tokens that a program of its own is for
 BEHIND = 16  # parts of the widest, of a piece behind a prefix
 TOGETHER = 4  # parts of it, of all rows of such a program: enough to keep a GPU busy
 SHARE = 8  # of the slots: so many that one program fills at most
+AHEAD = 4  # programs' rows, among which those are looked for that fill one up
 WINDOW = 16  # rows waiting, in terms of the slots
 WINDOW_TOKENS = 2**20  # of their prompts together
 
@@ -33,7 +36,9 @@ class Shapes:
 
     Args:
       piece: tokens of every piece but a prompt's first, one row at a time.
-      first: width -> rows, of first pieces.
+      first: length -> tokens of a program for first pieces up to that length, of a
+        group; they lie one behind another.
+      rows: of such a program, of a group.
       behind: (width, rows) of pieces behind a prefix; rows 0: none is shared.
       rope: what turns the keys.
       groups: of slots, and of devices that have these; each has its share of the rows.
@@ -41,6 +46,7 @@ class Shapes:
 
     piece: int
     first: Mapping[int, int]
+    rows: int = 1
     behind: tuple[int, int] = 1, 0
     rope: Rope | None = None
     groups: int = 1
@@ -54,21 +60,22 @@ class Shapes:
         rope: Rope | None = None,
         groups: int | None = None,
     ) -> "Shapes":
-        """Buckets up to the widest piece, each with rows for as many tokens a group.
+        """One program for the widest piece, and for those that cannot fill it narrower.
 
+        Half as wide, a quarter, ...: each takes no more tokens than its rows may have.
         On a mesh, of so many groups, no prefix is shared.
         """
-        piece = min(piece, capacity)
-        widths = [piece]
-        while (narrower := _below(widths[-1])) * NARROWEST >= piece:
-            widths.append(narrower)
-        count = groups or 1
+        piece, count = min(piece, capacity), groups or 1
         most = max(slots // count // SHARE, 1)
-        rows = {w: count * min(max(piece // w, 1), most) for w in reversed(widths)}
-        width = next(w for w in rows if w * BEHIND >= piece)
+        rows = min(most, NARROWEST)
+        halves = (piece >> i for i in range(1, NARROWEST.bit_length()))
+        shorter = {n: rows * n for n in halves if n >= SHORTEST and rows * n < piece}
+        first = dict(sorted({piece: piece, **shorter}.items()))
+        width = min(bucket(-(-piece // BEHIND)), piece)
         some = min(max(piece // TOGETHER // width, 1), most)
         behind = width, some if slots > 1 and groups is None else 0
-        return cls(piece=piece, first=rows, behind=behind, rope=rope, groups=count)
+        own = partial(cls, rows=rows, rope=rope, groups=count)
+        return own(piece=piece, first=first, behind=behind)
 
     def pieces(self, prompt: np.ndarray, shared: int = 0) -> list[np.ndarray]:
         """A prompt in pieces, all but the first as wide as can be.
@@ -92,24 +99,27 @@ class Shapes:
         return shared if rows and enough else 0
 
     def group(self, row: Work) -> int | Prefix:
-        """What rows have in common that may enter together: a width, or a prefix."""
+        """What rows have in common that may enter together: a program, or a prefix."""
         if shared := self.shared(row):
             return Prefix.of(row, shared, self.rope)
-        return self.width(row.prompt)
+        return self.longest(row.prompt)
 
-    def rows(self, group: int | Prefix) -> int:
-        """How many rows of a group enter together."""
-        return self.behind[1] if isinstance(group, Prefix) else self.first[group]
+    def most(self, group: int | Prefix) -> tuple[int, int]:
+        """How many rows of a group enter together on a group of devices, and tokens.
 
-    def width(self, prompt: np.ndarray) -> int:
-        """The width that its first piece is padded to."""
-        first = (len(prompt) - 1) % self.piece + 1
-        return next(width for width in self.first if width >= first)
+        Those of a prefix have shapes of their own, whatever their tokens.
+        """
+        if isinstance(group, Prefix):
+            return self.behind[1], WINDOW_TOKENS
+        return self.rows, self.first[group]
 
+    def begins(self, prompt: np.ndarray) -> int:
+        """Tokens of its first piece."""
+        return (len(prompt) - 1) % self.piece + 1
 
-def _below(width: int) -> int:
-    """The next smaller bucket, or 0."""
-    return next((w for w in range(width - 1, 0, -1) if bucket(w) == w), 0)
+    def longest(self, prompt: np.ndarray) -> int:
+        """The length up to which first pieces enter with its own."""
+        return next(n for n in self.first if n >= self.begins(prompt))
 
 
 @final
@@ -128,7 +138,7 @@ class Waiting:
     def __init__(self, work: Iterable[Work], shapes: Shapes, slots: int) -> None:
         self.shapes, self.room = shapes, WINDOW * slots
         self._work = enumerate(work)
-        self._rows: dict[int | Prefix, list[tuple[int, int, Work]]] = {}  # heaps
+        self._rows: dict[int | Prefix, list[tuple[int, int, Work]]] = {}  # in order
         self._tokens = 0
 
     def __len__(self) -> int:
@@ -141,29 +151,30 @@ class Waiting:
             if row is None:
                 return
             entry = -row.max_new_tokens, number, row
-            heapq.heappush(self._rows.setdefault(self.shapes.group(row), []), entry)
+            insort(self._rows.setdefault(self.shapes.group(row), []), entry)
             self._tokens += len(row.prompt)
 
-    def take(self, *free: int) -> tuple[int | Prefix, list[Work]] | None:
-        """A group and rows that enter together, if they should.
+    def take(self, *free: int) -> list[list[Work]] | None:
+        """Rows that enter together, if they should, for each group of devices.
 
         Args:
           free: slots that each group of devices has free.
         """
-        group, count = self._next()
-        if not 0 < count <= sum(free):
+        wanted = self.wanted()
+        if wanted is None or wanted > sum(free):
             return None
-        most = self.shapes.rows(group) // len(free)
-        count = min(count, sum(min(slots, most) for slots in free))
-        rows = [heapq.heappop(self._rows[group])[-1] for _ in range(count)]
-        if not self._rows[group]:
+        group = self._next()
+        entries, found = self._rows[group], self._together(group, free)
+        rows = [[entries[i][-1] for i in part] for part in found]
+        for i in sorted(itertools.chain(*found), reverse=True):
+            self._tokens -= len(entries.pop(i)[-1].prompt)
+        if not entries:
             del self._rows[group]
-        self._tokens -= sum(len(row.prompt) for row in rows)
-        return group, rows
+        return rows
 
     def prefix(self) -> Prefix | None:
         """What the next rows begin with, where they share it."""
-        group, _ = self._next()
+        group = self._next() if self._rows else None
         return group if isinstance(group, Prefix) else None
 
     def __contains__(self, group: int | Prefix) -> bool:
@@ -171,20 +182,40 @@ class Waiting:
 
     def wanted(self) -> int | None:
         """Free slots with which `take` would give rows; None: nobody waits."""
-        return self._next()[1] or None
+        if not self._rows:
+            return None
+        room = [len(self)] * self.shapes.groups
+        return sum(map(len, self._together(self._next(), room)))
 
     def rest(self) -> Iterator[Work]:
         """Every row that was not taken."""
         read = sorted(entry[1:] for rows in self._rows.values() for entry in rows)
         return (row for _, row in itertools.chain(read, self._work))
 
-    def _next(self) -> tuple[int | Prefix, int]:
-        """A group, and how many rows of it enter next.
+    def _next(self) -> int | Prefix:
+        """The group whose first row may become longest, if it fills a program or not.
 
-        The group whose first row may become longest, full or not: who waits for company
-        may be the last to finish.
+        Who waits for company may be the last to finish.
         """
-        if not self._rows:
-            return 0, 0
-        group = min(self._rows, key=lambda group: self._rows[group][0][:2])
-        return group, min(len(self._rows[group]), self.shapes.rows(group))
+        return min(self._rows, key=lambda group: self._rows[group][0][:2])
+
+    def _together(self, group: int | Prefix, free: Sequence[int]) -> list[list[int]]:
+        """Which rows of a group enter next, for each group of devices.
+
+        One after the other where most slots are free, those left out that do not fit.
+        """
+        rows, tokens = self.shapes.most(group)
+        found, left = [list[int]() for _ in free], [tokens] * len(free)
+        ahead = self._rows[group][: AHEAD * rows * len(free)]
+        for i, (*_, row) in enumerate(ahead):
+            size = self.shapes.begins(row.prompt)
+            fits = [
+                (slots - len(part), at)
+                for at, (slots, part) in enumerate(zip(free, found, strict=True))
+                if len(part) < min(slots, rows) and size <= left[at]
+            ]
+            if fits:
+                _, at = max(fits, key=lambda fit: (fit[0], left[fit[1]]))
+                found[at].append(i)
+                left[at] -= size
+        return found

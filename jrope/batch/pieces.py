@@ -12,23 +12,29 @@ from jrope.batch.slots import Asked
 Given = tuple[Piece, Asked, np.ndarray, tuple[np.ndarray, np.ndarray]]
 
 
-def next_pieces(seats: Mapping[int, Seat], rows: int, width: int, own: int) -> Given:
+def next_pieces(
+    seats: Mapping[int, Seat], rows: int, width: int, own: int, lines: int | None = None
+) -> Given:
     """Take the next piece of every seat, for a program of so many rows.
 
     Args:
-      seats: by their row of the program; the other rows are nobody's.
-      rows, width: of the program.
+      seats: by their row of the program, ascending; the other rows are nobody's.
+      rows, width, lines: of the program, see `no_prompts`; a line's first rows come
+        first.
       own: slots of a group of devices, which numbers its own.
 
     Returns:
       The arguments of `begin`, and sources and starts for `share`.
     """
-    piece, asked, planned = no_prompts(rows, width)
+    piece, asked, planned = no_prompts(rows, width, lines)
     sources, starts = np.zeros((2, rows), np.int32)
+    filled = np.zeros(len(piece.tokens), np.int32)
     for i, seat in seats.items():
         tokens, row = seat.pieces.popleft(), seat.work
         piece.rows[i], piece.lengths[i] = seat.slot % own, len(tokens)
-        piece.tokens[i, : len(tokens)] = tokens
+        line = i * len(filled) // rows
+        piece.tokens[line, filled[line] :][: len(tokens)] = tokens
+        filled[line] += len(tokens)
         piece.last[i] = not seat.pieces and seat.keeps is None
         sources[i], starts[i] = seat.source, seat.filled
         planned[i] = len(row.prompt) + row.max_new_tokens

@@ -43,7 +43,7 @@ class Programs:
 
     Args:
       empty, extend, clean: those of that name.
-      begin: width -> the program for first pieces of that width.
+      begin: length -> the program for first pieces of at most that.
       decode: without log-probabilities, and maybe with them.  With `speculate` these
         are those of `guessing`, called with the rows' text and a `Guessing` last.
       ruled: `decode` where some rows have structures, called with `Rules` last, for
@@ -74,7 +74,10 @@ def names(
     share: Iterable[tuple[int, int]] = (),
 ) -> tuple[str, ...]:
     """What `compile_programs` compiles, one name a program."""
-    first = [f"first pieces {rows} x {width}" for width, rows in shapes.first.items()]
+    first = [
+        f"first pieces up to {longest}, {shapes.groups} x {width}"
+        for longest, width in shapes.first.items()
+    ]
     plain = "decode", "decode with log-probabilities"
     guessing = "decode with guesses", "decode with guesses and log-probabilities"
     decoding = guessing if guesses else plain
@@ -199,9 +202,11 @@ def compile_programs(
                 params, config, **same, scored=scored, entries=entries
             )
             yield (scored, entries), own
-        for width, rows in list(shapes.first.items())[::-1]:
-            given = nobody["begin", width] = no_prompts(rows, width)
-            yield ("begin", width), begin.lower(params, state, *given, **how)
+        for longest, width in list(shapes.first.items())[::-1]:
+            given = no_prompts(shapes.groups * shapes.rows, width, shapes.groups)
+            own = begin.lower(params, state, *given, longest=longest, **how)
+            nobody["begin", longest] = given
+            yield ("begin", longest), own
         given = nobody["extend"] = no_prompts(shapes.groups, shapes.piece)[:1]
         yield "extend", extend.lower(params, state, *given, **how)
         yield "clean", clean.lower(state, np.zeros(slots, bool), layout=layout)
@@ -211,7 +216,7 @@ def compile_programs(
         _run_once(done, params, nobody)
     return Programs(
         share={},
-        begin={width: done["begin", width] for width in shapes.first},
+        begin={longest: done["begin", longest] for longest in shapes.first},
         decode={scored: done[scored, 0] for scored, entries in ways if not entries},
         ruled={way: done[way] for way in ways if way[1]},
         **{name: done[name] for name in ("empty", "extend", "clean")},
@@ -248,12 +253,17 @@ def not_yet() -> Guessing:
     return Guessing(pause=none, caution=none, passes=none, rows=none)
 
 
-def no_prompts(rows: int, width: int) -> tuple[Piece, Asked, np.ndarray]:
-    """The arguments of `begin` for so many rows, nobody's; NumPy arrays to fill."""
+def no_prompts(
+    rows: int, width: int, lines: int | None = None
+) -> tuple[Piece, Asked, np.ndarray]:
+    """The arguments of `begin` for so many rows, nobody's; NumPy arrays to fill.
+
+    The rows lie in so many lines of that width, as many in each; None: in one each.
+    """
     zeros = partial(np.zeros, rows)
     piece: dict[str, Any] = {
         "rows": np.full(rows, NOBODY, np.int32),
-        "tokens": np.zeros((rows, width), np.int32),
+        "tokens": np.zeros((lines or rows, width), np.int32),
         "lengths": zeros(np.int32),
         "last": zeros(bool),
     }

@@ -130,11 +130,15 @@ class Run:
             if free:
                 self._keep(prefix, free[0])
             return bool(free)
-        group, rows = self.waiting.take(*map(len, self.groups(free))) or (0, [])
-        if not rows:
+        places = self.groups(free)
+        taken = self.waiting.take(*map(len, places)) or []
+        seats = {
+            at * self.shapes.rows + i: self._seat(slot, row)
+            for at, rows in enumerate(taken)
+            for i, (slot, row) in enumerate(zip(places[at], rows, strict=False))
+        }
+        if not seats:
             return False
-        places = zip(self._places(self.shapes.rows(group)), rows, strict=False)
-        seats = {i: self._seat(slot, row) for (i, slot), row in places}
         if prefix is None:
             self._begin(seats)
             return True
@@ -144,14 +148,6 @@ class Run:
         self._share([*seats.values()])
         self.stats.shared_tokens += sum(seat.shared for seat in seats.values())
         return True
-
-    def _places(self, count: int) -> list[tuple[int, int]]:
-        """Rows of a piece and the slots they may enter, in the emptiest group first."""
-        own, found = count // self.shapes.groups, list[tuple[int, int, int]]()
-        for at, slots in enumerate(self.groups(self.free())):
-            taken = enumerate(slots[:own])
-            found += [(i - len(slots), at * own + i, slot) for i, slot in taken]
-        return [place[1:] for place in sorted(found)]
 
     def _keep(self, prefix: Prefix, slot: int) -> None:
         """Compute a prefix in a slot, from which its rows take it."""
@@ -174,10 +170,11 @@ class Run:
         return seat
 
     def _begin(self, seats: Mapping[int, Seat]) -> None:
-        width = self.shapes.width(next(iter(seats.values())).work.prompt)
-        rows = self.shapes.first[width]
-        piece, asked, planned, _ = next_pieces(seats, rows, width, self.own)
-        self._put(self.programs.begin[width], piece, asked, planned)
+        shapes, any_row = self.shapes, next(iter(seats.values())).work
+        longest, groups = shapes.longest(any_row.prompt), shapes.groups
+        line = groups * shapes.rows, shapes.first[longest], self.own, groups
+        piece, asked, planned, _ = next_pieces(seats, *line)
+        self._put(self.programs.begin[longest], piece, asked, planned)
 
     def _extend(self, begun: Mapping[int, Seat]) -> None:
         """Go on with one row of each group."""

@@ -12,6 +12,7 @@ from jrope.errors import JropeError
 from jrope.model.cache import KVCache, per_row
 from jrope.model.config import LlamaConfig
 from jrope.model.context import Share
+from jrope.model.flat import Flat
 from jrope.model.growing import slot_table
 from jrope.model.layers import Step, local_table
 from jrope.rope import LongRope, table
@@ -178,6 +179,22 @@ def rotary_table(
             cos, sin = table(config.rope, positions, length=cast(Length, rope_lengths))
         local = local_table(config, positions)
     return Step(cos=cos, sin=sin, local=local), rope_lengths
+
+
+def flat_table(config: LlamaConfig, flat: Flat, count: int) -> Step:
+    """`rotary_table` of the tokens of a line, each by its row's: cos, sin [1, N, R].
+
+    For growing lengths of the slots of any row: [1, longest, R].
+    """
+    rows, positions = flat.places(count)
+    positions, length = positions[:, None], flat.planned.at[rows].get(mode="clip")
+    with jax.named_scope("rope"):  # as of N rows of one token
+        tables = table(config.rope, positions, length=length)
+        tables = tables, local_table(config, positions)
+        (cos, sin), local = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tables)
+        if config.rope.lengths == "growing":
+            cos, sin = slot_table(config.rope, flat.longest)
+    return Step(cos=cos, sin=sin, local=local, flat=flat)
 
 
 def _remembered(

@@ -3,6 +3,9 @@
 import math
 from dataclasses import fields
 from functools import partial
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,9 @@ SMALLEST_FLASH = 128  # of which a prompt is a multiple for a TPU's kernel
 LONGEST_WHOLE = 256  # tokens of a prompt, up to which XLA's scores are small enough
 FLASH_BLOCK = 512  # queries, and keys
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
+FLAT_SINCE = (0, 11, 2)  # 0.10.2 looks for grouped heads in the wrong places
+HOPPER = 9.0  # the first GPUs that it takes such rows for
+CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 
 
 def cudnn_takes(q: jax.Array) -> bool:
@@ -38,6 +44,49 @@ def cudnn(
         sides = None if window is None else (window - 1, 0)
         return attention(q, k, v, is_causal=True, local_window_size=sides)
     return attention(q, k, v, key_value_seq_lengths=starts + 1)
+
+
+def cudnn_flat_takes(q: jax.Array) -> bool:
+    """Whether cuDNN takes rows that lie one behind another, and this JAX tells it."""
+    if not cudnn_takes(q) or jax.__version_info__ < FLAT_SINCE or not find_spec(CUDNN):
+        return False
+    return float(jax.local_devices()[0].compute_capability) >= HOPPER
+
+
+def cudnn_flat(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    scale: float | None,
+    window: int | None,
+) -> jax.Array:
+    """cuDNN's flash attention in its packed layout, of R rows in one [1, N, heads, H].
+
+    Args:
+      q, k, v: as in `attend`.
+      lengths: int32 [R], tokens of each row, the first of which begins at token 0;
+        those of 0 come last.
+      scale, window: as in `attend`.
+    """
+    cudnn: Any = import_module(CUDNN)
+    lengths = jnp.pad(lengths, (0, 1))[None, :]  # a single row is not taken for packed
+    used = lengths > 0
+    ends = jnp.where(used, jnp.cumsum(lengths, axis=1), -1)
+    offsets = jnp.pad(ends, ((0, 0), (1, 0)))
+    sizes = jnp.where(used, lengths, -1)
+    return cudnn.dot_product_attention(
+        q,
+        k,
+        v,
+        q_seqlen=sizes,
+        kv_seqlen=sizes,
+        q_offsets=offsets,
+        kv_offsets=offsets,
+        scale=1 / math.sqrt(q.shape[-1]) if scale is None else scale,
+        mask_type=cudnn.MaskType.PADDING_CAUSAL,
+        sliding_window_length=window,
+    )
 
 
 def flash_takes(q: jax.Array) -> bool:

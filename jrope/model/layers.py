@@ -21,6 +21,7 @@ from jrope.model.config import LlamaConfig, NormKind
 from jrope.model.context import Share, attend_share, attend_share_growing, remember
 from jrope.model.decode_kernel import rotate_append_attend
 from jrope.model.decode_parts import kernel_takes, on_cuda
+from jrope.model.flat import Flat, attend_flat
 from jrope.model.growing import attend_growing
 from jrope.model.int8_cache import CacheDtype, Scaled
 from jrope.model.products import is_row, linear
@@ -36,7 +37,6 @@ FUSED: dict[str, tuple[str, tuple[str, ...]]] = {
     "mlp": ("gate_up_proj", ("gate_proj", "up_proj")),
 }
 
-
 Norm: TypeAlias = tuple[jax.Array, float, NormKind]
 
 
@@ -50,6 +50,7 @@ class Step:
       slots: this layer's keys and values [B, S, K, H] to write into; None: none yet.
       starts: int32 [B], filled slots of each row, given with `slots`.
       segments: int32 [B, T], equal for tokens of one sequence; None: a row is one.
+      flat: the rows of a line of tokens, B = 1; None: it is one of B.
       share: where a mesh splits the sequence, what this device computes of it.
       local: cos and sin of the layers with a rotary embedding of their own.
       counts: int32 [B], valid tokens of each row, read where slots go round; None: T.
@@ -60,6 +61,7 @@ class Step:
     slots: Slots | None = None
     starts: jax.Array | None = None
     segments: jax.Array | None = None
+    flat: Flat | None = None
     share: Share | None = None
     local: tuple[jax.Array, jax.Array] | None = None
     counts: jax.Array | None = None
@@ -101,6 +103,8 @@ def attention(
             return linear(weights["self_attn"]["o_proj"], y, axes=axes), slots
         q, k = turn(q, cos, sin), turn(k, cos, sin)
     new = as_cached((k, v), step.slots, cache_dtype)
+    if step.flat is not None:
+        see = partial(attend_flat, see, flat=step.flat, config=config, window=window)
     if step.share is not None:
         slots = remember(step.slots, new, step.share, capacity)
         seen = (k, v) if step.slots is None else slots
@@ -112,7 +116,7 @@ def attention(
     elif step.slots is None or step.starts is None:
         y = see(q, k, v)
         keep = partial(grow, capacity=capacity)
-        if window is not None and window <= capacity:
+        if window is not None and window <= capacity and step.flat is None:
             keep = partial(keep_last, window=window, counts=step.counts)
         slots = keep(new[0]), keep(new[1])
     elif window == step.slots[0].shape[1]:
@@ -335,9 +339,8 @@ def _after(
     weights: LayerParams, y: jax.Array, config: LlamaConfig, name: str
 ) -> jax.Array:
     """What a block gives, normed where norms stand behind blocks."""
-    return (
-        y if config.norm_at == "pre" else rms_norm(y, *norm_of(weights[name], config))
-    )
+    pre = config.norm_at == "pre"
+    return y if pre else rms_norm(y, *norm_of(weights[name], config))
 
 
 def rms_norm(

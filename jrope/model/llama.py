@@ -24,9 +24,11 @@ from jax.typing import ArrayLike, DTypeLike
 from jrope.model.cache import KVCache, all_roll, per_row
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.context import Share, context_share
+from jrope.model.flat import Flat
 from jrope.model.inputs import (
     check_inputs,
     check_segment_rope,
+    flat_table,
     refuse_unknown,
     rotary_table,
     segment_positions,
@@ -137,6 +139,7 @@ def hidden_states(
     capacity: int | None = None,
     cache_dtype: CacheDtype | None = None,
     segment_ids: ArrayLike | None = None,
+    flat: Flat | None = None,
     remat: bool = False,
     mlp: Callable[..., jax.Array] = mlp,
     axes: Axes = ONE,
@@ -151,6 +154,9 @@ def hidden_states(
     `mlp` replaces the second half of all layers: a hashable function of (weights, x, *,
     config, axes), as `layers.mlp` is.  It is given the layer's whole subtree, so leaves
     of its own may tell one layer from another; it keeps nothing between calls.
+
+    With `flat`, `tokens` are a line [1, N] of rows, and the cache holds keys and values
+    as they lie there, which cannot be continued.
     """
     refuse_unknown("forward", unknown)
     if axes == ONE and (layout := layout_of(params)) is not None:
@@ -175,9 +181,11 @@ def hidden_states(
         check_segment_rope(config, rope_lengths)
         positions = segment_positions(segments) if positions is None else positions
     share = context_share(tokens, cache, axes)
-    step, rope_lengths = rotary_table(
-        config, tokens, positions, cache, lengths, rope_lengths, capacity, axes, share
-    )
+    if flat is None:
+        given = tokens, positions, cache, lengths, rope_lengths, capacity, axes, share
+        step, rope_lengths = rotary_table(config, *given)
+    else:
+        step = flat_table(config, flat, count)
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
@@ -208,6 +216,8 @@ def hidden_states(
         keys.append(k)
         values.append(v)
     x = rms_norm(x, *norm_of(model["norm"], config))
+    if flat is not None:
+        return x, KVCache(tuple(keys), tuple(values), flat.lengths, flat.planned)
     filled = per_row(count if lengths is None else lengths, batch)
     filled = filled if starts is None else starts + filled
     if not all_roll(config, keys):

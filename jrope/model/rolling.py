@@ -28,7 +28,7 @@ def keep_last(new: Keys, window: int, counts: jax.Array | None) -> Keys:
       [B, W, K, H].
     """
     filled = per_row(new.shape[1] if counts is None else counts, new.shape[0])
-    return _take(new, _held(filled, window))
+    return _take(new, position_of_slots(filled, window))
 
 
 def extend(
@@ -64,11 +64,11 @@ def extend(
         for pair in zip(slots, new, strict=True)
     )
     filled = starts + (count if counts is None else counts)
-    kept = _held(filled, window) - first[:, None]
+    kept = position_of_slots(filled, window) - first[:, None]
     return see(q, k, v, old), (_take(k, kept), _take(v, kept))
 
 
-def _held(filled: jax.Array, window: int) -> jax.Array:
+def position_of_slots(filled: jax.Array, window: int) -> jax.Array:
     """The position in each slot of a row with so many tokens, below 0 if none: [B, W].
 
     The largest p < filled with p mod W = slot.
