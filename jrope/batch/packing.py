@@ -60,16 +60,20 @@ class Shapes:
         rope: Rope | None = None,
         groups: int | None = None,
     ) -> "Shapes":
-        """One program for the widest piece, and for those that cannot fill it narrower.
+        """One program for all first pieces, and some for those too short to fill it.
 
-        Half as wide, a quarter, ...: each takes no more tokens than its rows may have.
-        On a mesh, of so many groups, no prefix is shared.
+        These are half as long at most, a quarter, ..., and take as many tokens as their
+        rows have on average.  On a mesh, of so many groups, no prefix is shared.
         """
         piece, count = min(piece, capacity), groups or 1
         most = max(slots // count // SHARE, 1)
         rows = min(most, NARROWEST)
         halves = (piece >> i for i in range(1, NARROWEST.bit_length()))
-        shorter = {n: rows * n for n in halves if n >= SHORTEST and rows * n < piece}
+        shorter = {
+            n: max(n, rows * n * 3 // 4)
+            for n in halves
+            if n >= SHORTEST and rows * n < piece
+        }
         first = dict(sorted({piece: piece, **shorter}.items()))
         width = min(bucket(-(-piece // BEHIND)), piece)
         some = min(max(piece // TOGETHER // width, 1), most)

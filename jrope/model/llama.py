@@ -185,7 +185,7 @@ def hidden_states(
         given = tokens, positions, cache, lengths, rope_lengths, capacity, axes, share
         step, rope_lengths = rotary_table(config, *given)
     else:
-        step = flat_table(config, flat, count)
+        step, rope_lengths = flat_table(config, flat, count), flat.planned
     if lengths is not None:  # what stands in the padding must not matter, NaN neither
         steps = jnp.arange(count, dtype=jnp.int32)[None, :]
         tokens = jnp.where(steps < per_row(lengths, batch)[:, None], tokens, 0)
