@@ -15,10 +15,11 @@ from jax._src.cudnn import fused_attention_stablehlo
 from test_config import make
 
 import jrope.batch.filling
+import jrope.model.flat
 from jrope.batch.filling import _put_flat
 from jrope.model import kernels
 from jrope.model.attention import attend
-from jrope.model.flat import Flat, attend_flat
+from jrope.model.flat import Flat, _packed, attend_flat
 from jrope.model.llama import hidden_states, init_params
 from jrope.rope import DynamicNTK, LongRope, Rope
 
@@ -226,6 +227,23 @@ def test_cudnn_is_told_where_rows_begin(
         want = program(window, None, scale)(q, k, v, flat=flat_of(lengths))
         for own in each(lengths):
             np.testing.assert_allclose(got[0, own], want[0, own], atol=2e-6)
+
+
+def test_a_rows_nan_stays_its_own_beside_cudnn(monkeypatch: Any) -> None:
+    """Also where a NaN among the keys of one row reaches all others."""
+
+    def reaching(q: Any, k: Any, v: Any, *_: Any) -> Any:
+        worst = sum(jnp.sum(x - x) for x in (k, v))
+        fine = program(None, None, None)(q, k, v, flat=flat_of(LENGTHS)) + worst
+        return fine.at[0, sum(LENGTHS) :].set(jnp.nan)  # which cuDNN does not write
+
+    monkeypatch.setattr(jrope.model.flat, "cudnn_flat", reaching)
+    q, k, v = line(4, 0), line(2, 1), line(2, 2)
+    want = np.array(program(None, None, None)(q, k, v, flat=flat_of(LENGTHS)))
+    k, v = k.at[0, 30, 1, 3].set(jnp.nan), v.at[0, 58, 0, 0].set(jnp.inf)
+    got = np.asarray(_packed(q, k, v, flat_of(LENGTHS), None, None))
+    want[0, sum(LENGTHS) :], want[0, 30:58], want[0, 58:60] = 0, np.nan, np.nan
+    np.testing.assert_allclose(got, want, atol=2e-6)
 
 
 def test_cudnn_takes_rows_of_a_line_where_it_can(monkeypatch: Any) -> None:

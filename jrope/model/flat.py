@@ -90,14 +90,35 @@ def attend_flat(
     if not plain or not cudnn_flat_takes(q):
         return _one_by_one(see, q, k, v, flat)
 
-    def packed(q: jax.Array, k: jax.Array, v: jax.Array, flat: Flat) -> jax.Array:
-        own = None if window is None or window >= flat.longest else window
-        y = cudnn_flat(q, k, v, flat.lengths, config.attention_scale, own)
-        valid = steps(q.shape[1]) < jnp.sum(flat.lengths)
-        return jnp.where(valid[None, :, None, None], y, jnp.zeros((), y.dtype))
-
-    ways = {"cuda": packed, "default": partial(_one_by_one, see)}
+    own = None if window is None or window >= flat.longest else window
+    how = {"scale": config.attention_scale, "window": own}
+    ways = {"cuda": partial(_packed, **how), "default": partial(_one_by_one, see)}
     return jax.lax.platform_dependent(q, k, v, flat, **ways)
+
+
+def _packed(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    flat: Flat,
+    scale: float | None,
+    window: int | None,
+) -> jax.Array:
+    """All rows at once, by cuDNN.
+
+    Its blocks of keys reach into the next row, whose weights are 0, but 0 x NaN is NaN:
+    so it is given none, and what should have seen one is made NaN afterwards.
+    """
+    wrong = ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))[0]
+    k, v = (jnp.where(wrong[:, None, None], jnp.zeros((), x.dtype), x) for x in (k, v))
+    y = cudnn_flat(q, k, v, flat.lengths, scale, window)
+    rows, _ = flat.places(q.shape[1])
+    first = flat.starts.at[rows].get(mode="clip")
+    sums = jnp.pad(jnp.cumsum(wrong, dtype=jnp.int32), (1, 0))
+    seen = sums[1:] > sums[first]
+    y = jnp.where(seen[:, None, None], jnp.asarray(jnp.nan, y.dtype), y)
+    valid = rows < len(flat.lengths)  # behind the last row y is not written
+    return jnp.where(valid[:, None, None], y, jnp.zeros((), y.dtype))
 
 
 def _one_by_one(
