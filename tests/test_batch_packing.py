@@ -21,7 +21,7 @@ def test_shapes_are_few_and_hold_as_many_tokens() -> None:
     assert few.first == {64: 96, 128: 192, 256: 384, 512: 768, 2048: 2048}
     assert Shapes.of(slots=5, capacity=80, piece=16).first == {16: 16}
     one = Shapes.of(slots=8, capacity=80)
-    assert one.first == {20: 20, 40: 40, 80: 80} and one.rows == 1
+    assert one.first == {32: 32, 48: 48, 80: 80} and one.rows == 1
     assert Shapes.of(slots=64, capacity=40).first == {40: 40}
     assert Shapes.of(slots=1024, capacity=3072).rows == 32
 

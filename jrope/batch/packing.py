@@ -20,7 +20,7 @@ from jrope.rope import Rope
 
 WIDEST = 2048  # tokens of a row in a piece, and of all rows of a program
 NARROWEST = 32  # parts of the widest, and rows of a program at most
-SHORTEST = 16  # tokens that a program of its own is for
+SHORTEST = 16  # tokens that a program is for, and what they are a multiple of
 BEHIND = 16  # parts of the widest, of a piece behind a prefix
 TOGETHER = 4  # parts of it, of all rows of such a program: enough to keep a GPU busy
 SHARE = 8  # of the slots: so many that one program fills at most
@@ -68,12 +68,10 @@ class Shapes:
         piece, count = min(piece, capacity), groups or 1
         most = max(slots // count // SHARE, 1)
         rows = min(most, NARROWEST)
-        halves = (piece >> i for i in range(1, NARROWEST.bit_length()))
-        shorter = {
-            n: max(n, rows * n * 3 // 4)
-            for n in halves
-            if n >= SHORTEST and rows * n < piece
-        }
+        parts = (piece >> i for i in range(1, NARROWEST.bit_length()))
+        halves = {-(-n // SHORTEST) * SHORTEST for n in parts if n >= SHORTEST}
+        halves = [n for n in halves if rows * n < piece]
+        shorter = {n: max(n, rows * n * 3 // 4) for n in halves}
         first = dict(sorted({piece: piece, **shorter}.items()))
         width = min(bucket(-(-piece // BEHIND)), piece)
         some = min(max(piece // TOGETHER // width, 1), most)
