@@ -14,7 +14,6 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from test_config import make
 
-import jrope.batch.filling
 import jrope.model.flat
 from jrope.batch.filling import _put_flat
 from jrope.model import kernels
@@ -148,6 +147,7 @@ def test_every_row_has_its_own_frequencies(method: str) -> None:
     flat = flat_of(lengths, planned)
     got, cache = run(parameters(), TOKENS, flat=flat)
     assert cache.lengths.tolist() == lengths
+    assert all(keys.shape[1] == COUNT for keys in cache.keys)  # with a window, too
     tokens = np.zeros((4, 31), np.int32)
     for row, own in zip(tokens, each(lengths), strict=True):
         row[: own.stop - own.start] = TOKENS[0, own]
@@ -172,14 +172,13 @@ def test_what_is_put_stays_in_its_slot(
 ) -> None:
     """Of a window, too, whose slots go round and keep the last tokens."""
     put: Any = _put_flat.__wrapped__
-    chosen = SimpleNamespace(platform_dependent=lambda *x, **ways: ways[way](*x))
-    lax = SimpleNamespace(**vars(jax.lax) | vars(chosen))
-    fake = SimpleNamespace(**vars(jax) | {"lax": lax})
-    monkeypatch.setattr(jrope.batch.filling, "jax", fake)
+    chosen = lambda *given, **ways: ways[way](*given)  # noqa: E731
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     new = (10 * line(2, 5)).astype(dtype)
     old = jnp.full((9, size, 2, 8), 99, dtype)
     rows = jnp.asarray([7, 0, 3, 8, 1, 2**31 - 1, 2**31 - 1], jnp.int32)
-    got = np.asarray(jax.jit(put)(old, rows, flat_of(LENGTHS), new).astype(np.float32))
+    anew = jax.jit(lambda *given: put(*given))  # or it were not traced again
+    got = np.asarray(anew(old, rows, flat_of(LENGTHS), new).astype(np.float32))
     for slot, own in zip(rows, each(LENGTHS), strict=False):
         count = own.stop - own.start
         for i in range(max(count - size, 0), count):
@@ -255,7 +254,13 @@ def test_cudnn_takes_rows_of_a_line_where_it_can(monkeypatch: Any) -> None:
     assert takes(q) and not takes(q.astype(jnp.float32))
     devices.compute_capability = "8.9"
     assert not takes(q)
+    devices.compute_capability = "gfx90a"  # of AMD's
+    assert not takes(q)
     devices.compute_capability = "10.0"
+    assert takes(q)
+    monkeypatch.setattr(jax, "__version_info__", (0, 11, 1))
+    assert not takes(q)
+    monkeypatch.setattr(jax, "__version_info__", (0, 12, 0))
     assert takes(q)
     monkeypatch.setattr(kernels, "find_spec", lambda _: None)
     assert not takes(q)

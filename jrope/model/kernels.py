@@ -15,7 +15,7 @@ LONGEST_WHOLE = 256  # tokens of a prompt, up to which XLA's scores are small en
 FLASH_BLOCK = 512  # queries, and keys
 CUDNN_DTYPES = (jnp.bfloat16, jnp.float16)
 FLAT_SINCE = (0, 11, 2)  # 0.10.2 looks for grouped heads in the wrong places
-HOPPER = 9.0  # the first GPUs that it takes such rows for
+HOPPER = 9  # the first GPUs that cuDNN takes such rows on
 CUDNN = "jax._src.cudnn.fused_attention_stablehlo"
 
 
@@ -50,7 +50,8 @@ def cudnn_flat_takes(q: jax.Array) -> bool:
     """Whether cuDNN takes rows that lie one behind another, and this JAX tells it."""
     if not cudnn_takes(q) or jax.__version_info__ < FLAT_SINCE or not find_spec(CUDNN):
         return False
-    return float(jax.local_devices()[0].compute_capability) >= HOPPER
+    major = jax.local_devices()[0].compute_capability.split(".")[0]
+    return major.isdecimal() and int(major) >= HOPPER
 
 
 def cudnn_flat(
