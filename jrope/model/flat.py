@@ -51,8 +51,8 @@ class Flat:
     def places(self, count: int) -> tuple[jax.Array, jax.Array]:
         """Each token's row, R behind the last, and its position there: int32 [N]."""
         at = steps(count)
-        rows = jnp.searchsorted(jnp.cumsum(self.lengths), at, side="right")
-        rows = rows.astype(jnp.int32)
+        ended = jnp.cumsum(self.lengths)[None, :] <= at[:, None]
+        rows = jnp.sum(ended, axis=1, dtype=jnp.int32)
         return rows, at - self.starts.at[rows].get(mode="clip")
 
     def widths(self) -> list[int]:
@@ -112,12 +112,12 @@ def _packed(
     wrong = ~jnp.all(jnp.isfinite(k) & jnp.isfinite(v), axis=(2, 3))[0]
     k, v = (jnp.where(wrong[:, None, None], jnp.zeros((), x.dtype), x) for x in (k, v))
     y = cudnn_flat(q, k, v, flat.lengths, scale, window)
-    rows, _ = flat.places(q.shape[1])
-    first = flat.starts.at[rows].get(mode="clip")
-    sums = jnp.pad(jnp.cumsum(wrong, dtype=jnp.int32), (1, 0))
-    seen = sums[1:] > sums[first]
+    (rows, at), count = flat.places(q.shape[1]), len(flat.lengths)
+    own = wrong[:, None] & (rows[:, None] == steps(count))
+    first = jnp.min(jnp.where(own, at[:, None], flat.longest), axis=0)
+    seen = at >= first.at[rows].get(mode="clip")
     y = jnp.where(seen[:, None, None], jnp.asarray(jnp.nan, y.dtype), y)
-    valid = rows < len(flat.lengths)  # behind the last row y is not written
+    valid = rows < count  # behind the last row y is not written
     return jnp.where(valid[:, None, None], y, jnp.zeros((), y.dtype))
 
 
