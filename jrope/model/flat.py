@@ -113,7 +113,7 @@ def _packed(
     k, v = (jnp.where(wrong[:, None, None], jnp.zeros((), x.dtype), x) for x in (k, v))
     y = cudnn_flat(q, k, v, flat.lengths, scale, window)
     (rows, at), count = flat.places(q.shape[1]), len(flat.lengths)
-    own = wrong[:, None] & (rows[:, None] == steps(count))
+    own = wrong[:, None] & (rows[:, None] == steps(count)[None, :])
     first = jnp.min(jnp.where(own, at[:, None], flat.longest), axis=0)
     seen = at >= first.at[rows].get(mode="clip")
     y = jnp.where(seen[:, None, None], jnp.asarray(jnp.nan, y.dtype), y)
