@@ -18,7 +18,7 @@ import jrope.model.flat
 from jrope.batch.filling import _put_flat
 from jrope.model import kernels
 from jrope.model.attention import attend
-from jrope.model.flat import Flat, _packed, attend_flat
+from jrope.model.flat import Flat, _packed, _padded, attend_flat
 from jrope.model.llama import hidden_states, init_params
 from jrope.rope import DynamicNTK, LongRope, Rope
 
@@ -243,6 +243,51 @@ def test_a_rows_nan_stays_its_own_beside_cudnn(monkeypatch: Any) -> None:
     got = np.asarray(_packed(q, k, v, flat_of(LENGTHS), None, None))
     want[0, sum(LENGTHS) :], want[0, 30:58], want[0, 58:60] = 0, np.nan, np.nan
     np.testing.assert_allclose(got, want, atol=2e-6)
+
+
+@pytest.mark.parametrize("window, scale", [(None, None), (5, 0.5)])
+def test_rows_padded_for_cudnn(
+    window: Any, scale: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As XLA computes what cuDNN is asked for; the line ends in NaN."""
+    asked, plain = list[str](), jax.nn.dot_product_attention
+
+    def by_xla(*given: Any, implementation: str, **how: Any) -> jax.Array:
+        asked.append(implementation)
+        return plain(*given, **how, implementation="xla")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", by_xla)
+    q, k, v = line(4, 0), line(2, 1), line(2, 2)
+    for lengths in (LENGTHS, [0, 0]):
+        own = (x.at[0, sum(lengths) :].set(jnp.nan) for x in (q, k, v))
+        got = _padded(*own, flat_of(lengths), scale, window)
+        assert got.shape == q.shape and np.isfinite(got).all()
+        want = program(window, None, scale)(q, k, v, flat=flat_of(lengths))
+        for row in each(lengths):
+            np.testing.assert_allclose(got[0, row], want[0, row], atol=2e-6)
+    assert asked == ["cudnn"] * 2
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_who_computes_a_line(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = list[str]()
+
+    def note(name: str, q: Any, *_: Any, **how: Any) -> Any:
+        taken.append(name)
+        assert how == {"scale": None, "window": None}
+        return q
+
+    def cuda(*given: Any, **ways: Any) -> Any:
+        return ways["cuda"](*given)
+
+    for name in ("_packed", "_padded"):
+        monkeypatch.setattr(jrope.model.flat, name, partial(note, name))
+    monkeypatch.setattr(jrope.model.flat, "cudnn_takes", lambda q: True)
+    monkeypatch.setattr(jrope.model.flat, "cudnn_flat_takes", lambda q: packed)
+    monkeypatch.setattr(jax.lax, "platform_dependent", cuda)
+    q, k = line(4, 0), line(2, 1)
+    attend_flat(attend, q, k, k, flat=flat_of(LENGTHS), config=CONFIG, window=None)
+    assert taken == ["_packed" if packed else "_padded"]
 
 
 def test_cudnn_takes_rows_of_a_line_where_it_can(monkeypatch: Any) -> None:

@@ -1,8 +1,9 @@
 """Rows that lie one behind another in a single line of tokens, without padding.
 
 Products see the line [1, N, D] as it is.  Attention sees each row by itself: by cuDNN's
-packed layout, or row after row, each in the narrowest of a few widths that holds it.  A
-row's width follows from its own length, and so does what it is rounded to.
+packed layout; where it has none, by cuDNN with rows that are padded for it; or row
+after row, each in the narrowest of a few widths that holds it.  A row's width follows
+from its own length, and so does what it is rounded to.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jrope.model.config import LlamaConfig
-from jrope.model.kernels import cudnn_flat, cudnn_flat_takes
+from jrope.model.kernels import cudnn_flat, cudnn_flat_takes, cudnn_rows, cudnn_takes
 from jrope.model.queries import steps
 
 NARROWEST = 16  # queries of a row
@@ -87,12 +88,16 @@ def attend_flat(
       As q; behind the last row anything finite.
     """
     plain = config.score_cap is None and config.rope.lengths != "growing"
-    if not plain or not cudnn_flat_takes(q):
+    if not plain or not cudnn_takes(q):
         return _one_by_one(see, q, k, v, flat)
 
     own = None if window is None or window >= flat.longest else window
-    how = {"scale": config.attention_scale, "window": own}
-    ways = {"cuda": partial(_packed, **how), "default": partial(_one_by_one, see)}
+    cuda = partial(
+        _packed if cudnn_flat_takes(q) else _padded,
+        scale=config.attention_scale,
+        window=own,
+    )
+    ways = {"cuda": cuda, "default": partial(_one_by_one, see)}
     return jax.lax.platform_dependent(q, k, v, flat, **ways)
 
 
@@ -119,6 +124,28 @@ def _packed(
     y = jnp.where(seen[:, None, None], jnp.asarray(jnp.nan, y.dtype), y)
     valid = rows < count  # behind the last row y is not written
     return jnp.where(valid[:, None, None], y, jnp.zeros((), y.dtype))
+
+
+def _padded(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    flat: Flat,
+    scale: float | None,
+    window: int | None,
+) -> jax.Array:
+    """All rows at once, each as long as the longest may be, by cuDNN."""
+    at, count = steps(flat.longest)[None, :], len(flat.lengths)
+    valid = at < flat.lengths[:, None]  # what another row holds there, is not seen
+
+    def own(x: jax.Array) -> jax.Array:
+        x = x[0].at[flat.starts[:, None] + at].get(mode="clip")
+        return jnp.where(valid[..., None, None], x, jnp.zeros((), x.dtype))
+
+    y = cudnn_rows(own(q), own(k), own(v), flat.lengths, scale, window)
+    rows, place = flat.places(q.shape[1])
+    y = y.at[rows, place].get(mode="clip")
+    return jnp.where((rows < count)[:, None, None], y, jnp.zeros((), y.dtype))[None]
 
 
 def _one_by_one(

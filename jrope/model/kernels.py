@@ -46,6 +46,28 @@ def cudnn(
     return attention(q, k, v, key_value_seq_lengths=starts + 1)
 
 
+def cudnn_rows(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array,
+    scale: float | None,
+    window: int | None,
+) -> jax.Array:
+    """`cudnn` of prompts of `lengths`, int32 [B]; it computes nothing past them."""
+    return jax.nn.dot_product_attention(
+        q,
+        k,
+        v,
+        is_causal=True,
+        scale=scale,
+        local_window_size=None if window is None else (window - 1, 0),
+        query_seq_lengths=lengths,
+        key_value_seq_lengths=lengths,
+        implementation="cudnn",
+    )
+
+
 def cudnn_flat_takes(q: jax.Array) -> bool:
     """Whether cuDNN takes rows that lie one behind another, and this JAX tells it."""
     if not cudnn_takes(q) or jax.__version_info__ < FLAT_SINCE or not find_spec(CUDNN):
