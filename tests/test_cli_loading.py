@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from cli_helpers import model as model
 
-from jrope.cli import loading
+from jrope.cli import loading, main
 from jrope.cli.loading import Loading
 from jrope.errors import JropeError
 from jrope.hf.checkpoint import Tensors, load, load_shapes, save
+from jrope.weights.fuse import fuse
 
 
 class Terminal(io.StringIO):
@@ -39,6 +40,41 @@ def test_what_arrives(model: Path, dtype: str | None) -> None:
         params, timing = weights.wait()
     jax.tree.map(np.testing.assert_array_equal, params, expected)
     assert timing.load > 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "quantize", "backend", "order"),
+    [
+        (1, None, "gpu", "out_in"),
+        (4, None, "gpu", "in_out"),
+        (4, None, "cpu", "out_in"),
+        (4, "int8", "gpu", "out_in"),
+    ],
+)
+def test_what_arrives_is_arranged_for_so_many_rows(
+    model: Path, rows: int, quantize: Any, backend: str, order: Any, monkeypatch: Any
+) -> None:
+    expected = fuse(load(model, quantize=quantize)[0], order)
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    with Loading(model, None, quantize, rows=rows) as weights:
+        assert kinds(weights.shapes) == kinds(expected)
+        params, _ = weights.wait()
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
+@pytest.mark.parametrize("command", ["generate", "batch"])
+def test_commands_arrange_them(
+    model: Path, tmp_path: Path, command: str, monkeypatch: Any
+) -> None:
+    """One prompt's as one row is decoded fastest, a file's as several are."""
+    asked = list[Any]()
+    monkeypatch.setattr(loading, "order_for", lambda _, rows: asked.append(rows) or "")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}')
+    files = ["--input", str(rows), "--output", str(tmp_path / "out")]
+    words = ["a"] if command == "generate" else files
+    assert main([command, str(model), *words]) == 2  # no order
+    assert asked == [1 if command == "generate" else 2]
 
 
 def test_an_error_of_the_thread(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from jrope.model.packed import group_of
 from jrope.rope import Rope
 from jrope.sharding.meshes import Layout
 from jrope.tree import Params, Tree, flatten, nest
-from jrope.weights.fuse import fuse, unfuse
+from jrope.weights.fuse import each_layer, fuse, unfuse
 from jrope.weights.int8 import Quantization, matrices, scale_name, weight_bytes
 
 Order = Literal["none", "out_in", "in_out"]
@@ -180,20 +180,12 @@ class Weights:
         return self._tree
 
     def _rearranged(self, tree: Tree, order: Order) -> Tree:
-        """Layer after layer, so that only one of them is there twice."""
-        layers: Tree = dict(tree["model"]["layers"])
-        if self.plain is None:
-            tree["model"]["layers"].clear()
-        for index in list(layers):
-            part: Tree = {"layers": {index: layers.pop(index)}}
-            # whose place tells of the mesh
-            part = {"model": {"embed_tokens": tree["model"]["embed_tokens"], **part}}
-            if order != "none":
-                part = fuse(part, order)
-            elif self.order != "none":
-                part = unfuse(part, self.config)
-            layers[index] = jax.block_until_ready(part["model"]["layers"][index])
-        return {**tree, "model": {**tree["model"], "layers": layers}}
+        change = partial(unfuse, config=self.config)
+        if order != "none":
+            change = partial(fuse, order=order)
+        elif self.order == "none":
+            return tree
+        return each_layer(tree, change, keep=self.plain is not None)
 
 
 def weight_count(config: LlamaConfig) -> int:

@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
     if args.output is None:
         raise JropeError("--output is missing")
     given = args.dtype, args.quantize, mesh_of(args), args.adapter
-    with Loading(folder, *given) as loading:
+    with Loading(folder, *given, rows=args.slots or 2) as loading:
         _engine(args, loading.shapes, config)  # which raises what there is to say
         settings = _settings(args, folder, config)
         if args.strict:

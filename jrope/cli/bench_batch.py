@@ -16,6 +16,7 @@ from jrope.cli.common import whole
 from jrope.cli.terminal import note
 from jrope.model.config import LlamaConfig
 from jrope.tree import Params
+from jrope.weights.fuse import order_for
 
 EPILOG = """\
 jrope bench batch: rows of all lengths (prompts of 32 to 2,048 tokens, 16 to 1,024 new
@@ -71,8 +72,7 @@ def run(
     )
     for one in others:
         print(one.line(), file=table)
-    order = "out_in" if args.quantize else "in_out"
-    order = order if args.fuse == "auto" else args.fuse
+    order = order_for(params, 2) if args.fuse == "auto" else args.fuse
     weights = Weights(params, config)
     del params
     tree, best, found = weights.arranged(order), report.ceilings, []

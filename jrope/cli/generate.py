@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     layout = None if mesh is None else layout_on(mesh, config)
     how = args.dtype, args.quantize, mesh, args.adapter
     with (
-        Loading(folder, *how) as loading,
+        Loading(folder, *how, rows=len(prompts)) as loading,
         Guessing(args.speculate, loading.shapes) as guessing,
     ):
         tokenizer = load_tokenizer(folder)  # imports transformers: seconds

@@ -2,6 +2,7 @@
 
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from jrope.cli.report import Timing
 from jrope.cli.terminal import Progress
 from jrope.hf.checkpoint import arriving_shapes, load, load_shapes
 from jrope.hf.folders import PathLike
+from jrope.weights.fuse import each_layer, fuse, order_for
 from jrope.weights.int8 import Quantization
 
 
@@ -22,6 +24,11 @@ class _Unwanted(Exception):
 
 class Loading:
     """`checkpoint.load` in a thread; a context, which ends it when it is left early.
+
+    Args:
+      folder, dtype, quantize, mesh, adapter: as in `load`.
+      rows: that will be decoded at once, for which the parameters are arranged by
+        `fuse`, but on a mesh; None: they come as they are.
 
     Attributes:
       shapes: the parameters as ShapeDtypeStructs, there at once.
@@ -34,10 +41,15 @@ class Loading:
         quantize: Quantization | None = None,
         mesh: Mesh | None = None,
         adapter: PathLike | None = None,
+        rows: int | None = None,
     ) -> None:
         self._how: dict[str, Any] = {"dtype": dtype, "quantize": quantize, "mesh": mesh}
         # finds what headers can tell
         self.shapes, _ = load_shapes(folder, **self._how)
+        self._arrange = None
+        if rows is not None and mesh is None:
+            self._arrange = partial(fuse, order=order_for(self.shapes, rows))
+            self.shapes = jax.eval_shape(self._arrange, self.shapes)
         arriving = sum(array_bytes(arriving_shapes(folder, dtype, quantize)))
         self._how["adapter"] = adapter
         jax.devices()  # starts the backend here, not in two threads at once
@@ -66,6 +78,8 @@ class Loading:
     def _load(self, folder: Path) -> tuple[Any, Timing]:
         start = time.perf_counter()
         params, _ = load(folder, **self._how, check_finite=True, progress=self._count)
+        if self._arrange is not None:
+            params = each_layer(params, self._arrange)
         return params, Timing(load=time.perf_counter() - start)
 
     def _count(self, name: str, nbytes: int) -> None:

@@ -35,7 +35,7 @@ def open_model(
     adapter: PathLike | None = None,
     **tokenizer: Any,
 ) -> Loaded:
-    """Load a Hugging Face folder or hub id.
+    """Load a Hugging Face folder or hub id, arranged to decode several rows at once.
 
     Args:
       path_or_repo, quantize, adapter: as in `jrope.load`.
@@ -50,7 +50,7 @@ def open_model(
         config = with_rope(config, name, **fields)
     words = load_tokenizer(folder, **tokenizer)
     dtype = None if dtype == "auto" else dtype
-    with Loading(folder, dtype, quantize, adapter=adapter) as loading:
+    with Loading(folder, dtype, quantize, adapter=adapter, rows=2) as loading:
         loading.show()
         params, _ = loading.wait()
     return Loaded(folder=folder, params=params, config=config, tokenizer=words)

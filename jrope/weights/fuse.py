@@ -64,6 +64,39 @@ def fuse(params: Params, order: Order = "out_in") -> Tree:
     return stand(_each_block(params, change), layout)
 
 
+def order_for(params: Params, rows: int) -> Order:
+    """What suits decoding so many rows at once best here.
+
+    On a CPU rows of the weights are read as they lie, whatever the batch: 22 ms instead
+    of 37 for the products of 32 rows of SmolLM2-135M (bfloat16, two cores, jax 0.10).
+    """
+    batches = rows > 1 and jax.default_backend() != "cpu"
+    return "in_out" if batches and not is_quantized(params) else "out_in"
+
+
+def each_layer(
+    params: Params, change: Callable[[Tree], Tree], keep: bool = False
+) -> Tree:
+    """Apply `fuse`, or the like, to layer after layer, of which one is there twice.
+
+    Args:
+      params: a parameter tree, which loses its layers.
+      change: what is done to a tree of one layer.
+      keep: leave the given tree as it is.
+    """
+    model: Tree = params["model"]
+    layers: Tree = dict(model["layers"])
+    if not keep:
+        model["layers"].clear()
+    for index in list(layers):
+        part: Tree = {"layers": {index: layers.pop(index)}}
+        # whose place tells of the mesh
+        part["embed_tokens"] = model["embed_tokens"]
+        part = change({"model": part})
+        layers[index] = jax.block_until_ready(part["model"]["layers"][index])
+    return {**params, "model": {**model, "layers": layers}}
+
+
 def unfuse(params: Params, config: LlamaConfig) -> Tree:
     """Split what `fuse` joined, bit for bit."""
     layout = layout_of(params)
