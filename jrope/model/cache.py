@@ -125,14 +125,14 @@ def write(slots: Keys, new: Keys, starts: jax.Array) -> Keys:
 
 
 def _write(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    if new.shape[1] == 1 < new.shape[0] and slots.dtype.itemsize == 2:
+    if new.shape[1] == 1 < new.shape[0] and slots.dtype == jnp.bfloat16:
         ways: dict[str, Any] = {"cpu": _select, "default": _put}
         return jax.lax.platform_dependent(slots, new, starts, **ways)
     return _put(slots, new, starts)
 
 
 def _select(slots: jax.Array, new: jax.Array, starts: jax.Array) -> jax.Array:
-    """`_put` of one 16-bit token a row, as XLA's CPU backend does it best.
+    """`_put` of one bfloat16 token a row, as XLA's CPU backend does it best.
 
     It scatters these into a float32 copy of all slots, which it then rounds (jax 0.10):
     six times as long as going over the slots, which is in place.
