@@ -111,9 +111,11 @@ def is_quantized(params: Params) -> bool:
 
 def quantization_of(params: Params) -> Quantization | None:
     """How the tree, or a part of one, is quantised; None: it is not."""
-    for name, array in flatten(params).items():
-        if name.split(".")[-1] == "weight" and array.dtype in (jnp.int8, jnp.uint32):
-            return "int8" if array.dtype == jnp.int8 else "int4"
+    flat = flatten(params)
+    for name in flat:
+        if name.split(".")[-1] == "scale":
+            held = flat[name.removesuffix("scale") + "weight"]
+            return "int8" if held.dtype == jnp.int8 else "int4"
     return None
 
 
