@@ -105,6 +105,14 @@ def test_has_derivatives() -> None:
         np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
+def test_runs_where_shard_map_checks_what_varies(see: Any) -> None:
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    given, rows = random(), jax.P("data")
+    shared = jax.shard_map(attend, mesh=mesh, in_specs=rows, out_specs=rows)
+    got = jax.jit(shared)(*given, jnp.asarray(EDGES))
+    np.testing.assert_array_equal(got, see(*given, jnp.asarray(EDGES)))
+
+
 def test_is_for_several_float32_rows_on_a_cpu() -> None:
     assert loops(random())
     assert not loops(random(), "cuda")

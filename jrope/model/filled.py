@@ -84,6 +84,9 @@ def attend_filled(
 
     none = np.zeros((head_dim + 2,), np.float32)
     none[-1] = LOWEST
+    # Where `jax.shard_map` checks it, sums must vary as all that is added to them.
+    either = (q[0, 0, 0, 0] + k[0, 0] + v[0, 0] > 0) | (queries.slots[0, 0] > 0)
+    none = jnp.where(either, none, none)
     sums = jnp.broadcast_to(none, (batch * per_row, heads, head_dim + 2))
     start = jnp.zeros((), jnp.int32), sums
     _, sums = jax.lax.while_loop(lambda carry: carry[0] * size < count, see, start)
