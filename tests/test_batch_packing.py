@@ -22,8 +22,16 @@ def test_shapes_are_few_and_hold_as_many_tokens() -> None:
     assert Shapes.of(slots=5, capacity=80, piece=16).first == {16: 16}
     one = Shapes.of(slots=8, capacity=80)
     assert one.first == {32: 32, 48: 48, 80: 80} and one.rows == 1
-    assert Shapes.of(slots=64, capacity=40).first == {40: 40}
+    assert Shapes.of(slots=64, capacity=40).first == {40: 48}
     assert Shapes.of(slots=1024, capacity=3072).rows == 32
+
+
+@pytest.mark.parametrize("piece", [1, 33, 50, 2048])
+@pytest.mark.parametrize("slots", [1, 16, 24, 40])
+def test_a_line_has_no_last_rows_of_its_own(slots: int, piece: int) -> None:
+    """Whose products round in another way: at 50 bfloat16 tokens, those of the last."""
+    first = Shapes.of(slots=slots, capacity=112, piece=piece).first
+    assert all(size % 16 == 0 and size >= n for n, size in first.items())
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 32, 33, 47, 100])
@@ -89,7 +97,7 @@ def test_rows_wait_for_room() -> None:
 
 def test_groups_of_devices_have_rows_of_their_own() -> None:
     shapes = Shapes.of(slots=64, capacity=40, groups=4)
-    assert shapes.first == {40: 40} and shapes.groups == 4 and shapes.rows == 2
+    assert shapes.first == {40: 48} and shapes.groups == 4 and shapes.rows == 2
     assert shapes.behind[1] == 0 < Shapes.of(slots=64, capacity=40).behind[1]
     rows = waiting([10] * 13, groups=2)
     assert rows.wanted() == 6

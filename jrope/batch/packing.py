@@ -63,7 +63,8 @@ class Shapes:
         """One program for all first pieces, and some for those too short to fill it.
 
         These are half as long at most, a quarter, ..., and take as many tokens as their
-        rows have on average.  On a mesh, of so many groups, no prefix is shared.
+        rows have on average.  All are whole tiles, or a product might round its last
+        rows in another way.  On a mesh, of so many groups, no prefix is shared.
         """
         piece, count = min(piece, capacity), groups or 1
         most = max(slots // count // SHARE, 1)
@@ -72,7 +73,8 @@ class Shapes:
         halves = {-(-n // SHORTEST) * SHORTEST for n in parts if n >= SHORTEST}
         halves = [n for n in halves if rows * n < piece]
         shorter = {n: max(n, rows * n * 3 // 4) for n in halves}
-        first = dict(sorted({piece: piece, **shorter}.items()))
+        first = sorted({piece: piece, **shorter}.items())
+        first = {n: -(-size // SHORTEST) * SHORTEST for n, size in first}
         width = min(bucket(-(-piece // BEHIND)), piece)
         some = min(max(piece // TOGETHER // width, 1), most)
         behind = width, some if slots > 1 and groups is None else 0
