@@ -26,6 +26,7 @@ from jrope.batch.programs import (
     Programs,
     Ruled,
     compile_programs,
+    decodings,
     lower_decode,
     lower_share,
     names,
@@ -139,8 +140,7 @@ class Engine:
         return given(made.ruled, made.share)
 
     def _expected(self) -> list[Ruled]:
-        scorings = (False, True)[: 1 + self.logprobs] if self.structures else ()
-        return [(scored, ENTRIES) for scored in scorings]
+        return decodings(self.logprobs, ENTRIES) if self.structures else []
 
     def compile(self) -> Programs:
         """Compile all programs, if that has not been done."""

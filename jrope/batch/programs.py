@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
 from typing import Any, TypeAlias, final
 
 import jax
@@ -64,6 +63,11 @@ class Programs:
     seconds: float
     layout: Layout | None
     speculate: PromptLookup | None
+
+
+def decodings(logprobs: bool, entries: int = 0) -> list[Ruled]:
+    """The ways to decode with tables of so many entries, or without structures."""
+    return [(scored, entries) for scored in (False, True)[: 1 + logprobs]]
 
 
 def names(
@@ -192,7 +196,7 @@ def compile_programs(
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
     fresh |= {"cache_dtype": cache_dtype}
-    ways = [*product((False, True)[: 1 + logprobs], [0]), *ruled]
+    ways = [*decodings(logprobs), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 
     def lowered() -> Iterator[tuple[Any, Any]]:
