@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from kernel_helpers import text_for_cuda
 
-from jrope.model import decode_parts, packed, packed_kernel, products
+from jrope.model import decode_parts, packed, packed_kernel, packed_row, products
 from jrope.model.packed_kernel import Tiles, kernel_takes, times_packed
 from jrope.model.products import linear
 
@@ -17,14 +17,16 @@ OUT, COUNT = 32, 5
 EPS = 2.0**-24  # of float32 sums
 
 
-def weights(groups: int, group: int) -> tuple[jax.Array, jax.Array, np.ndarray]:
+def weights(
+    groups: int, group: int, out: int = OUT
+) -> tuple[jax.Array, jax.Array, np.ndarray]:
     """Words, scales, and the float64 matrix that they stand for; every level occurs."""
     random = np.random.default_rng(groups)
-    levels = random.integers(-8, 8, (OUT, groups, group)).astype(np.int8)
-    scale = random.uniform(0.5, 1, (OUT, groups)).astype(jnp.bfloat16)
+    levels = random.integers(-8, 8, (out, groups, group)).astype(np.int8)
+    scale = random.uniform(0.5, 1, (out, groups)).astype(jnp.bfloat16)
     plain = levels * scale.astype(np.float64)[..., None]
     words = packed.pack(jnp.asarray(levels))
-    return words, jnp.asarray(scale), plain.reshape(OUT, -1)
+    return words, jnp.asarray(scale), plain.reshape(out, -1)
 
 
 def tokens(count: int, width: int, dtype: Any) -> jax.Array:
@@ -38,7 +40,7 @@ def tokens(count: int, width: int, dtype: Any) -> jax.Array:
     [(4, 128, "bfloat16"), (33, 128, "float16"), (14, 32, "bfloat16")],
 )
 @pytest.mark.parametrize(
-    ("count", "tiles"), [(COUNT, None), (16, Tiles(outs=16, split=3))]
+    ("count", "tiles"), [(COUNT, None), (16, Tiles(outs=16, split=3)), (1, None)]
 )
 def test_a_product(
     groups: int, group: int, dtype: str, count: int, tiles: Tiles | None
@@ -53,14 +55,34 @@ def test_a_product(
     assert (np.abs(np.asarray(got, np.float64) - wide @ plain.T) <= bound).all()
 
 
-def test_triton_takes_it() -> None:
+@pytest.mark.parametrize("groups", [1, 32, 33, 86, 112])
+def test_a_token_has_a_kernel_of_its_own(
+    groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows in one step and in several, of which some programs have one less."""
+    out = 112
+    words, scale, plain = weights(groups, 32, out)
+    x = tokens(1, groups * 32, "bfloat16")
+    wide = np.asarray(x, np.float64)
+    bound = EPS * (np.abs(wide) @ np.abs(plain.T))
+    for programs in (512, 4):
+        monkeypatch.setattr(packed_row, "PROGRAMS", programs)
+        got = times_packed(x, words, scale, interpret=True)
+        assert got.dtype == jnp.float32 and got.shape == (1, 1, out)
+        assert (np.abs(np.asarray(got, np.float64) - wide @ plain.T) <= bound).all()
+
+
+@pytest.mark.parametrize(
+    ("count", "name"), [(8, "rows_times_packed"), (1, "row_times_packed")]
+)
+def test_triton_takes_it(count: int, name: str) -> None:
     shape = jax.ShapeDtypeStruct
     given = (
-        shape((1, 8, 14336), jnp.bfloat16),
+        shape((1, count, 14336), jnp.bfloat16),
         shape((4096, 14336 // 8), jnp.uint32),
         shape((4096, 112), jnp.bfloat16),
     )
-    assert "rows_times_packed" in text_for_cuda(times_packed, *given)
+    assert name in text_for_cuda(times_packed, *given)
 
 
 def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,7 +92,7 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert kernel_takes(x, words, scale)
     assert kernel_takes(tokens(2, 512, "float16"), words, scale)
-    assert not kernel_takes(tokens(1, 512, "float16"), words, scale)
+    assert kernel_takes(tokens(1, 512, "float16"), words, scale)
     assert not kernel_takes(x.astype(jnp.float32), words, scale)
     assert not kernel_takes(tokens(17, 512, "bfloat16"), words, scale)
     assert not kernel_takes(x[:, :0], words, scale)

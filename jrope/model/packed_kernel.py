@@ -3,7 +3,7 @@
 Products and sums are left to tensor cores, whose tiles have 16 rows.  Nibbles become
 floats of 16 bits without a conversion, two at once: in the bits of a mantissa below the
 exponent of 16 a nibble n is 16 + n, of which 24 is taken off exactly.  Scales come
-after the sum over their group.  (A single token is faster by `packed.row_sums`.)
+after the sum over their group.  (A single token has a kernel for itself, `packed_row`.)
 """
 
 import math
@@ -17,6 +17,7 @@ import numpy as np
 
 from jrope.model.decode_parts import TILE, call_triton, triton_takes
 from jrope.model.packed import GROUP, IN_WORD, LEAST
+from jrope.model.packed_row import times_row
 
 OUTPUTS, A_WARP = 64, 32  # of a program, and of its warps
 PROGRAMS = 512  # about so many keep a GPU busy
@@ -44,7 +45,7 @@ class Tiles:
 
 def kernel_takes(x: jax.Array, words: jax.Array, scale: jax.Array) -> bool:
     """Whether x [..., in] is a few tokens for this kernel, and here."""
-    few = x.shape[-1] < x.size <= TILE * x.shape[-1]
+    few = 0 < x.size <= TILE * x.shape[-1]
     group = x.shape[-1] // scale.shape[1]
     whole = group in (LEAST, 2 * LEAST, GROUP) and words.shape[0] % TILE == 0
     return few and whole and triton_takes(x)
@@ -69,6 +70,9 @@ def times_packed(
     """
     out, groups = scale.shape
     count = x.size // x.shape[-1]
+    if count == 1 and tiles is None:
+        y = times_row(words, scale, x.reshape(-1), interpret=interpret)
+        return y.reshape(*x.shape[:-1], out)
     tiles = tiles or Tiles.of(out, groups)
     like = jax.typeof(x).update(dtype=jnp.dtype(jnp.float32))
     [y] = call_triton(
