@@ -104,11 +104,12 @@ def test_where_it_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not kernel_takes(x, words, scale)
 
 
-def test_linear_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("count", [COUNT, 1])
+def test_linear_takes_it(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The values are the kernel's, derivatives those of the other way."""
     words, scale, plain = weights(4, 128)
     held = {"weight": words, "scale": scale, "bias": jnp.ones(OUT, jnp.bfloat16)}
-    x, taken = tokens(COUNT, 512, "bfloat16"), list[int]()
+    x, taken = tokens(count, 512, "bfloat16"), list[int]()
 
     def interpreted(*given: Any) -> jax.Array:
         taken.append(1)
