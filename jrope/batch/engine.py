@@ -19,7 +19,7 @@ from jrope.batch.admission import (
     check_slots,
     check_speculation,
     check_work,
-    within_windows,
+    without_far_windows,
 )
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import (
@@ -97,7 +97,7 @@ class Engine:
         check_count("capacity", capacity, 2)
         guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
         width = -(-(capacity + guesses) // ROUND) * ROUND
-        config, longest = within_windows(config, capacity, width)
+        config, longest = without_far_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
         if speculate is not None:
             check_speculation(speculate, params, config, width)

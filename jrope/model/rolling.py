@@ -54,7 +54,7 @@ def extend(
         at = starts % window
         k, v = (write(old, x, at) for old, x in zip(slots, new, strict=True))
         return see(q, k, v, jnp.minimum(starts, window - 1)), (k, v)
-    old = jnp.minimum(starts, window)  # slots that hold something
+    old = jnp.minimum(starts, window - 1)  # tokens that new ones see
     first = starts - old  # the position of the oldest
     index = jnp.arange(window + count, dtype=jnp.int32)[None, :]
     held, own = (first[:, None] + index) % window, window + index - old[:, None]
