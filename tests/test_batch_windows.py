@@ -25,8 +25,6 @@ from generate_helpers import KEY, model
 from jrope.batch.engine import Engine
 from jrope.batch.room import slots_for
 from jrope.batch.work import Work
-from jrope.cli.batch import longest_row
-from jrope.generation.guesser import PromptLookup
 from jrope.generation.run import generate
 from jrope.model.config import LlamaConfig
 
@@ -131,11 +129,3 @@ def test_memory_is_bounded_by_the_windows() -> None:
     plain = dataclasses.replace(config, windows=None)
     sizes = [slots_for(params, own, 4096, 2 * 10**7) for own in (plain, config)]
     assert 1 < sizes[0] < sizes[1]
-
-
-def test_the_command_takes_rows_longer_than_a_window() -> None:
-    """Unless they are guessed, which such rows are not."""
-    _, config = windowed()
-    assert longest_row(None, config) == config.max_position_embeddings
-    assert longest_row(None, config, PromptLookup(3)) == ROUND
-    assert longest_row(30, config, PromptLookup(3)) == 30

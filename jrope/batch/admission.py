@@ -62,11 +62,11 @@ def check_slots(slots: int, layout: Layout | None) -> None:
 def without_far_windows(
     config: LlamaConfig, capacity: int, width: int
 ) -> tuple[LlamaConfig, int]:
-    """The model with far windows, which none of `width` slots leaves; the longest row.
+    """The model with far windows wider than all slots, and the longest row.
 
-    A window is far where no row of `capacity` tokens exceeds it, so this changes no
-    answer; but slots behind the longest row, for guesses and round numbers, then need
-    not go round.
+    A window is far where no row of `capacity` tokens is longer, so that this changes no
+    answer; slots behind the longest row, for guesses and round numbers, then need not
+    go round.
     """
     windows = config.windows or ()
     far = {w for w in windows if w is not None and w >= capacity}
