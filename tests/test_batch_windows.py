@@ -113,14 +113,15 @@ def test_logprobs_are_those_of_transformers() -> None:
 
 def test_integers_go_round_as_generates_do() -> None:
     """In the same pieces: what a piece sees of those before it was rounded."""
-    own = engine_of(*windowed(), logprobs=False, cache_dtype="int8", slots=4)
+    _, params, config = model(layers=1)
+    config = dataclasses.replace(config, windows=(ROUND,))
+    own: dict[str, Any] = {"logprobs": False, "cache_dtype": "int8", "slots": 4}
     rows = [work(f"int8 {i}", 2 * PIECE, 16) for i in range(6)]
-    params, config = windowed()
     how: dict[str, Any] = {"config": config, "key": KEY, "max_new_tokens": 16}
     how |= {"stop_ids": (), "cache_dtype": "int8", "prefill_chunk": PIECE}
     prompts = np.stack([row.prompt for row in rows])
     want = generate(params, prompts, **how).tokens.tolist()
-    got = by_key(own.run(rows))
+    got = by_key(engine_of(params, config, **own).run(rows))
     assert [got[row.key].tokens.tolist() for row in rows] == want
 
 
