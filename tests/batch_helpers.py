@@ -34,13 +34,18 @@ def engine() -> Engine:
     return engine_of(*model()[1:])
 
 
-def without(bad: int) -> Engine:
-    """An engine for a model that has a NaN for one token."""
-    _, params, config = model()
+def without_token(bad: int, params: Any) -> Any:
+    """Parameters that have a NaN for one token."""
     table = np.array(params["model"]["embed_tokens"]["weight"])
     table[bad] = np.nan
     table = {"embed_tokens": {"weight": jnp.asarray(table)}}
-    own = engine_of({**params, "model": {**params["model"], **table}}, config)
+    return {**params, "model": {**params["model"], **table}}
+
+
+def without(bad: int) -> Engine:
+    """An engine for a model that has a NaN for one token."""
+    _, params, config = model()
+    own = engine_of(without_token(bad, params), config)
     own._programs = engine().compile()
     return own
 

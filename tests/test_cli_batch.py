@@ -210,6 +210,18 @@ def test_guesses_are_no_other_run(
     assert "'draft' is not prompt, or such as prompt:7" in line
 
 
+def test_rows_longer_than_a_window(capsys: Any, copy: Path, good: Path) -> None:
+    """They are taken, unless tokens are guessed; then a window ends all rows."""
+    path = copy / "config.json"
+    told = json.loads(path.read_text())
+    told |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+    path.write_text(json.dumps({**told, "sliding_window": 20}))
+    command = ["batch", copy, "--dry-run", "--input", good]
+    assert "of 64 tokens" in succeed(capsys, *command)[0]
+    out, _ = succeed(capsys, *command, "--speculate", "prompt:3")
+    assert "of 20 tokens" in out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

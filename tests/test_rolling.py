@@ -14,7 +14,6 @@ import pytest
 from model_helpers import changed, close, tokens_of
 from test_config import make
 
-from jrope.batch.engine import Engine
 from jrope.errors import JropeError
 from jrope.model import attention
 from jrope.model.cache import KVCache
@@ -171,11 +170,6 @@ def test_bad_windows(name: str) -> None:
     windows, message = BAD[name]
     with pytest.raises(JropeError, match=message):
         changed(MIXED, windows=windows)
-
-
-def test_a_batch_of_rows_that_come_and_go_ends_at_the_window(params: Tree) -> None:
-    with pytest.raises(JropeError, match=r"capacity: got 16, want .* window, 3"):
-        Engine(params, ALL, capacity=16, slots=2)
 
 
 def test_growing_lengths_have_no_window() -> None:

@@ -20,6 +20,7 @@ from jrope.batch.room import free_memory, slots_for
 from jrope.batch.work import Work
 from jrope.errors import JropeError
 from jrope.forms.structure import Structure
+from jrope.generation.sample import Sampler
 from jrope.sharding.axes import Axes
 from jrope.sharding.meshes import layout_of
 from jrope.weights.fuse import fuse
@@ -91,6 +92,23 @@ def test_rows_are_one_devices(text: str) -> None:
     if not scored:
         rows = [dataclasses.replace(row, logprobs=None) for row in rows]
     assert_same(by_key(engine(text).run(rows)), one_devices(), scored)
+
+
+def test_slots_go_round_on_each_device() -> None:
+    """Rows many times longer than a window are what `generate` makes of them."""
+    config, plain = dataclasses.replace(CONFIG, windows=(5,)), {"stop_ids": ()}
+    own = {**plain, "sampler": Sampler(), "logprobs": None}
+    rows = [dataclasses.replace(row, **own) for row in works(20)]
+    lengths = [len(row.prompt) for row in rows]
+    prompts = np.zeros((len(rows), max(lengths)), np.int32)
+    for row, prompt in zip(rows, prompts, strict=True):
+        prompt[: len(row.prompt)] = row.prompt
+    how: dict[str, Any] = {"config": config, "max_new_tokens": 20, **plain}
+    want = np.asarray(jrope.generate(make_params(), prompts, lengths, **how).tokens)
+    mesh = Engine(placed("data=2,model=4"), config, **HOW, logprobs=False)
+    got = by_key(mesh.run(rows))
+    for row, tokens in zip(rows, want, strict=True):
+        assert got[row.key].tokens.tolist() == tokens[: row.max_new_tokens].tolist()
 
 
 def test_a_rows_place_on_the_mesh_changes_no_bit() -> None:

@@ -59,23 +59,19 @@ def check_slots(slots: int, layout: Layout | None) -> None:
         )
 
 
-def within_windows(
+def without_far_windows(
     config: LlamaConfig, capacity: int, width: int
 ) -> tuple[LlamaConfig, int]:
-    """The model with windows that `width` slots do not reach, and the longest row.
+    """The model with far windows wider than all slots, and the longest row.
 
-    Where no row is longer than a window that changes no answer, but slots behind the
-    longest row, for guesses and round numbers, need not go round.
-
-    Raises:
-      JropeError: rows may be longer, and they enter in pieces.
+    A window is far where no row of `capacity` tokens is longer, so that this changes no
+    answer; slots behind the longest row, for guesses and round numbers, then need not
+    go round.
     """
     windows = config.windows or ()
-    shortest = min((w for w in windows if w is not None), default=width)
-    wanted = f"at most the shortest window, {shortest}; `generate` takes more"
-    check(capacity <= shortest, "capacity", capacity, wanted)
-    longer = tuple(w and max(w, width + 1) for w in windows) or None
-    return replace(config, windows=longer), shortest
+    far = {w for w in windows if w is not None and w >= capacity}
+    longer = tuple(max(w, width + 1) if w in far else w for w in windows) or None
+    return replace(config, windows=longer), min(far, default=width)
 
 
 def check_speculation(

@@ -19,7 +19,7 @@ from jrope.batch.admission import (
     check_slots,
     check_speculation,
     check_work,
-    within_windows,
+    without_far_windows,
 )
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.programs import (
@@ -58,7 +58,8 @@ class Engine:
     Args:
       params, config: the model.  On a mesh, where the parameters stand decides what is
         split over what: see `jrope.shard`.
-      capacity: tokens of the longest row, prompt and new ones.
+      capacity: tokens of the longest row, prompt and new ones; it may be longer than a
+        window.
       slots: rows that are decoded at once; None: as `slots_for` finds.
       chunk: decode steps between two looks at the device, at most.
       piece: tokens of a prompt at a time.
@@ -70,7 +71,8 @@ class Engine:
       speculate: guesses tokens that one pass of the model then checks, where over all
         live rows it pays; in a program of its own, instead of the other.  Answers are
         the same to the rounding of other shapes, but no more to the bit.  While a row
-        whose answer has a form is in a slot, nothing is guessed.
+        whose answer has a form is in a slot, nothing is guessed.  Not with rows longer
+        than a window.
       warn: told, in a sentence, what happened; None: `warnings.warn`.
 
     Attributes:
@@ -97,7 +99,7 @@ class Engine:
         check_count("capacity", capacity, 2)
         guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
         width = -(-(capacity + guesses) // ROUND) * ROUND
-        config, longest = within_windows(config, capacity, width)
+        config, longest = without_far_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
         if speculate is not None:
             check_speculation(speculate, params, config, width)

@@ -126,16 +126,13 @@ def extend(
     steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
     at = own.lengths[:, None] + steps
 
-    def write(all_: jax.Array, new: jax.Array) -> jax.Array:
+    def put(all_: jax.Array, new: jax.Array) -> jax.Array:
+        if all_.shape[1] in (config.windows or ()):  # slots that go round
+            return _put(all_, rows, jnp.zeros_like(rows), new)
         tokens = jnp.take_along_axis(new, at[:, :, None, None], axis=1)
         return _put(all_, rows, own.lengths, tokens)
 
-    cache = replace(
-        cache,
-        keys=jax.tree.map(write, cache.keys, new.keys),
-        values=jax.tree.map(write, cache.values, new.values),
-        lengths=cache.lengths.at[rows].set(new.lengths, mode="drop"),
-    )
+    cache = _written(cache, rows, new, put)
     last = last_token(x, piece.lengths)
     return _entered(replace(slots, cache=cache), piece, last, _owners(piece), axes)
 

@@ -38,9 +38,10 @@ def slots_for(
 
         slots = (0.9 memory - fixed) / (slot + 16 V drawn), with structures 8 V more
 
-    slot counts what a row keeps: keys and values, and which ids it has seen.  fixed is
-    what prompts take while they are computed, C tokens at once, and one row's keys and
-    values twice: C (3 D + 3 F) itemsize + 2 slot.
+    slot counts what a row keeps: keys and values, of a layer with a window at most
+    those of that many tokens, and which ids it has seen.  fixed is what prompts take
+    while they are computed, C tokens at once, and one row's keys and values twice:
+    C (3 D + 3 F) itemsize + 2 slot.
 
     Args:
       params, config: the model.

@@ -48,7 +48,8 @@ class Slots:
     """Rows in their slots; a slot without a live row is empty, or still being filled.
 
     Its next token is written into the cache at `cache.lengths`, where whoever fills the
-    slot goes on, so that what a row that is not live writes there is never seen.
+    slot goes on, so that what a row that is not live writes there is never seen.  Where
+    slots go round that is the place of the oldest token, which no later one sees.
     """
 
     cache: KVCache

@@ -29,6 +29,7 @@ from jrope.cli.speculating import add_speculate_argument
 from jrope.cli.text import load_tokenizer
 from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
+from jrope.generation.guesser import PromptLookup
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
@@ -111,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
-        live = Live(args, config, longest_row(args.max_length, config), loading)
+        live = Live(args, config, _capacity(args, config), loading)
         summary = run_batch(
             live,
             args.input,
@@ -140,18 +141,27 @@ def _settings(
         tokenizer=load_tokenizer(folder),
         config=config,
         model=Path(args.folder).name,
-        max_length=longest_row(args.max_length, config),
+        max_length=_capacity(args, config),
         sampler=make_sampler(args, folder),
         api_sampler=Sampler(**{"temperature": 1.0, **given}),
         max_new_tokens=args.max_new_tokens,
     )
 
 
-def longest_row(max_length: int | None, config: LlamaConfig) -> int:
-    """Tokens of a row: every slot has room for so many."""
+def longest_row(
+    max_length: int | None, config: LlamaConfig, guesser: PromptLookup | None = None
+) -> int:
+    """Tokens of a row: every slot has room for so many.
+
+    Where tokens are guessed no window is shorter, unless `max_length` says so.
+    """
     longest = reach(config) or config.max_position_embeddings
-    windows = [window for window in config.windows or () if window is not None]
-    return max_length or min(longest, _LONGEST, *windows)
+    windows = () if guesser is None else config.windows or ()
+    return max_length or min(longest, _LONGEST, *(w for w in windows if w is not None))
+
+
+def _capacity(args: argparse.Namespace, config: LlamaConfig) -> int:
+    return longest_row(args.max_length, config, args.speculate)
 
 
 def _fingerprint(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -192,7 +202,7 @@ def _tell_programs(
     args: argparse.Namespace, folder: Path, config: LlamaConfig, structures: bool
 ) -> None:
     shapes, _ = load_shapes(folder, args.dtype, mesh=mesh_of(args))
-    capacity = longest_row(args.max_length, config)
+    capacity = _capacity(args, config)
     engine = _engine(args, shapes, config, structures)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")
@@ -208,7 +218,7 @@ def _engine(
     """One for the shapes of a model, which can be asked but not run."""
     how: dict[str, Any] = {"slots": args.slots, "speculate": args.speculate}
     how |= {"structures": structures, "cache_dtype": args.cache_dtype}
-    return Engine(shapes, config, capacity=longest_row(args.max_length, config), **how)
+    return Engine(shapes, config, capacity=_capacity(args, config), **how)
 
 
 def _refuse_bad(found: Inspection) -> None:

@@ -41,6 +41,8 @@ def extend(
 ) -> tuple[jax.Array, Slots]:
     """Attention of new tokens to W old slots and themselves, and the slots after them.
 
+    Of W filled slots no new token sees the oldest, which may hold anything.
+
     Args:
       see: `attention.attend` with this layer's window.
       q: [B, T, N, H].
@@ -54,7 +56,7 @@ def extend(
         at = starts % window
         k, v = (write(old, x, at) for old, x in zip(slots, new, strict=True))
         return see(q, k, v, jnp.minimum(starts, window - 1)), (k, v)
-    old = jnp.minimum(starts, window)  # slots that hold something
+    old = jnp.minimum(starts, window - 1)  # slots that are seen
     first = starts - old  # the position of the oldest
     index = jnp.arange(window + count, dtype=jnp.int32)[None, :]
     held, own = (first[:, None] + index) % window, window + index - old[:, None]
