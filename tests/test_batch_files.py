@@ -383,3 +383,14 @@ def test_choices_draw_with_the_seeds_that_follow(tmp_path: Path) -> None:
     run(write_rows(tmp_path / "x", [row]), tmp_path / "out", engine=Noting())
     last = 2**32 - 1
     assert given == [(0, [1], last), (1, [1], 0), (2, [2, 3], last), (3, [2, 3], 0)]
+
+
+def test_pipes_are_refused(source: Path, tmp_path: Path) -> None:
+    """Both would be waited for, since both are opened again."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(JropeError, match="pipe: it is no regular file, and it is read"):
+        run(pipe, tmp_path / "out.jsonl")
+    with pytest.raises(JropeError, match="pipe: it is no regular file, which answers"):
+        run(source, pipe)
+    assert not (tmp_path / "pipe.run.json").exists()

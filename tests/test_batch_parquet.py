@@ -125,3 +125,22 @@ def test_half_a_surrogate_pair_does_not_end_a_run(arrow: Any, tmp_path: Path) ->
 def test_parquet_is_not_sorted(tmp_path: Path) -> None:
     with pytest.raises(JropeError, match="in_order is for JSON lines"):
         run(tmp_path / "rows.jsonl", tmp_path / "out.parquet", in_order=True)
+
+
+def test_bytes_are_the_texts_they_spell(arrow: Any, tmp_path: Path) -> None:
+    """Columns of other writers do not say that they are UTF-8."""
+    import pyarrow
+
+    rows = pyarrow.table({"prompt": pyarrow.array([b"ab", b"\xff"], "binary")})
+    arrow.write_table(rows, tmp_path / "rows.parquet")
+    run(tmp_path / "rows.parquet", tmp_path / "out.jsonl", in_order=True)
+    first, second = records_of(tmp_path / "out.jsonl")
+    assert first["num_input_tokens"] == 2
+    assert "prompt: it is no Unicode" in second["error"]["message"]
+
+
+def test_a_damaged_table_is_named(arrow: Any, tmp_path: Path) -> None:
+    source = tmp_path / "rows.parquet"
+    source.write_bytes(b"PAR1")
+    with pytest.raises(JropeError, match=r"rows\.parquet: it is no whole Parquet file"):
+        run(source, tmp_path / "out.jsonl")

@@ -1,6 +1,7 @@
 """Lines as rows: what they ask for, and what is wrong with them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,8 @@ def test_prompts_may_be_ids_or_turns() -> None:
     message = {"role": "user", "content": parts, "name": None}
     assert row({"messages": [message]}).prompts == [turns]
     assert row({"prompt": ""}).prompts == [[VOCAB["<s>"]]]
+    config = replace(SETTINGS.config, bos_token_id=0)  # which is an id, too
+    assert row({"prompt": ""}, config=config).prompts == [[0]]
 
 
 def test_openai_rows_have_the_defaults_of_the_api() -> None:

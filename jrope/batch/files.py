@@ -61,6 +61,9 @@ def run_batch(
     source, output = Source(Path(input), *shard), Path(output)
     if (parquet := output.suffix == PARQUET) and in_order:
         raise JropeError(f"{output}: in_order is for JSON lines; sort after reading it")
+    if output.exists() and not (output.is_file() or output.is_dir()):
+        why = "it is no regular file, which answers are read back from"
+        raise JropeError(f"{output}: {why}; choose another output")
     index = source.index()
     with Manifest(
         output, _fingerprint(source, settings, fingerprint or {})

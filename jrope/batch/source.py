@@ -126,8 +126,12 @@ class Source:
         """The rows of this shard.
 
         Raises:
-          JropeError: two rows of the input have the same custom_id.
+          JropeError: two rows of the input have the same custom_id; or it is a pipe or
+            a folder.
         """
+        if self.path.exists() and not self.path.is_file():
+            why = "it is no regular file, and it is read more than once"
+            raise JropeError(f"{self.path}: {why}; write the rows into one")
         found, twice = Index(), list[str]()
         for line in self:
             mine = self._is_mine(line)
@@ -184,11 +188,21 @@ def _skip_rest(file: BinaryIO, data: bytes) -> None:
 
 def _parquet_rows(path: Path) -> Iterator[tuple[int, bytes]]:
     """Rows as JSON lines."""
-    number = 0
-    for batch in pyarrow("pyarrow.parquet").ParquetFile(path).iter_batches(256):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, json.dumps(from_table(row), default=str).encode()
+    number, damaged = 0, pyarrow("pyarrow").ArrowException
+    try:
+        for batch in pyarrow("pyarrow.parquet").ParquetFile(path).iter_batches(256):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, json.dumps(from_table(row), default=_as_text).encode()
+    except damaged as error:
+        raise JropeError(f"{path}: it is no whole Parquet file: {error}") from None
+
+
+def _as_text(value: Any) -> str:
+    """What JSON has no word for; bytes that are no UTF-8 as what no prompt may hold."""
+    if isinstance(value, bytes):  # texts of columns that do not say so
+        return value.decode(errors="surrogateescape")
+    return str(value)
 
 
 def from_table(value: Any) -> Any:

@@ -23,7 +23,8 @@ def prompt_ids(
     ids = prompt
     if isinstance(prompt, str):
         ids = _encode(name, prompt, tokenizer, special=True)
-        ids = [config.bos_token_id] if not ids and config.bos_token_id else ids
+        bos = config.bos_token_id  # maybe 0
+        ids = ids if ids or bos is None else [bos]
     check_ids(name, ids, config)
     if not ids:
         raise RowError(f"{name}: it is empty")
