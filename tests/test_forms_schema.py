@@ -101,6 +101,21 @@ def test_texts_that_go_on_where_others_end_are_there() -> None:
             assert re.fullmatch(regex, text)
 
 
+@pytest.mark.parametrize("regex", ["[^[:digit:]]+", "[^x[:^alpha:]y]", "[[:digit:]]"])
+def test_named_classes_are_whole_inside_of_strings(regex: str) -> None:
+    own = schema_regex("it", {"type": "string", "pattern": regex}, automata())
+    names = {"[:digit:]": "0-9", "[:^alpha:]": "\\x00-@\\[-`{-\uffff"}
+    for name, plain in names.items():
+        regex = regex.replace(name, plain)
+    made = automata().of("it", own)
+    for letter in map(chr, range(32, 127)):
+        text, state = f'"{letter}"'.encode(), 0
+        for byte in text:
+            state = made.after[byte][state]
+        inside = re.fullmatch(regex, letter) is not None and letter not in '"\\'
+        assert made.accepting[state] == inside, letter
+
+
 def test_formats_are_what_they_say() -> None:
     checks = {
         "date": datetime.date.fromisoformat,

@@ -10,7 +10,7 @@ from jrope.errors import RowError
 LONGEST = 2**22  # characters of an expression
 _PIECE = re.compile(
     r"\\[xuUpP]\{[^}]*\}|\{[0-9]+(?:,[0-9]*)?\}"  # \x{20}, and counts
-    r"|\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|.",
+    r"|\\.|\[\^?\]?(?:\\.|\[:\^?[a-z]+:\]|[^\]\\])*\]|.",
     re.DOTALL,
 )
 _COUNT = re.compile(r"\{([0-9]{1,19})(?:,([0-9]{0,19}))?\}")
