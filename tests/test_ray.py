@@ -81,6 +81,7 @@ def test_a_bad_row_is_an_error_of_its_own(predict: Any) -> None:
         {"prompt": "x", "sampling_params": {"top_p": 2.0}},
         {"prompt": "x", "sampling_params": {"temprature": 1.0}},
         {"prompt": "x", "sampling_params": {"n": 2}},
+        {"prompt": "x", "sampling_params": '{"n": 1}'},
         {"prompt": "x" * 200},
         {"prompt": "NaN"},
         {"prompt": "x", "custom_id": 7},
@@ -89,7 +90,8 @@ def test_a_bad_row_is_an_error_of_its_own(predict: Any) -> None:
     wanted = [
         *(None, "a row: got .* want one of prompt, messages, token_ids"),
         *("top_p: got 2.0", "sampling_params: 'temprature': no such field .*temperat"),
-        *("n: got 2, want 1", "exceed the 64 tokens", "not a finite number"),
+        *("n: got 2, want 1", "sampling_params: got .* want a dict"),
+        *("exceed the 64 tokens", "not a finite number"),
         *(None, "custom_id '7' came before in this batch, with other fields"),
     ]
     for row, want in zip(rows_of(predict(batch_of(rows))), wanted, strict=True):
@@ -99,6 +101,11 @@ def test_a_bad_row_is_an_error_of_its_own(predict: Any) -> None:
         with pytest.raises(RowError, match=want):
             raise RowError(row[ERROR])
         assert row["generated_text"] is None and len(row["generated_tokens"]) == 0
+
+
+def test_a_batch_without_prompts_is_an_error(predict: Any) -> None:
+    with pytest.raises(JropeError, match=r"got columns \['text'\], want one of prompt"):
+        predict(batch_of([{"text": "x"}]))
 
 
 def test_chats_ids_and_logprobs(predict: Any) -> None:

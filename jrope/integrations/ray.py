@@ -24,7 +24,7 @@ from jrope.batch.fields import integers, refuse_unknown
 from jrope.batch.rows import BatchSettings
 from jrope.batch.source import Index, Line, from_table, line_id
 from jrope.cli.batch import longest_row
-from jrope.errors import RowError
+from jrope.errors import JropeError, RowError, want
 from jrope.generation.sample import Sampler
 from jrope.hf.folders import PathLike
 from jrope.hf.generation import read_generation_config, sampler_fields
@@ -104,14 +104,16 @@ class JropePredictor:
     def _line(self, number: int, row: Mapping[str, Any]) -> Line:
         # Of a batch's integers Ray makes floats where one is missing.
         name = integers(row.get("custom_id"))
-        fields = {**self._sampling, **(row.get("sampling_params") or {})}
-        problem = None
+        own, problem = row.get("sampling_params") or {}, None
+        fields = dict(self._sampling)
         try:
+            want(isinstance(own, Mapping), "sampling_params", own, "a dict")
+            fields |= own
             refuse_unknown(fields, set())
             if fields.get("n", 1) != 1:
                 raise RowError(f"n: got {fields['n']}, want 1: a row has one answer")
         except RowError as error:
-            problem = f"sampling_params: {error}"
+            problem = f"sampling_params: {str(error).removeprefix('sampling_params: ')}"
         name = None if name is None else str(name)
         fields |= {key: integers(row[key]) for key in _PROMPTS if key in row}
         same = {key: integers(value) for key, value in sorted(fields.items())}
@@ -149,6 +151,9 @@ class _Given:
 
 def _rows(batch: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     """The rows that arrays hold, of plain Python values."""
+    if not any(name in batch for name in _PROMPTS):
+        wanted = f"one of {', '.join(_PROMPTS)}"
+        raise JropeError(f"the batch: got columns {[*batch]}, want {wanted}")
     names = [n for n in (*_PROMPTS, "sampling_params", "custom_id") if n in batch]
     for values in zip(*(batch[name] for name in names), strict=True):
         yield from_table(dict(zip(names, values, strict=True)))
