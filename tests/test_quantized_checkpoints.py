@@ -171,6 +171,10 @@ def test_two_ways_in_one_folder(tiny: Any) -> None:
     [
         ({"without": [f"{NAME}.scales"]}, f"{NAME}.scales is missing"),
         (
+            {"tensors": {f"{NAME}.weight": torch.zeros(64, 64)}},
+            f"{NAME}.weight is there beside qweight, qzeros",
+        ),
+        (
             {"tensors": {f"{NAME}.scales": torch.ones(3, 3)}},
             r"q_proj.scales is F32 \[3, 3\], want .* \[2, 64\]",
         ),

@@ -157,6 +157,8 @@ def _parts_of(
     """The names of a matrix's tensors, and what is wrong with them."""
     names = {leaf: f"{module}.{leaf}" for leaf in wanted}
     problems: list[str] = []
+    if "weight" not in wanted and f"{module}.weight" in stored.slots:
+        problems.append(f"{module}.weight is there beside {', '.join(wanted)}")
     for leaf, (codes, shapes) in wanted.items():
         slot = stored.slots.get(names[leaf])
         if slot is None:
