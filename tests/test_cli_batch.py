@@ -193,6 +193,11 @@ def test_metrics(capsys: Any, model: Path, good: Path, made: list[Any]) -> None:
     told = json.loads(path.read_text())
     assert told["rows"] == told["answered"] == 20 and told["load_seconds"] > 0
     assert told["engine"] == {"slots": 4, "occupancy": 0.5, "tokens_a_pass": 2.0}
+    lost = good.with_name("nowhere") / "metrics.json"
+    again = good.with_name("again.jsonl")  # not that of rows that are answered
+    command = *words(model, good, "--metrics", lost), "--output", again
+    assert "there is no folder" in fail(capsys, *command)
+    assert len(made) == 1 and not again.exists()
 
 
 def test_guesses_are_no_other_run(

@@ -106,6 +106,9 @@ def run(args: argparse.Namespace) -> int:
         return 1 if found.bad else 0
     if args.output is None:
         raise JropeError("--output is missing")
+    if args.metrics is not None and not args.metrics.absolute().parent.is_dir():
+        why = f"there is no folder {args.metrics.parent}"
+        raise JropeError(f"--metrics {args.metrics}: {why}; make it, or choose another")
     given = args.dtype, args.quantize, mesh_of(args), args.adapter
     with Loading(folder, *given, rows=args.slots or 2) as loading:
         _engine(args, loading.shapes, config)  # which raises what there is to say
