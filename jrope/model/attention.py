@@ -395,5 +395,6 @@ def see_block(
 
     firsts = jnp.arange(0, keys.v.shape[2], BLOCK, dtype=jnp.int32)
     start = no_sums(q) if sums is None else sums
-    start = vary_alike(*start, *jax.tree.leaves((q, queries, keys)))[:3]
-    return jax.lax.scan(step, start, firsts)[0]
+    given = jax.tree.leaves((q, queries, keys))
+    top, total, acc, *_ = vary_alike(*start, *given)
+    return jax.lax.scan(step, (top, total, acc), firsts)[0]
