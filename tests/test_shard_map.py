@@ -1,0 +1,70 @@
+"""Inside of a caller's `jax.shard_map`, which checks what varies over a mesh."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from model_helpers import PLAIN
+
+from jrope.model.attention import WHOLE, attend
+from jrope.model.growing import slot_table
+from jrope.model.products import linear
+from jrope.rope import DynamicNTK
+
+GROWING = dataclasses.replace(
+    PLAIN(scaling=DynamicNTK(factor=2, original_length=8)), lengths="growing"
+)
+LONG = 272
+RANDOM = np.random.default_rng(0)
+
+
+def random(*shape: int, dtype: str = "float32") -> jax.Array:
+    return jnp.asarray(RANDOM.standard_normal(shape, np.float32), dtype)
+
+
+def prompt(q: jax.Array, k: jax.Array) -> jax.Array:
+    assert q.shape[1] * k.shape[1] > WHOLE
+    return attend(q, k, k)
+
+
+def tables(lengths: jax.Array, rows: jax.Array) -> jax.Array:
+    return slot_table(GROWING, 16, lengths)[0] + rows
+
+
+def one_token(x: jax.Array, w: jax.Array) -> jax.Array:
+    return linear({"weight": w}, x)
+
+
+def integers(x: jax.Array, w: jax.Array) -> jax.Array:
+    return linear({"weight": w, "scale": jnp.ones(len(w))}, x)
+
+
+KINDS: dict[str, tuple[Any, tuple[jax.Array, jax.Array], tuple[bool, bool]]] = {
+    "prompt": (prompt, (random(1, LONG, 2, 8), random(1, LONG, 1, 8)), (True, True)),
+    "tables": (tables, (jnp.array([5, 9]), jnp.zeros((2, 16, 8))), (True, False)),
+    "one token": (
+        *(
+            one_token,
+            (random(1, 1, 8, dtype="bfloat16"), random(4, 8, dtype="bfloat16")),
+        ),
+        (True, False),
+    ),
+    "integers": (
+        integers,
+        (random(2, 1, 8), jnp.asarray(RANDOM.integers(-9, 9, (4, 8)), jnp.int8)),
+        (False, True),
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_loops_and_branches_agree_in_what_varies(kind: str) -> None:
+    function, given, split = KINDS[kind]
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",))
+    specs = tuple(jax.P("data") if own else jax.P() for own in split)
+    out = jax.P(None, None, "data") if kind == "integers" else jax.P("data")
+    shared = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=out)
+    np.testing.assert_array_equal(jax.jit(shared)(*given), jax.jit(function)(*given))
