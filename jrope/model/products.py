@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 
 from jrope.model import packed, packed_kernel
 from jrope.model.decode_parts import on_cuda
-from jrope.numerics import cpu_barrier, matmul_precision, vary_alike, with_rank
+from jrope.numerics import cpu_barrier, matmul_precision, with_rank
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LinearParams
 
@@ -128,8 +128,7 @@ def _in_blocks(
         return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
     # All is overwritten.  Of x, since XLA would make constants of all layers at once.
-    y = vary_alike(x.reshape(-1)[0].astype(jnp.float32), *arrays)[0]
-    y = jnp.broadcast_to(y, (*x.shape[:-1], out))
+    y = jnp.broadcast_to(x.reshape(-1)[0].astype(jnp.float32), (*x.shape[:-1], out))
     return jax.lax.fori_loop(0, -(-out // size), block, y)
 
 
