@@ -78,9 +78,7 @@ def cpu_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     not be this machine's.
     """
     return jax.lax.platform_dependent(
-        *vary_alike(*arrays),
-        cpu=lambda *xs: jax.lax.optimization_barrier(xs),
-        default=_as_given,
+        *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=_as_given
     )
 
 
@@ -88,7 +86,7 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays, each varying over the axes that any of them varies over.
 
     Where `jax.shard_map` checks it, the carry of a loop and the branches of a condition
-    have to agree in that.  XLA drops a choice between x and x.
+    have to agree in that.  For what is small: XLA may copy what it chooses.
     """
     if not jax.sharding.get_abstract_mesh().manual_axes:
         return arrays

@@ -11,7 +11,6 @@ from model_helpers import PLAIN
 
 from jrope.model.attention import WHOLE, attend
 from jrope.model.growing import slot_table
-from jrope.model.products import linear
 from jrope.rope import DynamicNTK
 
 GROWING = dataclasses.replace(
@@ -21,8 +20,8 @@ LONG = 272
 RANDOM = np.random.default_rng(0)
 
 
-def random(*shape: int, dtype: str = "float32") -> jax.Array:
-    return jnp.asarray(RANDOM.standard_normal(shape, np.float32), dtype)
+def random(*shape: int) -> jax.Array:
+    return jnp.asarray(RANDOM.standard_normal(shape, np.float32))
 
 
 def prompt(q: jax.Array, k: jax.Array) -> jax.Array:
@@ -34,20 +33,9 @@ def tables(lengths: jax.Array, rows: jax.Array) -> jax.Array:
     return slot_table(GROWING, 16, lengths)[0] + rows
 
 
-def one_token(x: jax.Array, w: jax.Array) -> jax.Array:
-    return linear({"weight": w}, x)
-
-
 KINDS: dict[str, tuple[Any, tuple[jax.Array, jax.Array], tuple[bool, bool]]] = {
     "prompt": (prompt, (random(1, LONG, 2, 8), random(1, LONG, 1, 8)), (True, True)),
     "tables": (tables, (jnp.array([5, 9]), jnp.zeros((2, 16, 8))), (True, False)),
-    "one token": (
-        *(
-            one_token,
-            (random(1, 1, 8, dtype="bfloat16"), random(4, 8, dtype="bfloat16")),
-        ),
-        (True, False),
-    ),
 }
 
 
