@@ -4,6 +4,8 @@ A cast to a narrower type and back is no rounding to XLA, which may drop the pai
 has to be rounded to a narrower type and held in a wider one goes through here.
 """
 
+import functools
+import operator
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -78,6 +80,19 @@ def cpu_barrier(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     return jax.lax.platform_dependent(
         *arrays, cpu=lambda *xs: jax.lax.optimization_barrier(xs), default=_as_given
     )
+
+
+def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays, each varying over the axes that any of them varies over.
+
+    Where `jax.shard_map` checks it, the carry of a loop and the branches of a condition
+    have to agree in that.  For what is small: XLA may copy what it chooses.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return arrays
+    firsts = (x.reshape(-1)[0] > 0 for x in arrays)
+    either = functools.reduce(operator.or_, firsts)
+    return tuple(jnp.where(either, x, x) for x in arrays)
 
 
 def _as_given(*arrays: jax.Array) -> tuple[jax.Array, ...]:

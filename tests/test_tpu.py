@@ -7,12 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 from rope_cases import CASES
-from tpu_helpers import MOVES, results, shapes_on, tiny
+from tpu_helpers import MOVES, loop_bodies, results, shapes_on, tiny
 
 import jrope
+from jrope.batch.engine import Engine
+from jrope.batch.programs import lower_decode, lower_share
 from jrope.errors import JropeError
+from jrope.model.products import linear
 from jrope.plan.compiled import EFFORT
 from jrope.rope import ROPE_TYPES, DynamicNTK, DynamicYarn, Rope, rotate, table
 from jrope.tree import flatten
@@ -68,6 +71,60 @@ def test_both_layouts_compile_in_both_precisions(one, layout):
 def test_quantising_compiles(one):
     program = compiled(one, int8._quantize, ((256, 512), jnp.bfloat16))
     assert "s8[256,512]" in program.as_text()
+
+
+@pytest.mark.parametrize("form", ["int8", "int4"])
+def test_a_loop_reads_integers_as_they_lie(one, form):
+    """No weight is widened whole, and none lies in another order beside the loop."""
+    out, width, groups = 2048, 1024, 1024 // 128
+    held = {
+        "int8": (((out, width), jnp.int8), ((out,), jnp.float32)),
+        "int4": (((out, width // 8), jnp.uint32), ((out, groups), jnp.bfloat16)),
+    }[form]
+
+    def steps(weight, scale, x):
+        def step(_, x):
+            return linear({"weight": weight, "scale": scale}, x)[..., :width]
+
+        return jax.lax.fori_loop(0, 8, step, x)
+
+    text = compiled(one, steps, *held, ((8, 1, width), jnp.bfloat16)).as_text()
+    wide = results(loop_bodies(text), "fusion|convert|copy")
+    assert wide and not [n for kind, n in wide if kind[0] in "bf" and n >= out * width]
+    words = out * width // 8
+    assert not [x for x in results(text, MOVES) if x == ("u32", words)]
+
+
+ENGINE = {"capacity": 32, "slots": 4, "piece": 16, "chunk": 4, "logprobs": False}
+
+
+def test_a_batchs_programs_compile_on_a_mesh(little_effort):
+    mesh, config = jrope.mesh("data=2,model=2", on="v5e:2x2"), tiny()
+    engine = Engine(shapes_on(mesh, config), config, structures=True, **ENGINE)
+    made = engine.compile()
+    ways = [made.decode[False], *made.ruled.values(), *made.begin.values()]
+    slots = 2 * engine.stats.slots * engine.width * 2 * 128 * 2  # bytes of bfloat16
+    for program in [*ways, made.extend, made.clean]:
+        assert program.memory_analysis().alias_size_in_bytes >= slots // mesh.size
+
+
+@pytest.mark.parametrize("kind", ["guesses", "a shared prefix"])
+def test_what_a_batch_runs_on_one_device_alone_compiles(one, little_effort, kind):
+    config = tiny()
+    params = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(
+            x.shape, x.dtype, sharding=SingleDeviceSharding(one.devices.flat[0])
+        ),
+        shapes_on(one, config),
+    )
+    same = {"slots": 4, "capacity": 32}
+    if kind == "guesses":
+        how = {"size": 4, "key": jax.random.key(0), "scored": False}
+        how["speculate"] = jrope.PromptLookup(tokens=2)
+        lowered = lower_decode(params, config, **same, **how)[1]
+    else:
+        lowered = lower_share(params, config, **same, behind=(16, 2))
+    assert lowered.compile().memory_analysis().alias_size_in_bytes
 
 
 LENGTHS = {"theta": 1e4, "rotary_dim": 128}

@@ -28,7 +28,7 @@ from jrope.model.queries import (
     spread,
     steps,
 )
-from jrope.numerics import cpu_barrier
+from jrope.numerics import cpu_barrier, vary_alike
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 
@@ -395,4 +395,6 @@ def see_block(
 
     firsts = jnp.arange(0, keys.v.shape[2], BLOCK, dtype=jnp.int32)
     start = no_sums(q) if sums is None else sums
-    return jax.lax.scan(step, start, firsts)[0]
+    given = jax.tree.leaves((q, queries, keys))
+    top, total, acc, *_ = vary_alike(*start, *given)
+    return jax.lax.scan(step, (top, total, acc), firsts)[0]

@@ -20,6 +20,7 @@ import numpy as np
 
 from jrope.model.int8_cache import Keys
 from jrope.model.queries import LOWEST, Queries, einsum, own_heads, spread, steps
+from jrope.numerics import vary_alike
 
 BLOCK = 32  # slots
 BLOCKS = 32  # at a time: their keys stay in a CPU's cache
@@ -84,9 +85,7 @@ def attend_filled(
 
     none = np.zeros((head_dim + 2,), np.float32)
     none[-1] = LOWEST
-    # Where `jax.shard_map` checks it, sums must vary as all that is added to them.
-    either = (q[0, 0, 0, 0] + k[0, 0] + v[0, 0] > 0) | (queries.slots[0, 0] > 0)
-    none = jnp.where(either, none, none)
+    none = vary_alike(jnp.asarray(none), q, k, v, queries.slots)[0]
     sums = jnp.broadcast_to(none, (batch * per_row, heads, head_dim + 2))
     start = jnp.zeros((), jnp.int32), sums
     _, sums = jax.lax.while_loop(lambda carry: carry[0] * size < count, see, start)

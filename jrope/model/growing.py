@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jrope.model.attention import attend
 from jrope.model.int8_cache import Keys, linear_in_head
+from jrope.numerics import vary_alike
 from jrope.rope import LongRope, Rope, rotate, table
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
@@ -45,6 +46,7 @@ def slot_table(
     if length is None or isinstance(length, int):
         return table(rope, slots, length=trained if length is None else length)
     rows = jnp.broadcast_to(slots, (length.shape[0], capacity))
+    rows, length = vary_alike(rows, length)
     # The branches keep XLA from taking cos and sin anew in every layer, for each head.
     return jax.lax.cond(
         jnp.any(length > trained),

@@ -93,8 +93,9 @@ def forward(
         those before it whose id is its own.  Not with a cache, and what is returned as
         one cannot be continued.
       logits: "all" tokens, or each row's "last" valid one.
-      axes: those of the mesh, for a call inside `jax.shard_map(check_vma=False)`, as
-        loops over long prompts want it; parameters that stand on a mesh need none.
+      axes: those of the mesh, for a call inside `jax.shard_map` (check_vma=False where
+        they split the sequence, or for one row's token in 16 bits); parameters that
+        stand on a mesh need none.
 
     Returns:
       logits: float32 [B, T, V], or [B, V] for "last".  A row that overflows its cache

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental.layout import Layout, with_layout_constraint
 from jax.typing import DTypeLike
 
 from jrope.model import packed, packed_kernel
@@ -14,7 +15,7 @@ from jrope.numerics import cpu_barrier, matmul_precision, with_rank
 from jrope.sharding.axes import ONE, Axes
 from jrope.tree import LinearParams
 
-BLOCK = 1024  # rows of quantised weights that a CPU widens at a time
+BLOCK = 1024  # rows of quantised weights that are widened at a time
 PAIRED = 2**25  # int8 weights from which a GPU reads two rows at a time
 
 
@@ -102,16 +103,20 @@ def _product_on_cpu(x: jax.Array, w: jax.Array, axis: int, dtype: Any) -> jax.Ar
 
 
 def _int8_in_blocks(x: jax.Array, w: jax.Array) -> jax.Array:
-    return _product_in_blocks(x, (w,), lambda part: part.astype(x.dtype))
+    def product(x: jax.Array, w: jax.Array) -> jax.Array:
+        return _product_on_cpu(x, w.astype(x.dtype), 1, jnp.float32)
+
+    return _in_blocks(product, x, w)
 
 
-def _product_in_blocks(
-    x: jax.Array, arrays: tuple[jax.Array, ...], widen: Callable[..., jax.Array]
+def _in_blocks(
+    product: Callable[..., jax.Array], x: jax.Array, *arrays: jax.Array
 ) -> jax.Array:
-    """x [..., in] times what `widen` makes of arrays [out, ...]: float32 [..., out].
+    """A product of x [..., in] and arrays [out, ...], block by block of these.
 
     XLA's CPU backend widens integers before a product, and outside a loop it widens
-    those of all layers before the first: here it holds one block of them.
+    those of all layers before the first: here it holds one block of them.  So does a
+    TPU of 4-bit weights, in its nearer memory.
     """
     out = arrays[0].shape[0]
     size = min(BLOCK, -(-out // 2))  # a loop of one step would be no loop
@@ -119,12 +124,8 @@ def _product_in_blocks(
     def block(i: jax.Array, y: jax.Array) -> jax.Array:
         start = jnp.minimum(i * size, out - size)  # the last may overlap another
         cut = partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
-        return jax.lax.dynamic_update_slice_in_dim(
-            y,
-            _product_on_cpu(x, widen(*map(cut, arrays)), 1, jnp.float32),
-            start,
-            axis=-1,
-        )
+        part = product(x, *map(cut, arrays))
+        return jax.lax.dynamic_update_slice_in_dim(y, part, start, axis=-1)
 
     # All is overwritten.  Of x, since XLA would make constants of all layers at once.
     y = jnp.broadcast_to(x.reshape(-1)[0].astype(jnp.float32), (*x.shape[:-1], out))
@@ -145,8 +146,9 @@ def _packed_plain(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array
         x,
         words,
         scale,
-        cpu=_packed_in_blocks,
+        cpu=partial(_packed_in_blocks, _packed_on_cpu),
         cuda=_packed_row if row else _packed_dot,
+        tpu=partial(_packed_in_blocks, _packed_on_tpu),
         default=_packed_dot,
     )
 
@@ -161,10 +163,21 @@ def _zero_product(x: jax.Array, scale: jax.Array, zero: jax.Array) -> jax.Array:
     return _dot(jnp.sum(groups, axis=-1), steps, 1, jnp.float32)
 
 
-def _packed_in_blocks(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
-    words, scale, x = jax.lax.optimization_barrier((words, scale, x))
-    widen = partial(packed.widen, dtype=x.dtype)
-    return _product_in_blocks(x, (words, scale), widen)
+def _packed_in_blocks(
+    product: Callable[..., jax.Array], x: jax.Array, words: jax.Array, scale: jax.Array
+) -> jax.Array:
+    # Else what a step makes of all words is made, and held, ahead of a decode loop.
+    return _in_blocks(product, *jax.lax.optimization_barrier((x, words, scale)))
+
+
+def _packed_on_cpu(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    return _product_on_cpu(x, packed.widen(words, scale, x.dtype), 1, jnp.float32)
+
+
+def _packed_on_tpu(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
+    # Else XLA wants all words in another order, and copies them ahead of a decode loop.
+    words = with_layout_constraint(words, Layout(major_to_minor=(0, 1)))
+    return _packed_dot(x, words, scale)
 
 
 def _packed_dot(x: jax.Array, words: jax.Array, scale: jax.Array) -> jax.Array:
