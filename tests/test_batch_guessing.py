@@ -22,7 +22,7 @@ from jrope.batch.work import Finished, Work
 from jrope.errors import JropeError
 from jrope.forms.rules import Rules
 from jrope.forms.structure import MAY_STOP, Structure
-from jrope.generation.guesser import Draft, PromptLookup
+from jrope.generation.guesser import PromptLookup
 from jrope.generation.sample import Sampler
 from jrope.model.with_rope import with_rope
 
@@ -160,7 +160,8 @@ def test_room_is_left_for_guesses() -> None:
     own = engine_of(*model()[1:], **SHAPE | {"capacity": 61}, speculate=LOOKUP)
     assert (own.capacity, own.width) == (76, 80)
     _, params, config = model()
-    counts = [slots_for(params, config, 64, 10**7, drawn) for drawn in (1, 2000)]
+    wide = None, PromptLookup(2000)
+    counts = [slots_for(params, config, 64, 10**7, speculate=own) for own in wide]
     assert counts[0] == 16 and 1 < counts[1] < 5
 
 
@@ -238,7 +239,6 @@ def test_what_cannot_guess_is_refused() -> None:
         with pytest.raises(JropeError, match=match):
             engine_of(params, own, **given)
 
-    refused("got a Draft, whose cache", speculate=Draft(params, config))
     refused("got a str, want a PromptLookup", speculate="prompt")
     refused("layers with a window of 59, whose", replace(config, windows=(None, 59)))
     rope = with_rope(config, "dynamic", factor=2.0, lengths="hf")

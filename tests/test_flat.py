@@ -15,7 +15,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from test_config import make
 
 import jrope.model.flat
-from jrope.batch.filling import _put_flat
+from jrope.batch.reading import put_flat
 from jrope.model import kernels
 from jrope.model.attention import attend
 from jrope.model.flat import Flat, _packed, _padded, attend_flat
@@ -171,7 +171,7 @@ def test_what_is_put_stays_in_its_slot(
     way: str, size: int, dtype: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a window, too, whose slots go round and keep the last tokens."""
-    put: Any = _put_flat.__wrapped__
+    put: Any = put_flat.__wrapped__
     chosen = lambda *given, **ways: ways[way](*given)  # noqa: E731
     monkeypatch.setattr(jax.lax, "platform_dependent", chosen)
     new = (10 * line(2, 5)).astype(dtype)

@@ -10,7 +10,7 @@ from jrope.batch.block import ALTERNATIVES
 from jrope.batch.slots import STOP_IDS
 from jrope.batch.work import Work
 from jrope.errors import JropeError, check, check_count, is_integer
-from jrope.generation.guesser import Draft, check_guesser
+from jrope.generation.guesser import Draft, Guesser, check_guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
 from jrope.sharding.meshes import Layout, layout_of
@@ -74,23 +74,25 @@ def without_far_windows(
     return replace(config, windows=longer), min(far, default=width)
 
 
-def check_speculation(
-    speculate: Any, params: Params, config: LlamaConfig, capacity: int
-) -> None:
-    """Raise a JropeError for what cannot guess for rows that come and go.
+def fit_guesser(
+    speculate: Any, params: Params, config: LlamaConfig, capacity: int, width: int
+) -> Guesser:
+    """What guesses, where it is a draft as `without_far_windows`.
 
     Args:
       speculate: what was given.
       params, config: the model.
-      capacity: tokens of a row, and of guesses behind it.
+      capacity: tokens of the longest row.
+      width: those, and of guesses behind it.
+
+    Raises:
+      JropeError: it cannot guess for this model, or for so long rows.
     """
     if isinstance(speculate, Draft):
-        why = "whose cache would have to be filled as rows enter"
-        raise JropeError(
-            f"speculate: got a Draft, {why}; a batch takes a PromptLookup, "
-            "jrope.generate both"
-        )
-    check_guesser(speculate, config, capacity, layout_of(params))
+        own, _ = without_far_windows(speculate.config, capacity, width)
+        speculate = replace(speculate, config=own)
+    check_guesser(speculate, config, width, layout_of(params))
+    return speculate
 
 
 def check_work(work: Work, config: LlamaConfig, capacity: int, logprobs: bool) -> None:

@@ -17,11 +17,13 @@ import jax
 from jrope.batch.admission import (
     check_model,
     check_slots,
-    check_speculation,
     check_work,
+    fit_guesser,
     without_far_windows,
 )
+from jrope.batch.drafting import share_of_step
 from jrope.batch.packing import WIDEST, Shapes
+from jrope.batch.pauses import in_vain
 from jrope.batch.programs import (
     Programs,
     Ruled,
@@ -37,7 +39,7 @@ from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.errors import check_count
 from jrope.forms.rules import ENTRIES
-from jrope.generation.guesser import PromptLookup
+from jrope.generation.guesser import Guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype, check_cache_dtype
 from jrope.sharding.meshes import layout_of, stand_whole
@@ -72,7 +74,8 @@ class Engine:
         live rows it pays; in a program of its own, instead of the other.  Answers are
         the same to the rounding of other shapes, but no more to the bit.  While a row
         whose answer has a form is in a slot, nothing is guessed.  Not with rows longer
-        than a window.
+        than a window.  A `Draft` reads every prompt, too, and has a cache of its own
+        beside the model's, of its kind.
       warn: told, in a sentence, what happened; None: `warnings.warn`.
 
     Attributes:
@@ -92,7 +95,7 @@ class Engine:
         key: jax.Array | None = None,
         logprobs: bool = True,
         structures: bool = False,
-        speculate: PromptLookup | None = None,
+        speculate: Guesser | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         check_model(params, config)
@@ -102,11 +105,11 @@ class Engine:
         config, longest = without_far_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
         if speculate is not None:
-            check_speculation(speculate, params, config, width)
+            speculate = fit_guesser(speculate, params, config, capacity, width)
         self.layout = layout = layout_of(params)
         if slots is None:
             how: Any = {"structures": structures, "cache_dtype": cache_dtype}
-            how |= {"layout": layout, "drawn": guesses + 1}
+            how |= {"layout": layout, "speculate": speculate}
             slots = slots_for(params, config, width, free_memory(layout), **how)
         check_slots(slots, layout)
         for name, value in (("chunk", chunk), ("piece", piece)):
@@ -147,12 +150,12 @@ class Engine:
     def compile(self) -> Programs:
         """Compile all programs, if that has not been done."""
         if self._programs is None:
+            self._tell_vain()
             self._programs = compile_programs(
                 self.params,
                 self.config,
                 self.shapes,
                 **self._how(),
-                speculate=self.speculate,
                 logprobs=self.logprobs,
                 ruled=self._expected(),
                 warm=jax.default_backend() != "cpu",
@@ -161,13 +164,19 @@ class Engine:
             self.stats.compile_seconds += self._programs.seconds
         return self._programs
 
+    def _tell_vain(self) -> None:
+        if (guesser := self.speculate) is not None:
+            share = share_of_step(guesser, self.params, self.config)
+            if (why := in_vain(self.stats.slots, guesser, share)) is not None:
+                self._warn(why)
+
     def _how(self) -> dict[str, Any]:
         own = {"layout": self.layout, "size": self.chunk, "key": self.key}
         return {**self._cache(), **own}
 
     def _cache(self) -> dict[str, Any]:
         same: dict[str, Any] = {"slots": self.stats.slots, "capacity": self.width}
-        return {**same, "cache_dtype": self.cache_dtype}
+        return {**same, "cache_dtype": self.cache_dtype, "speculate": self.speculate}
 
     def _ruled(self, way: Ruled) -> Any:
         """The program to decode rows with structures, compiled if it is not there."""

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jrope.batch.block import ALTERNATIVES, Block, Guessing, blank, scores
+from jrope.batch.drafting import drafted, share_of_step, taken_back
 from jrope.batch.pauses import hopeful, learned, wider
 from jrope.batch.slots import Slots, ended, started
-from jrope.generation.guesser import PromptLookup
+from jrope.generation.guesser import Draft, Guesser, PromptLookup
 from jrope.generation.lookup import look_up
 from jrope.generation.passes import (
     add_seen,
@@ -52,13 +53,13 @@ class Going:
     guessing: Guessing
     coming: Drawn  # [B], next into the cache
     text: jax.Array  # int32 [B, W], prompts and tokens, the coming one included
-    guesses: jax.Array  # int32 [B, n], what may follow it, -1: no idea
-    spoilt: jax.Array  # bool [B], whether a guess may have left a NaN in the cache
+    guesses: jax.Array  # int32 [B, n], what may follow it, -1: no idea; see `_known`
+    spoilt: jax.Array  # bool [B], whether a guess may have left a NaN in a cache
 
 
 @partial(
     jax.jit,
-    static_argnames=("config", "size", "scored", "guesser"),
+    static_argnames=("config", "size", "scored"),
     donate_argnames=("slots",),
 )
 def decode_guessing(
@@ -67,28 +68,31 @@ def decode_guessing(
     key: jax.Array,
     going: jax.Array,
     enough: jax.Array,
+    guesser: Guesser,
     text: jax.Array,
     guessing: Guessing,
     *,
     config: LlamaConfig,
     size: int,
     scored: bool,
-    guesser: PromptLookup,
 ) -> tuple[Slots, Block]:
     """As `decode`, which has the other arguments, in passes over 1 token or n + 1.
 
     Args:
+      guesser: guesses n tokens at a time.
       text: int32 [B, W], prompts and what was drawn so far.
       guessing: how the passes before went.
       size: passes, at most.
-      guesser: guesses n tokens at a time.
     """
     slots, keys = started(slots, key, going)
     began = jnp.sum(slots.live, dtype=jnp.int32)
-    cost = wider(len(text), guesser)
+    cost = wider(len(text), guesser, share_of_step(guesser, params, config))
     draw = partial(_draw, params, config, keys, scored)
     read = partial(_read, params, config, draw)
-    step = partial(_pass, read=read, guesser=guesser, cost=cost)
+
+    def step(now: Going, count: int) -> Going:
+        now = _asked(now, guesser, keys) if count else now
+        return _pass(now, count, read=read, guesser=guesser, cost=cost)
 
     def unfinished(now: Going) -> jax.Array:
         left = jnp.sum(now.slots.live, dtype=jnp.int32)
@@ -99,7 +103,7 @@ def decode_guessing(
 
     columns = size * (guesser.tokens + 1)
     block = blank(slots.live, None, config.vocab_size, columns, scored)
-    now = _begun(slots, block, text, guessing, draw, guesser)
+    now = _begun(taken_back(slots), block, text, guessing, draw, guesser)
     now = in_turns(unfinished, due, step, guesser.tokens, now)
     slots, block = ended(now.slots, now.block)
     spoilt = block.spoilt | now.spoilt
@@ -112,7 +116,7 @@ def _begun(
     text: jax.Array,
     guessing: Guessing,
     draw: Callable[..., Drawn],
-    guesser: PromptLookup,
+    guesser: Guesser,
 ) -> Going:
     """The rows with a token drawn for each, before the first pass."""
     none = jnp.zeros((), jnp.int32)
@@ -126,9 +130,29 @@ def _begun(
         guessing=replace(guessing, passes=none, rows=none),
         coming=jax.tree.map(lambda x: x[:, 0], drawn),
         text=text,
-        guesses=look_up(text, lengths, guesser),
+        guesses=_known(text, lengths, guesser),
         spoilt=jnp.zeros_like(slots.live),
     )
+
+
+def _known(text: jax.Array, newest: jax.Array, guesser: Guesser) -> jax.Array:
+    """What is guessed before it is known whether guesses are taken.
+
+    A draft is not asked before: until then 0 stands for what it will say.
+    """
+    if isinstance(guesser, PromptLookup):
+        return look_up(text, newest, guesser)
+    return jnp.zeros((len(text), guesser.tokens), jnp.int32)
+
+
+def _asked(now: Going, guesser: Guesser, keys: jax.Array) -> Going:
+    """The rows with the guesses of a draft, if that is what guesses."""
+    if not isinstance(guesser, Draft):
+        return now
+    slots, coming = now.slots, now.coming.tokens
+    guesses, slots = drafted(guesser, slots, coming, now.text, keys)
+    spoilt = now.spoilt | (slots.live & jnp.any(guesses < 0, axis=1))
+    return replace(now, slots=slots, guesses=guesses, spoilt=spoilt)
 
 
 def _pass(
@@ -136,7 +160,7 @@ def _pass(
     count: int,
     *,
     read: Callable[..., tuple[jax.Array, KVCache, Drawn]],
-    guesser: PromptLookup,
+    guesser: Guesser,
     cost: float,
 ) -> Going:
     """The coming token and `count` guesses through the model: as many as were right."""
@@ -151,12 +175,12 @@ def _pass(
     text = put(now.text, every.tokens[:, 1:], lengths + 1, kept)
     wrong = jnp.sum(x - x, axis=(1, 2)) != 0
     return Going(
-        slots=_with(slots, every, new, stopped, x, cache),
+        slots=taken_back(_with(slots, every, new, stopped, x, cache)),
         block=_recorded(now.block, every, kept),
         guessing=learned(now.guessing, slots.live, kept, count, cost),
         coming=jax.tree.map(partial(_at, at=kept), every),
         text=text,
-        guesses=look_up(text, lengths + kept, guesser),
+        guesses=_known(text, lengths + kept, guesser),
         spoilt=now.spoilt | (slots.live & wrong),
     )
 

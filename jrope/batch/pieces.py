@@ -4,8 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from jrope.batch.filling import Piece
 from jrope.batch.programs import no_prompts
+from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
 from jrope.batch.slots import Asked
 

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from jrope.batch.block import Guessing
-from jrope.batch.filling import Piece, begin, extend, share
+from jrope.batch.drafting import beside
+from jrope.batch.filling import begin, extend, share
 from jrope.batch.guessing import decode_guessing
 from jrope.batch.packing import Shapes
+from jrope.batch.reading import Piece
 from jrope.batch.slots import (
     STOP_IDS,
     Asked,
@@ -25,7 +27,7 @@ from jrope.batch.slots import (
     slots_specs,
 )
 from jrope.forms.rules import no_rules
-from jrope.generation.guesser import PromptLookup
+from jrope.generation.guesser import Guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.sharding.meshes import Layout
@@ -62,7 +64,7 @@ class Programs:
     share: dict[tuple[int, int], Any]
     seconds: float
     layout: Layout | None
-    speculate: PromptLookup | None
+    speculate: Guesser | None
 
 
 def decodings(logprobs: bool, entries: int = 0) -> list[Ruled]:
@@ -103,7 +105,7 @@ def lower_decode(
     entries: int = 0,
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
-    speculate: PromptLookup | None = None,
+    speculate: Guesser | None = None,
 ) -> tuple[tuple[Any, ...], Any]:
     """What `decode` is called with beside the slots, for no row; and it, traced.
 
@@ -114,12 +116,12 @@ def lower_decode(
       entries: of the tables, where rows may have structures.
     """
     given: Any = key, np.zeros(slots, bool), np.int32(0)
-    state = _no_slots(params, config, slots, capacity, layout, cache_dtype)
+    state = _no_slots(params, config, slots, capacity, layout, cache_dtype, speculate)
     how: dict[str, Any] = {"config": config, "size": size, "scored": scored}
     if speculate is not None and not entries:
-        given = *given, np.zeros((slots, capacity), np.int32), not_yet()
-        own = decode_guessing.lower(params, state, *given, **how, guesser=speculate)
-        return given, own
+        text = np.zeros((slots, capacity), np.int32)
+        given = *given, speculate, text, not_yet()
+        return given, decode_guessing.lower(params, state, *given, **how)
     if entries:
         given = *given, no_rules(slots, config.vocab_size, entries)
     return given, decode.lower(params, state, *given, **how, layout=layout)
@@ -132,13 +134,13 @@ def _no_slots(
     capacity: int,
     layout: Layout | None,
     cache_dtype: CacheDtype | None,
+    speculate: Guesser | None,
 ) -> Slots:
     """The shapes of so many slots, and where they stand."""
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
-    state = empty.eval_shape(
-        config=config, cache_dtype=cache_dtype, layout=layout, **how
-    )
+    how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
+    state = empty.eval_shape(config=config, layout=layout, **how)
     return state if layout is None else layout.place(state, slots_specs(layout))
 
 
@@ -150,11 +152,13 @@ def lower_share(
     capacity: int,
     behind: tuple[int, int],
     cache_dtype: CacheDtype | None = None,
+    speculate: Guesser | None = None,
 ) -> Any:
     """`share` for pieces of (width, rows), traced."""
-    state = _no_slots(params, config, slots, capacity, None, cache_dtype)
+    state = _no_slots(params, config, slots, capacity, None, cache_dtype, speculate)
     piece, asked, numbers = no_prompts(behind[1], behind[0])
-    return share.lower(params, state, piece, asked, numbers, numbers, config=config)
+    given = piece, asked, numbers, numbers, speculate
+    return share.lower(params, state, *given, config=config)
 
 
 def compile_programs(
@@ -171,7 +175,7 @@ def compile_programs(
     ruled: Iterable[Ruled] = (),
     warm: bool,
     layout: Layout | None = None,
-    speculate: PromptLookup | None = None,
+    speculate: Guesser | None = None,
 ) -> Programs:
     """Compile everything, side by side.
 
@@ -190,12 +194,12 @@ def compile_programs(
     """
     started = time.perf_counter()
     same: dict[str, Any] = {"slots": slots, "capacity": capacity, "layout": layout}
-    same |= {"cache_dtype": cache_dtype}
+    same |= {"cache_dtype": cache_dtype, "speculate": speculate}
     state = _no_slots(params, config, **same)
-    same |= {"size": size, "key": key, "speculate": speculate}
+    same |= {"size": size, "key": key}
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
-    fresh |= {"cache_dtype": cache_dtype}
+    fresh |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
     ways = [*decodings(logprobs), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 
@@ -208,10 +212,12 @@ def compile_programs(
             yield (scored, entries), own
         for longest, width in list(shapes.first.items())[::-1]:
             given = no_prompts(shapes.groups * shapes.rows, width, shapes.groups)
+            given = *given, speculate
             own = begin.lower(params, state, *given, longest=longest, **how)
             nobody["begin", longest] = given
             yield ("begin", longest), own
-        given = nobody["extend"] = no_prompts(shapes.groups, shapes.piece)[:1]
+        piece, *_ = no_prompts(shapes.groups, shapes.piece)
+        given = nobody["extend"] = piece, speculate
         yield "extend", extend.lower(params, state, *given, **how)
         yield "clean", clean.lower(state, np.zeros(slots, bool), layout=layout)
 

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
+from jrope.batch.drafting import beside
 from jrope.batch.packing import WIDEST
 from jrope.batch.slots import empty
+from jrope.generation.guesser import Guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.model.placed import share_of
@@ -30,7 +32,7 @@ def slots_for(
     structures: bool = False,
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
-    drawn: int = 1,
+    speculate: Guesser | None = None,
 ) -> int:
     """Slots for which there is memory, 1 at least and 128 at most (16 on a CPU).
 
@@ -39,9 +41,10 @@ def slots_for(
         slots = (0.9 memory - fixed) / (slot + 16 V drawn), with structures 8 V more
 
     slot counts what a row keeps: keys and values, of a layer with a window at most
-    those of that many tokens, and which ids it has seen.  fixed is what prompts take
-    while they are computed, C tokens at once, and one row's keys and values twice:
-    C (3 D + 3 F) itemsize + 2 slot.
+    those of that many tokens, those of a draft too, and which ids it has seen.  drawn
+    are its tokens in one pass, which are several where some are guessed.  fixed is what
+    prompts take while they are computed, C tokens at once, and one row's keys and
+    values twice: C (3 D + 3 F) itemsize + 2 slot.
 
     Args:
       params, config: the model.
@@ -50,17 +53,18 @@ def slots_for(
       structures: whether rows may have them.
       cache_dtype: "int8" or None.
       layout: where the parameters stand, if on a mesh.
-      drawn: tokens of a row at once, which are several where some are guessed.
+      speculate: what guesses, if anything.
     """
     groups = 1
     if layout is not None:
         groups, config = layout.size(layout.axes.batch), share_of(config, layout)
     dtype: Any = params["model"]["norm"]["weight"].dtype
     one = partial(empty.eval_shape, config=config, count=1, capacity=capacity)
-    state = one(dtype=dtype, cache_dtype=cache_dtype)
+    state = one(dtype=dtype, cache_dtype=cache_dtype, draft=beside(speculate))
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
     fixed = WIDEST * wide * dtype.itemsize + 2 * slot
+    drawn = 1 + (speculate.tokens if speculate is not None else 0)
     slot += (DRAWING * drawn + RULED * structures) * config.vocab_size
     fit = int(SPARE * memory_bytes - fixed) // slot
     most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)

@@ -9,11 +9,11 @@ from typing import Any, final
 import jax
 import numpy as np
 
-from jrope.batch.filling import Piece
 from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.pieces import next_pieces
 from jrope.batch.prefix import Prefix
 from jrope.batch.programs import Programs, Ruled, not_yet
+from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
@@ -189,7 +189,7 @@ class Run:
         self._put(self.share(), piece, asked, *held)
 
     def _put(self, program: Any, piece: Piece, *given: Any) -> None:
-        self.slots = self._call(program, piece, *given)
+        self.slots = self._call(program, piece, *given, self.programs.speculate)
         self.stats.prefill_tokens += int(piece.lengths.sum())
         self.stats.padded_tokens += piece.tokens.size
 
@@ -207,7 +207,8 @@ class Run:
             rules = self._rules()
             given, program = (*given, rules), self.ruled((scored, rules.table.size))
         elif self.programs.speculate is not None:
-            given = *given, self._text(), self.guessing
+            guesser = self.programs.speculate
+            given = *given, guesser, self._text(), self.guessing
         self.slots, block = self._call(program, *given)
         return block
 

@@ -53,6 +53,7 @@ class Slots:
     """
 
     cache: KVCache
+    draft: KVCache | None  # of the model that guesses, if one does: see `drafting`
     hidden: jax.Array  # [B, D] of the newest token, which the next is drawn from
     seen: jax.Array  # bool [B, V], for the repetition penalty
     live: jax.Array  # bool [B]
@@ -64,7 +65,7 @@ class Slots:
 def slots_specs(layout: Layout) -> Any:
     """How `Slots` are split: each device has slots of its own, and heads."""
     rows: Any = dict.fromkeys([f.name for f in fields(Slots)], layout.rows())
-    own = {"cache": cache_specs(layout), "seen": logit_specs(layout, 2)}
+    own = {"cache": cache_specs(layout), "seen": logit_specs(layout, 2), "draft": None}
     return Slots(**rows | own)
 
 
@@ -80,7 +81,10 @@ def greedy(count: int) -> Sampler:
 
 @partial(
     jax.jit,
-    static_argnames=("config", "count", "capacity", "dtype", "cache_dtype", "layout"),
+    static_argnames=(
+        *("config", "count", "capacity", "dtype", "cache_dtype"),
+        *("layout", "draft"),
+    ),
 )
 def empty(
     *,
@@ -90,8 +94,12 @@ def empty(
     dtype: DTypeLike,
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
+    draft: tuple[LlamaConfig, Any] | None = None,
 ) -> Slots:
-    """So many slots with nobody in them, on a mesh that divides them or on none."""
+    """So many slots with nobody in them, on a mesh that divides them or on none.
+
+    With a `draft`, its configuration and dtype, they have a cache for it, too.
+    """
     if layout is not None:
         own = count // layout.size(layout.axes.batch)
         how = {"config": share_of(config, layout), "count": own, "dtype": dtype}
@@ -105,8 +113,13 @@ def empty(
         stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
         limits=zeros(jnp.int32),
     )
+    given = count, capacity
+    beside = None
+    if draft is not None:
+        beside = KVCache.empty(draft[0], *given, cache_dtype or draft[1], 0)
     return Slots(
-        cache=KVCache.empty(config, count, capacity, held, rope_lengths=0),
+        cache=KVCache.empty(config, *given, held, rope_lengths=0),
+        draft=beside,
         hidden=jnp.zeros((count, config.hidden_size), dtype),
         seen=jnp.zeros((count, config.vocab_size), bool),
         live=zeros(bool),
@@ -247,11 +260,15 @@ def clean(slots: Slots, rows: jax.Array, *, layout: Layout | None = None) -> Slo
     def cleaned(x: jax.Array) -> jax.Array:
         return jnp.where(rows[:, None, None, None], jnp.zeros((), x.dtype), x)
 
-    cache = slots.cache
-    cache = replace(
-        cache,
-        keys=jax.tree.map(cleaned, cache.keys),
-        values=jax.tree.map(cleaned, cache.values),
-    )
+    def wiped(cache: KVCache) -> KVCache:
+        keys, values = jax.tree.map(cleaned, (cache.keys, cache.values))
+        return replace(cache, keys=keys, values=values)
+
     hidden = jnp.where(rows[:, None], jnp.zeros((), slots.hidden.dtype), slots.hidden)
-    return replace(slots, cache=cache, hidden=hidden, finite=slots.finite | rows)
+    return replace(
+        slots,
+        cache=wiped(slots.cache),
+        draft=None if slots.draft is None else wiped(slots.draft),
+        hidden=hidden,
+        finite=slots.finite | rows,
+    )

@@ -206,7 +206,8 @@ def _guess(
         text: Any = state.memory
         return replace(state, guesses=look_up(text, lengths, guesser))
     cache: Any = state.memory
-    guesses, cache = draft(guesser, cache, state.rows, sampling)
+    rows, own = state.rows, (sampling.sampler, sampling.keys)
+    guesses, cache = draft(guesser, cache, rows.last, *own, rows.lengths, rows.seen)
     return replace(state, guesses=guesses, memory=cache)
 
 
