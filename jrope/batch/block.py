@@ -1,5 +1,6 @@
 """What a chunk of decoding gives back to the host."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jrope.generation.passes import put
 from jrope.sharding.axes import ONE, Axes
 from jrope.sharding.meshes import Layout
 from jrope.sharding.vocabulary import log_softmax, pick, top_k
@@ -98,6 +100,21 @@ def recorded(
         top_ids=put(block.top_ids, ids),
         top_logprobs=put(block.top_logprobs, best),
     )
+
+
+def several_recorded(
+    block: Block, tokens: jax.Array, scores: Sequence[jax.Array], kept: jax.Array
+) -> Block:
+    """The block with the first `kept` [B] of tokens [B, T], with their scores or none.
+
+    They are those of all but the last column: the last is drawn anew.
+    """
+    add = partial(put, starts=block.counts, counts=kept)
+    own: dict[str, Any] = {"tokens": add(block.tokens, tokens[:, :-1])}
+    names = "logprobs", "top_ids", "top_logprobs"
+    for name, found in zip(names, scores, strict=False):
+        own[name] = add(getattr(block, name), found[:, :-1])
+    return replace(block, **own, counts=block.counts + kept, steps=block.steps + 1)
 
 
 def scores(

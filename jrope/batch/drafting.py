@@ -13,7 +13,8 @@ import jax.numpy as jnp
 
 from jrope.batch.slots import Slots
 from jrope.generation.draft import draft
-from jrope.generation.guesser import Draft, Guesser
+from jrope.generation.guesser import Draft, Guesser, PromptLookup
+from jrope.generation.lookup import look_up
 from jrope.generation.passes import add_seen
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
@@ -26,6 +27,16 @@ def beside(guesser: Guesser | None) -> tuple[LlamaConfig, Any] | None:
     if not isinstance(guesser, Draft):
         return None
     return guesser.config, guesser.params["model"]["norm"]["weight"].dtype
+
+
+def known(text: jax.Array, newest: jax.Array, guesser: Guesser) -> jax.Array:
+    """What is guessed, int32 [B, n], before it is clear whether guesses are taken.
+
+    A draft is asked only then: until it is, 0 stands for whatever it may say.
+    """
+    if isinstance(guesser, PromptLookup):
+        return look_up(text, newest, guesser)
+    return jnp.zeros((len(text), guesser.tokens), jnp.int32)
 
 
 def drafted(

@@ -9,17 +9,22 @@ then, and where a chunk ends, it is drawn anew by the next one.  So slots are le
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jrope.batch.block import ALTERNATIVES, Block, Guessing, blank, scores
-from jrope.batch.drafting import drafted, share_of_step, taken_back
+from jrope.batch.block import (
+    ALTERNATIVES,
+    Block,
+    Guessing,
+    blank,
+    scores,
+    several_recorded,
+)
+from jrope.batch.drafting import drafted, known, share_of_step, taken_back
 from jrope.batch.pauses import hopeful, learned, wider
 from jrope.batch.slots import Slots, ended, started
-from jrope.generation.guesser import Draft, Guesser, PromptLookup
-from jrope.generation.lookup import look_up
+from jrope.generation.guesser import Draft, Guesser
 from jrope.generation.passes import (
     add_seen,
     counted,
@@ -53,7 +58,7 @@ class Going:
     guessing: Guessing
     coming: Drawn  # [B], next into the cache
     text: jax.Array  # int32 [B, W], prompts and tokens, the coming one included
-    guesses: jax.Array  # int32 [B, n], what may follow it, -1: no idea; see `_known`
+    guesses: jax.Array  # int32 [B, n], what may follow it, -1: no idea; see `known`
     spoilt: jax.Array  # bool [B], whether a guess may have left a NaN in a cache
 
 
@@ -130,19 +135,9 @@ def _begun(
         guessing=replace(guessing, passes=none, rows=none),
         coming=jax.tree.map(lambda x: x[:, 0], drawn),
         text=text,
-        guesses=_known(text, lengths, guesser),
+        guesses=known(text, lengths, guesser),
         spoilt=jnp.zeros_like(slots.live),
     )
-
-
-def _known(text: jax.Array, newest: jax.Array, guesser: Guesser) -> jax.Array:
-    """What is guessed before it is known whether guesses are taken.
-
-    A draft is not asked before: until then 0 stands for what it will say.
-    """
-    if isinstance(guesser, PromptLookup):
-        return look_up(text, newest, guesser)
-    return jnp.zeros((len(text), guesser.tokens), jnp.int32)
 
 
 def _asked(now: Going, guesser: Guesser, keys: jax.Array) -> Going:
@@ -176,11 +171,11 @@ def _pass(
     wrong = jnp.sum(x - x, axis=(1, 2)) != 0
     return Going(
         slots=taken_back(_with(slots, every, new, stopped, x, cache)),
-        block=_recorded(now.block, every, kept),
+        block=several_recorded(now.block, every.tokens, every.scores, kept),
         guessing=learned(now.guessing, slots.live, kept, count, cost),
         coming=jax.tree.map(partial(_at, at=kept), every),
         text=text,
-        guesses=_known(text, lengths + kept, guesser),
+        guesses=known(text, lengths + kept, guesser),
         spoilt=now.spoilt | (slots.live & wrong),
     )
 
@@ -257,13 +252,3 @@ def _behind(first: jax.Array, rest: jax.Array) -> jax.Array:
 def _at(x: jax.Array, at: jax.Array) -> jax.Array:
     """x [B, T, ...] at one position of each row."""
     return x[jnp.arange(len(at), dtype=jnp.int32), at]
-
-
-def _recorded(block: Block, drawn: Drawn, kept: jax.Array) -> Block:
-    """The block with the first few tokens of each row."""
-    add = partial(put, starts=block.counts, counts=kept)
-    own: dict[str, Any] = {"tokens": add(block.tokens, drawn.tokens[:, :-1])}
-    names = "logprobs", "top_ids", "top_logprobs"
-    for name, found in zip(names, drawn.scores, strict=False):
-        own[name] = add(getattr(block, name), found[:, :-1])
-    return replace(block, **own, counts=block.counts + kept, steps=block.steps + 1)

@@ -25,11 +25,16 @@ from jrope.cli.common import (
 from jrope.cli.evaluate_plan import hash_adapter, hash_model
 from jrope.cli.loading import Loading
 from jrope.cli.sampling import add_sampling_arguments, make_sampler
-from jrope.cli.speculating import add_speculate_argument
+from jrope.cli.speculating import (
+    DraftFolder,
+    Guessing,
+    add_speculate_argument,
+    described,
+)
 from jrope.cli.text import load_tokenizer
 from jrope.cli.together import add_mesh_arguments, mesh_of
 from jrope.errors import JropeError
-from jrope.generation.guesser import PromptLookup
+from jrope.generation.guesser import Guesser, PromptLookup
 from jrope.generation.sample import Sampler
 from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
@@ -77,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dry-run", action="store_true", help="check and count all rows, no more")
     add("--metrics", metavar="F", type=Path, help="write figures as JSON")
     add_sampling_arguments(parser)
-    add_speculate_argument(parser, draft=False)
+    add_speculate_argument(parser)
     add_dtype_argument(parser)
     add_quantize_argument(parser)
     add_cache_dtype_argument(parser)
@@ -110,12 +115,18 @@ def run(args: argparse.Namespace) -> int:
         why = f"there is no folder {args.metrics.parent}"
         raise JropeError(f"--metrics {args.metrics}: {why}; make it, or choose another")
     given = args.dtype, args.quantize, mesh_of(args), args.adapter
-    with Loading(folder, *given, rows=args.slots or 2) as loading:
-        _engine(args, loading.shapes, config)  # which raises what there is to say
+    rows = args.slots or 2
+    with (
+        Loading(folder, *given, rows=rows) as loading,
+        Guessing(args.speculate, loading.shapes, rows) as guessing,
+    ):
+        # which raises what there is to say
+        _engine(args, loading.shapes, config, guessing.guesser)
         settings = _settings(args, folder, config)
         if args.strict:
             _refuse_bad(inspect_rows(_source(args), settings))
-        live = Live(args, config, _capacity(args, config), loading)
+        capacity = _capacity(args, config)
+        live = Live(args, config, capacity, loading, guessing)
         summary = run_batch(
             live,
             args.input,
@@ -152,7 +163,9 @@ def _settings(
 
 
 def longest_row(
-    max_length: int | None, config: LlamaConfig, guesser: PromptLookup | None = None
+    max_length: int | None,
+    config: LlamaConfig,
+    guesser: PromptLookup | DraftFolder | None = None,
 ) -> int:
     """Tokens of a row: every slot has room for so many.
 
@@ -205,8 +218,8 @@ def _tell_programs(
     args: argparse.Namespace, folder: Path, config: LlamaConfig, structures: bool
 ) -> None:
     shapes, _ = load_shapes(folder, args.dtype, mesh=mesh_of(args))
-    capacity = _capacity(args, config)
-    engine = _engine(args, shapes, config, structures)
+    capacity, guesser = _capacity(args, config), described(args.speculate, shapes)
+    engine = _engine(args, shapes, config, guesser, structures)
     most = "" if args.slots else ", fewer where the weights leave less memory"
     print(f"slots           {engine.stats.slots} of {capacity:,} tokens{most}")
     print(f"programs        {len(engine.programs)}: {', '.join(engine.programs)}")
@@ -216,10 +229,11 @@ def _engine(
     args: argparse.Namespace,
     shapes: Any,
     config: LlamaConfig,
+    guesser: Guesser | None,
     structures: bool = False,
 ) -> Engine:
     """One for the shapes of a model, which can be asked but not run."""
-    how: dict[str, Any] = {"slots": args.slots, "speculate": args.speculate}
+    how: dict[str, Any] = {"slots": args.slots, "speculate": guesser}
     how |= {"structures": structures, "cache_dtype": args.cache_dtype}
     return Engine(shapes, config, capacity=_capacity(args, config), **how)
 

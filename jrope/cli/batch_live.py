@@ -20,6 +20,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.journal import replaced
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.cli.loading import Loading
+from jrope.cli.speculating import Guessing
 from jrope.cli.terminal import TimeLeft, duration_text, note
 from jrope.errors import JropeError
 from jrope.model.config import LlamaConfig
@@ -38,8 +39,10 @@ class Live:
         config: LlamaConfig,
         capacity: int,
         loading: Loading,
+        guessing: Guessing,
     ) -> None:
         self._args, self._config, self._loading = args, config, loading
+        self._guessing = guessing
         self._capacity = capacity
         self._engine: Engine | None = None
         self._embedder: Embedder | None = None
@@ -94,7 +97,7 @@ class Live:
                 cache_dtype=self._args.cache_dtype,
                 key=jax.random.key(self._args.seed or 0),
                 structures=self._structures,
-                speculate=self._args.speculate,
+                speculate=self._guessing.wait(),
                 warn=note,
             )
         return self._engine

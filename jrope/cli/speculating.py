@@ -7,7 +7,7 @@ from typing import Any
 from jrope.cli.common import whole
 from jrope.cli.loading import Loading
 from jrope.generation.guesser import Draft, Guesser, PromptLookup
-from jrope.hf.checkpoint import read_llama_config
+from jrope.hf.checkpoint import load_shapes, read_llama_config
 from jrope.hf.folders import find_folder
 from jrope.tree import Params
 
@@ -26,23 +26,10 @@ class DraftFolder:
     tokens: int = 4
 
 
-def add_speculate_argument(
-    parser: argparse.ArgumentParser, *, draft: bool = True
-) -> None:
-    """Add --speculate, with a second folder or for the text alone."""
+def add_speculate_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --speculate."""
     how: dict[str, Any] = {"metavar": "prompt[:N]|draft:FOLDER[:N]", "help": _HELP}
-    how["type"] = speculation
-    if not draft:
-        text = "guess N tokens at a time (7) from the text, where it repeats itself"
-        how = {"metavar": "prompt[:N]", "help": text, "type": _of_text}
-    parser.add_argument("--speculate", **how)
-
-
-def _of_text(word: str) -> PromptLookup:
-    found = speculation(word) if word.startswith("prompt") else None
-    if isinstance(found, PromptLookup):
-        return found
-    raise argparse.ArgumentTypeError(f"{word!r} is not prompt, or such as prompt:7")
+    parser.add_argument("--speculate", type=speculation, **how)
 
 
 def speculation(word: str) -> PromptLookup | DraftFolder:
@@ -67,19 +54,37 @@ def speculation(word: str) -> PromptLookup | DraftFolder:
     raise argparse.ArgumentTypeError(f"{word!r} is not {wanted}")
 
 
+def described(
+    asked: PromptLookup | DraftFolder | None, shapes: Params
+) -> Guesser | None:
+    """What --speculate asks for; a draft's parameters are ShapeDtypeStructs."""
+    if not isinstance(asked, DraftFolder):
+        return asked
+    folder = find_folder(asked.folder, None)
+    return Draft(*load_shapes(folder, _dtype(shapes)), asked.tokens)
+
+
+def _dtype(shapes: Params) -> str:
+    return shapes["model"]["norm"]["weight"].dtype.name
+
+
 class Guessing:
     """The guesser, whose weights may still be loading; a context, as `Loading` is.
 
     Args:
       asked: what --speculate gave.
       shapes: the large model's parameters; a draft gets their dtype.
+      rows: as in `Loading`, for a draft.
 
     Attributes:
       guesser: for `compile_ahead`; a draft's parameters are ShapeDtypeStructs.
     """
 
     def __init__(
-        self, asked: PromptLookup | DraftFolder | None, shapes: Params
+        self,
+        asked: PromptLookup | DraftFolder | None,
+        shapes: Params,
+        rows: int | None = None,
     ) -> None:
         self._loading: Loading | None = None
         self.guesser: Guesser | None = None
@@ -88,8 +93,7 @@ class Guessing:
             return
         folder = find_folder(asked.folder, None)
         config = read_llama_config(folder)
-        dtype: str = shapes["model"]["norm"]["weight"].dtype.name
-        self._loading = Loading(folder, dtype)
+        self._loading = Loading(folder, _dtype(shapes), rows=rows)
         self.guesser = Draft(self._loading.shapes, config, asked.tokens)
 
     def wait(self) -> Guesser | None:
