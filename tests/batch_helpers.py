@@ -76,6 +76,11 @@ def ragged(count: int) -> list[Work]:
     ]
 
 
+def draw_best(logits: Any, *_: Any, **__: Any) -> Any:
+    """In the place of `draw`, most of what compiles."""
+    return jnp.argmax(logits, 1).astype(jnp.int32), logits, jnp.ones(len(logits), bool)
+
+
 def by_key(rows: Any) -> dict[Any, Finished]:
     rows = list(rows)
     found = {row.key: row for row in rows}

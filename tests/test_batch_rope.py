@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batch_helpers import by_key, engine, engine_of, ragged, work
+from batch_helpers import by_key, draw_best, engine, engine_of, ragged, work
 from generate_helpers import model
 
 from jrope.errors import JropeError
@@ -14,16 +14,11 @@ from jrope.generation.sample import Sampler
 from jrope.model.llama import forward
 
 
-def greedy(logits: Any, *_: Any, **__: Any) -> Any:
-    """In the place of `draw`, most of what compiles."""
-    return jnp.argmax(logits, 1).astype(jnp.int32), logits, jnp.ones(len(logits), bool)
-
-
 @pytest.mark.parametrize("lengths", ["planned", "growing"])
 def test_every_row_has_its_own_length(
     lengths: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("jrope.batch.slots.draw", greedy)
+    monkeypatch.setattr("jrope.batch.slots.draw", draw_best)
     _, params, config = model("dynamic", layers=1, max_position_embeddings=16)
     rope = dataclasses.replace(config.rope, lengths=lengths)
     config = dataclasses.replace(config, rope=rope)

@@ -8,15 +8,28 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import make_dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 from batch_file_helpers import HashEngine, lines_of, mixed_rows, records_of, write_rows
+from cli_helpers import (
+    ANSWER,
+    CONFIG,
+    SIZE,
+    byte_tokenizer,
+    fail,
+    make_weights,
+    succeed,
+    write_adapter,
+    write_folder,
+    write_tokenizer_config,
+)
 from cli_helpers import _no_compile_cache as _no_compile_cache
 from cli_helpers import copy as copy
-from cli_helpers import fail, succeed, write_adapter
 from cli_helpers import model as model
 
 from jrope.cli import batch_live, main
@@ -212,7 +225,59 @@ def test_guesses_are_no_other_run(
     out, _ = succeed(capsys, *command)
     assert "of 64 tokens" in out and ": decode with guesses, decode with g" in out
     line = fail(capsys, *words(model, good, "--speculate", "draft"))
-    assert "'draft' is not prompt, or such as prompt:7" in line
+    assert "'draft' is not prompt, draft:FOLDER, or such as prompt:7" in line
+
+
+@pytest.fixture
+def deeper(tmp_path: Path) -> Path:
+    """The model with two layers more, which add nothing either."""
+    folder, weights = tmp_path / "deeper", make_weights()
+    first = {n: w for n, w in weights.items() if ".layers.0." in n}
+    for i in (1, 2):
+        weights |= {n.replace(".0.", f".{i}."): w for n, w in first.items()}
+    write_folder(folder, {**CONFIG, "num_hidden_layers": 3}, weights.items())
+    byte_tokenizer().save(str(folder / "tokenizer.json"))
+    write_tokenizer_config(folder)
+    return folder
+
+
+def test_a_smaller_folder_guesses(
+    capsys: Any, model: Path, deeper: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    fewer = partial(batch_live.Engine, logprobs=False)  # programs to compile
+    monkeypatch.setattr(batch_live, "Engine", fewer)
+    texts = [{"prompt": text, "name": text} for text in ("v", "abc", "x")]
+    source = write_rows(tmp_path / "rows.jsonl", texts)
+    metrics = tmp_path / "metrics.json"
+    more = ("--slots", 1, "--max-length", 28, "--speculate", f"draft:{model}")
+    command = [*words(deeper, source), *more]
+    out, _ = succeed(capsys, *command, "--dry-run")
+    assert ": decode with guesses, decode with guesses and log" in out
+    assert not source.with_name("out.jsonl").exists()
+    succeed(capsys, *command, "--max-new-tokens", 20, "--metrics", metrics)
+    got = {r["name"]: r for r in records_of(source.with_name("out.jsonl"))}
+    assert got["v"]["generated_text"] == f"wx{ANSWER}"
+    assert got["x"]["generated_text"] == ANSWER
+    assert got["abc"]["num_generated_tokens"] == 20
+    told = json.loads(metrics.read_text())["engine"]
+    assert told["guessing_steps"] >= 4 and told["tokens_a_pass"] > 2
+
+
+def test_a_folder_that_cannot_guess_is_one_line(
+    capsys: Any, model: Path, good: Path, tmp_path: Path
+) -> None:
+    folder, config = tmp_path / "draft", {**CONFIG, "vocab_size": SIZE + 8}
+    more = {
+        name: np.resize(w, (SIZE + 8, SIZE))
+        for name, w in make_weights().items()
+        if w.shape == (SIZE, SIZE)
+    }
+    write_folder(folder, config, {**make_weights(), **more}.items())
+    command = words(model, good, "--speculate", f"draft:{folder}")
+    line = fail(capsys, *command)
+    assert f"a vocabulary of {SIZE + 8}, the model one of {SIZE}" in line
+    line = fail(capsys, *words(model, good, "--speculate", "draft:/no/such:2"))
+    assert "no folder /no/such" in line
 
 
 def test_rows_longer_than_a_window(capsys: Any, copy: Path, good: Path) -> None:
