@@ -112,6 +112,10 @@ def ran(own: Engine, given: list[Work]) -> tuple[dict[Any, Any], dict[str, Any]]
     return got, {name: after[name] - before[name] for name in after}
 
 
+def greedy(number: int) -> Work:
+    return work(f"greedy {number}", 33, 20)
+
+
 def tokens_of(got: dict[Any, Any]) -> dict[Any, list[int]]:
     return {key: row.tokens.tolist() for key, row in got.items()}
 
@@ -153,6 +157,27 @@ def test_a_stop_inside_of_right_guesses_ends_the_row_there() -> None:
     got, grown = ran(guessed(), [replace(row, stop_ids=(going[at],))])
     assert got["long"].tokens.tolist() == going[: at + 1]
     assert got["long"].finish_reason == "stop" and grown["steps"] == 1
+
+
+def test_a_guess_that_was_wrong_is_taken_back() -> None:
+    """A draft that never says one token: behind it, it is right again."""
+    some = ((row, tokens_alone(row, *large())) for row in map(greedy, range(30)))
+    row, going = next(one for one in some if one[1].count(one[1][GUESSED]) == 1)
+    never, draft = going[GUESSED], right()
+    head = draft.params["lm_head"]["weight"].at[never].set(0.0)
+    own = other(replace(draft, params={**draft.params, "lm_head": {"weight": head}}))
+    got, grown = ran(own, [row])
+    assert got[row.key].tokens.tolist() == going
+    assert grown["steps"] == grown["guessing_steps"] == passes_of(row) + 1
+
+
+def test_rows_enter_piece_by_piece_beside_others(monkeypatch: Any) -> None:
+    """All guesses are right for all of them: every pass of a row gives as many."""
+    monkeypatch.setattr("jrope.batch.running.BURST", 1)
+    given = [work(f"row {i}", 40 - i, 5 + 5 * (i % 4)) for i in range(3 * SLOTS)]
+    got, grown = ran(guessed(), given)
+    assert tokens_of(got) == {r.key: tokens_alone(r, *large()) for r in given}
+    assert grown["decode_tokens"] == 5 * grown["live_rows"]
 
 
 def test_after_a_pause_the_draft_reads_what_it_missed(monkeypatch: Any) -> None:

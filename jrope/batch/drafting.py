@@ -42,7 +42,7 @@ def known(text: jax.Array, newest: jax.Array, guesser: Guesser) -> jax.Array:
 def drafted(
     model: Draft, slots: Slots, coming: jax.Array, text: jax.Array, keys: jax.Array
 ) -> tuple[jax.Array, Slots]:
-    """What the draft draws behind the coming tokens, and the slots where it has.
+    """What the draft draws behind the coming tokens: int32 [B, n], -1: no idea.
 
     Args:
       model: the draft.
@@ -52,26 +52,21 @@ def drafted(
       keys: of the rows.
 
     Returns:
-      int32 [B, n], -1: no idea.
+      the guesses, and the slots where it has read them all; see `taken_back`.
     """
-    live, lengths, cache = slots.live, slots.cache.lengths, _held(slots)
-    cache = _caught_up(model, cache, jnp.where(live, lengths, cache.lengths), text)
-    seen = add_seen(slots.seen, coming[:, None], live[:, None])
-    own = slots.asked.sampler, keys, slots.steps + 1, seen
-    guesses, cache = draft(model, cache, jnp.where(live, coming, 0), *own)
-    read = jnp.where(live, lengths + model.tokens + 1, cache.lengths)
-    return guesses, replace(slots, draft=replace(cache, lengths=read))
-
-
-def _held(slots: Slots) -> KVCache:
     held: Any = slots.draft
-    return held
+    cache = _caught_up(model, held, slots.cache.lengths, text)
+    seen = add_seen(slots.seen, coming[:, None], slots.live[:, None])
+    own = slots.asked.sampler, keys, slots.steps + 1, seen
+    guesses, cache = draft(model, cache, coming, *own)
+    cache = replace(cache, lengths=cache.lengths + model.tokens + 1)
+    return guesses, replace(slots, draft=cache)
 
 
 def _caught_up(
     model: Draft, cache: KVCache, wanted: jax.Array, text: jax.Array
 ) -> KVCache:
-    """The draft's cache with the first `wanted` tokens [B] of the rows."""
+    """The draft's cache with the first `wanted` tokens of each row, int32 [B]."""
     steps = jnp.arange(model.tokens + 1, dtype=jnp.int32)[None, :]
 
     def behind(cache: KVCache) -> jax.Array:
