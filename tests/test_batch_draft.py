@@ -23,6 +23,7 @@ from batch_helpers import (
 from generate_helpers import VOCABULARY, model
 
 import jrope
+from jrope.batch import engine
 from jrope.batch.admission import fit_guesser
 from jrope.batch.drafting import beside, share_of_step
 from jrope.batch.engine import Engine
@@ -87,6 +88,18 @@ def other(draft: Draft, **programs: Any) -> Engine:
     return own
 
 
+def watched() -> tuple[Engine, list[int]]:
+    """One whose draft is right, and by how many tokens it was behind at each chunk."""
+    behind, program = list[int](), guessed().compile().decode[False]
+
+    def decode(params: Any, slots: Any, *given: Any) -> Any:
+        lag = slots.cache.lengths - slots.draft.lengths
+        behind.append(int(abs(lag).max()))
+        return program(params, slots, *given)
+
+    return other(right(), decode={False: decode}), behind
+
+
 def rows() -> list[Work]:
     """More than there are slots: short and long prompts, all samplers, stop ids."""
     random = np.random.default_rng(7)
@@ -113,7 +126,7 @@ def ran(own: Engine, given: list[Work]) -> tuple[dict[Any, Any], dict[str, Any]]
 
 
 def greedy(number: int) -> Work:
-    return work(f"greedy {number}", 33, 20)
+    return work(f"greedy {number}", 1, 20)
 
 
 def tokens_of(got: dict[Any, Any]) -> dict[Any, list[int]]:
@@ -175,9 +188,11 @@ def test_rows_enter_piece_by_piece_beside_others(monkeypatch: Any) -> None:
     """All guesses are right for all of them: every pass of a row gives as many."""
     monkeypatch.setattr("jrope.batch.running.BURST", 1)
     given = [work(f"row {i}", 40 - i, 5 + 5 * (i % 4)) for i in range(3 * SLOTS)]
-    got, grown = ran(guessed(), given)
+    own, behind = watched()
+    got, grown = ran(own, given)
     assert tokens_of(got) == {r.key: tokens_alone(r, *large()) for r in given}
     assert grown["decode_tokens"] == 5 * grown["live_rows"]
+    assert len(behind) == grown["chunks"] and not any(behind)
 
 
 def test_after_a_pause_the_draft_reads_what_it_missed(monkeypatch: Any) -> None:
@@ -202,7 +217,7 @@ def test_so_it_does_after_rows_with_a_form() -> None:
 
 
 def test_rows_share_what_the_draft_read_of_a_prefix() -> None:
-    own = other(right())
+    own, behind = watched()
     first = work("system", 2 * own.shapes.behind[0] + 2, 1).prompt
     given = list[Work]()
     for i in range(3):
@@ -212,12 +227,16 @@ def test_rows_share_what_the_draft_read_of_a_prefix() -> None:
     assert grown["shared_tokens"] > 0
     assert tokens_of(got) == {r.key: tokens_alone(r, *large()) for r in given}
     assert grown["steps"] == passes_of(given[0])
+    assert behind and not any(behind)
 
 
 def test_slots_of_8_bits_and_lengths_that_grow(monkeypatch: Any) -> None:
     """What the draft holds of a row is what the model does: all guesses are right."""
     for place in ("passes", "draft"):
         monkeypatch.setattr(f"jrope.generation.{place}.draw", draw_best)
+    inner, warm = engine.compile_programs, {"warm": True}
+    own: Any = lambda *given, **how: inner(*given, **how | warm)  # noqa: E731
+    monkeypatch.setattr(engine, "compile_programs", own)
     params, config = large("dynamic")
     config = replace(config, rope=replace(config.rope, lengths="growing"))
     draft = right("dynamic")

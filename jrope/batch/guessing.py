@@ -3,7 +3,8 @@
 As in `generation.speculate`, what counts is what plain decoding would have drawn, with
 the same keys.  A token counts when it is in the cache; the one after it is drawn by
 then, and where a chunk ends, it is drawn anew by the next one.  So slots are left as
-`slots.decode` leaves them, and either may go on with them.
+`slots.decode` leaves them, and either may go on with them.  How a draft guesses is in
+`drafting`.
 """
 
 from collections.abc import Callable
