@@ -114,10 +114,10 @@ def test_tokens_are_those_of_plain_decoding() -> None:
 @pytest.mark.parametrize("sampler", SAMPLERS)
 def test_right_guesses_save_passes(sampler: Sampler) -> None:
     """The draft draws with the row's sampler and numbers, behind all of its prompt."""
-    row = work("long", 40, 20, sampler=sampler)
-    got, grown = ran(guessed(), [row])
-    assert got["long"].tokens.tolist() == tokens_alone(row, *large())
-    assert grown["steps"] == grown["guessing_steps"] == passes_of(row)
+    given = [work(f"long {i}", 40 - i, 20, sampler=sampler) for i in range(SLOTS)]
+    got, grown = ran(guessed(), given)
+    assert tokens_of(got) == {r.key: tokens_alone(r, *large()) for r in given}
+    assert grown["steps"] == grown["guessing_steps"] == passes_of(given[0])
 
 
 def test_wrong_guesses_cost_no_token_and_become_rare() -> None:
