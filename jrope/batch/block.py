@@ -102,7 +102,7 @@ def recorded(
     )
 
 
-def several_recorded(
+def add_tokens(
     block: Block, tokens: jax.Array, scores: Sequence[jax.Array], kept: jax.Array
 ) -> Block:
     """The block with the first `kept` [B] of tokens [B, T], with their scores or none.

@@ -14,14 +14,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jrope.batch.block import (
-    ALTERNATIVES,
-    Block,
-    Guessing,
-    blank,
-    scores,
-    several_recorded,
-)
+from jrope.batch.block import ALTERNATIVES, Block, Guessing, add_tokens, blank, scores
 from jrope.batch.drafting import drafted, known, share_of_step, taken_back
 from jrope.batch.pauses import hopeful, learned, wider
 from jrope.batch.slots import Slots, ended, started
@@ -172,7 +165,7 @@ def _pass(
     wrong = jnp.sum(x - x, axis=(1, 2)) != 0
     return Going(
         slots=taken_back(_with(slots, every, new, stopped, x, cache)),
-        block=several_recorded(now.block, every.tokens, every.scores, kept),
+        block=add_tokens(now.block, every.tokens, every.scores, kept),
         guessing=learned(now.guessing, slots.live, kept, count, cost),
         coming=jax.tree.map(partial(_at, at=kept), every),
         text=text,
