@@ -92,7 +92,7 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         return arrays
     firsts = (x.reshape(-1)[0] > 0 for x in arrays)
     either = functools.reduce(operator.or_, firsts)
-    return tuple(jnp.where(either, x, x) for x in arrays)
+    return tuple(jax.lax.select(either, x, x) for x in arrays)
 
 
 def _as_given(*arrays: jax.Array) -> tuple[jax.Array, ...]:
