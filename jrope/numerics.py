@@ -7,13 +7,14 @@ has to be rounded to a narrower type and held in a wider one goes through here.
 import functools
 import operator
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+Tree = TypeVar("Tree")
 Float: TypeAlias = type[np.float32] | type[np.float64]
 
 
@@ -93,6 +94,21 @@ def vary_alike(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     firsts = (x.reshape(-1)[0] > 0 for x in arrays)
     either = functools.reduce(operator.or_, firsts)
     return tuple(jax.lax.select(either, x, x) for x in arrays)
+
+
+def computed_once(tables: Tree) -> Tree:
+    """The same finite float32 arrays [..., R], which their readers do not compute anew.
+
+    XLA's CPU backend fuses what tables are made of, cosines too, into every layer that
+    reads them, and computes these for each head (jax 0.10).  It does not fuse products.
+    """
+    once = partial(jax.tree.map, _times_one)
+    return jax.lax.platform_dependent(tables, cpu=once, default=lambda x: x)
+
+
+def _times_one(x: jax.Array) -> jax.Array:
+    one = np.eye(x.shape[-1], dtype=np.float32)
+    return jnp.matmul(x, one, precision=jax.lax.Precision.HIGHEST)
 
 
 def _as_given(*arrays: jax.Array) -> tuple[jax.Array, ...]:

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 
 from jrope.model.attention import attend, one_query
+from jrope.model.bits import to_bits
 from jrope.model.filled import BLOCK, BLOCKS, FEWEST, attend_filled, filled_takes
 from jrope.model.queries import Queries
 
 SLOTS, HEADS, KV_HEADS, SIZE = 5 * BLOCK, 6, 3, 8
 EDGES = (0, BLOCK - 1, BLOCK, 2 * BLOCK + 5, SLOTS - 1, 3 * BLOCK - 1, 1, SLOTS - 2)
-Arrays = tuple[jax.Array, jax.Array, jax.Array]
+Arrays = tuple[jax.Array, Any, Any]
 
 
 def random(slots: int = SLOTS, dtype: Any = "float32") -> Arrays:
@@ -24,6 +25,12 @@ def random(slots: int = SLOTS, dtype: Any = "float32") -> Arrays:
     shapes = ((1, HEADS), (slots, KV_HEADS), (slots, KV_HEADS))
     q, k, v = (normal((rows, *shape, SIZE), np.float32) for shape in shapes)
     return jnp.asarray(2 * q, dtype), jnp.asarray(k, dtype), jnp.asarray(v, dtype)
+
+
+def short(dtype: Any = "bfloat16") -> Arrays:
+    """The same as an engine holds 16-bit floats on a CPU."""
+    q, k, v = random(dtype=dtype)
+    return q, to_bits(k), to_bits(v)
 
 
 def wanted(q: Any, k: Any, v: Any, starts: Any, window: int | None) -> np.ndarray:
@@ -47,7 +54,7 @@ def see() -> Any:
 
 def loops(given: Arrays, platform: str = "cpu", starts: Any = EDGES) -> bool:
     """Whether the program for a platform is the one that looks at blocks."""
-    given = tuple(x[: len(starts)] for x in given)
+    given = jax.tree.map(lambda x: x[: len(starts)], given)
     traced = jax.jit(attend).trace(*given, jnp.asarray(starts))
     return "while" in traced.lower(lowering_platforms=(platform,)).as_text()
 
@@ -55,10 +62,29 @@ def loops(given: Arrays, platform: str = "cpu", starts: Any = EDGES) -> bool:
 @pytest.mark.parametrize("window", [None, 1, BLOCK, BLOCK + 9, 3 * BLOCK])
 def test_is_a_softmax_over_what_a_row_sees(window: int | None) -> None:
     assert len(EDGES) * SLOTS // BLOCK > BLOCKS
-    given, starts = random(), np.array(EDGES, np.int32)
+    check(random(), window)
+
+
+def test_blocks_may_be_half_as_long() -> None:
+    given = random(SLOTS + BLOCK // 2)
+    assert loops(given)
+    check(given, BLOCK + 9)
+
+
+def check(given: Arrays, window: int | None) -> None:
+    starts = np.array(EDGES, np.int32)
     got = jax.jit(partial(attend, window=window))(*given, starts)
     want = wanted(*given, starts, window)
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("window", [None, BLOCK + 9])
+def test_16_bits_are_rounded_as_over_all_slots(window: int | None) -> None:
+    starts = np.array(EDGES, np.int32)
+    got = jax.jit(partial(attend, window=window))(*short(), starts)
+    assert got.dtype == jnp.bfloat16
+    want = wanted(*random(dtype="bfloat16"), starts, window)
+    np.testing.assert_allclose(got.astype(jnp.float32), want, atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("how", [{"scale": 0.3}, {"cap": 1.5}])
@@ -70,14 +96,16 @@ def test_scores_are_those_of_all_slots(how: dict[str, float]) -> None:
     np.testing.assert_allclose(got, want, atol=2e-6, rtol=0)
 
 
-def test_a_row_is_the_same_to_the_bit_beside_and_behind_others(see: Any) -> None:
-    given = random()
+@pytest.mark.parametrize("given", [random(), short()], ids=["float32", "bits"])
+def test_a_row_is_the_same_to_the_bit_beside_and_behind_others(
+    given: Arrays, see: Any
+) -> None:
     got = see(*given, jnp.asarray(EDGES))
     for row, start in enumerate(EDGES):
         alone = np.zeros(len(EDGES), np.int32)
         alone[row] = start
         np.testing.assert_array_equal(see(*given, alone)[row], got[row])
-    turned = [jnp.roll(x, 3, axis=0) for x in given]
+    turned = jax.tree.map(lambda x: jnp.roll(x, 3, axis=0), given)
     other = see(*turned, jnp.roll(jnp.asarray(EDGES), 3))
     np.testing.assert_array_equal(jnp.roll(other, -3, axis=0), got)
 
@@ -113,11 +141,24 @@ def test_runs_where_shard_map_checks_what_varies(see: Any) -> None:
     np.testing.assert_array_equal(got, see(*given, jnp.asarray(EDGES)))
 
 
+def test_16_bits_are_not_widened_before_they_are_taken() -> None:
+    q, k, v = short()
+    program = jax.jit(attend).lower(q, k, v, jnp.asarray(EDGES)).compile()
+    sizes = (
+        f"[{len(EDGES)},{SLOTS},",
+        f"[{len(EDGES) * SLOTS // BLOCK},{BLOCK * 3 * 8}]",
+    )
+    wide = [f"{kind}{size}" for kind in ("f32", "bf16") for size in sizes]
+    assert not any(name in program.as_text() for name in wide)
+
+
 def test_is_for_several_float32_rows_on_a_cpu() -> None:
     assert loops(random())
     assert not loops(random(), "cuda")
     assert not loops(random(), "tpu")
     assert not loops(random(dtype="bfloat16"))
+    assert loops(short()) and not loops(short(), "cuda")
+    assert loops(short("float16"))
     assert not loops(random(), starts=EDGES[:1])
     assert not loops(random(FEWEST - BLOCK))
     assert not loops(random(SLOTS - 1))

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrope.model.cache import KVCache
+from jrope.model.cache import KVCache, held
 from jrope.model.config import LlamaConfig
 from jrope.model.flat import Flat
+from jrope.model.int8_cache import Keys
 from jrope.model.llama import hidden_states
 from jrope.model.rolling import position_of_slots
 from jrope.sharding.axes import ONE, Axes
@@ -95,9 +96,13 @@ def _written(
     cache: KVCache, rows: jax.Array, new: KVCache, put: Callable[..., jax.Array]
 ) -> KVCache:
     """The cache with what new rows hold, each array `put` by itself."""
+
+    def each(slots: Keys, new: Keys) -> Keys:
+        return jax.tree.map(lambda x, own: put(x, new=own), slots, held(new, slots))
+
     return KVCache(
-        keys=jax.tree.map(lambda x, own: put(x, new=own), cache.keys, new.keys),
-        values=jax.tree.map(lambda x, own: put(x, new=own), cache.values, new.values),
+        keys=tuple(map(each, cache.keys, new.keys)),
+        values=tuple(map(each, cache.values, new.values)),
         lengths=cache.lengths.at[rows].set(new.lengths, mode="drop"),
         rope_lengths=cache.rope_lengths.at[rows].set(new.rope_lengths, mode="drop"),
     )

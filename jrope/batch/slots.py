@@ -19,7 +19,7 @@ from jrope.batch.block import Block, blank, block_specs, recorded
 from jrope.forms.rules import Rules, after, allowed, rules_specs
 from jrope.generation.loop import draw
 from jrope.generation.sample import Sampler
-from jrope.model.cache import KVCache
+from jrope.model.cache import KVCache, in_bits
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.model.llama import hidden_states, unembed
@@ -105,7 +105,6 @@ def empty(
         how = {"config": share_of(config, layout), "count": own, "dtype": dtype}
         share = partial(empty, **how, capacity=capacity, cache_dtype=cache_dtype)
         return layout.map(share, (), slots_specs(layout))()
-    held = cache_dtype or dtype
     zeros = partial(jnp.zeros, (count,))
     asked = Asked(
         sampler=greedy(count),
@@ -116,9 +115,9 @@ def empty(
     given = count, capacity
     beside = None
     if draft is not None:
-        beside = KVCache.empty(draft[0], *given, cache_dtype or draft[1], 0)
+        beside = _no_tokens(draft[0], *given, cache_dtype or draft[1])
     return Slots(
-        cache=KVCache.empty(config, *given, held, rope_lengths=0),
+        cache=_no_tokens(config, *given, cache_dtype or dtype),
         draft=beside,
         hidden=jnp.zeros((count, config.hidden_size), dtype),
         seen=jnp.zeros((count, config.vocab_size), bool),
@@ -127,6 +126,12 @@ def empty(
         steps=zeros(jnp.int32),
         asked=asked,
     )
+
+
+def _no_tokens(config: LlamaConfig, count: int, capacity: int, dtype: Any) -> KVCache:
+    cache = KVCache.empty(config, count, capacity, dtype, rope_lengths=0)
+    short = cache.keys[0].dtype.itemsize == 2
+    return in_bits(cache) if short and jax.default_backend() == "cpu" else cache
 
 
 @partial(

@@ -78,11 +78,11 @@ def attend(
         return jax.lax.platform_dependent(q, k, v, tpu=flash, default=_causal)
     last = q.shape[1] == 1 and window is None
     if isinstance(k, Scaled) and isinstance(v, Scaled):
-        integers = k.numbers.dtype == jnp.int8
-        if plain and last and integers and starts is not None:
+        if plain and last and k.numbers.dtype == jnp.int8 and starts is not None:
             return attend_int8(q, k, v, starts + 1, scale)
         return _xla(q, k, v, starts, window, segments, slots, scale, cap)
-    if plain and cudnn_takes(q) and (starts is None or last):
+    plain &= isinstance(k, jax.Array) and (starts is None or last)
+    if plain and cudnn_takes(q):
         ways = {"cuda": partial(cudnn, **how), "default": partial(_xla, **how)}
         return jax.lax.platform_dependent(q, k, v, starts, **ways)
     return _xla(q, k, v, starts, window, segments, slots, scale, cap)

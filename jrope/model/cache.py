@@ -7,7 +7,7 @@ more slots than that, which go round: see `rolling`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, final
 
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike, DTypeLike
 
+from jrope.model.bits import Bits, to_bits
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype, Keys, Scaled, empty_int8, to_int8
 from jrope.numerics import cpu_barrier
@@ -105,8 +106,27 @@ def as_cached(
     new: Slots, slots: Slots | None, cache_dtype: CacheDtype | None = None
 ) -> Slots:
     """New keys and values as the slots hold them; as `cache_dtype` without slots."""
-    eight = cache_dtype == "int8" if slots is None else isinstance(slots[0], Scaled)
-    return jax.tree.map(to_int8, new) if eight else new
+    if slots is not None:
+        return held(new[0], slots[0]), held(new[1], slots[1])
+    return jax.tree.map(to_int8, new) if cache_dtype == "int8" else new
+
+
+def held(new: Keys, slots: Keys) -> Keys:
+    """New keys, or values, as the slots hold them."""
+    if isinstance(new, jax.Array) and isinstance(slots, Scaled):
+        return to_int8(new)
+    if isinstance(new, jax.Array) and isinstance(slots, Bits):
+        return to_bits(new)
+    return new
+
+
+def in_bits(cache: KVCache) -> KVCache:
+    """A cache of 16-bit floats as a CPU takes and puts some of them best."""
+    keys, values = (
+        tuple(to_bits(x) for x in xs if isinstance(x, jax.Array))
+        for xs in (cache.keys, cache.values)
+    )
+    return replace(cache, keys=keys, values=values)
 
 
 def grow(new: Keys, capacity: int) -> Keys:

@@ -15,6 +15,7 @@ from jrope.model.context import Share
 from jrope.model.flat import Flat
 from jrope.model.growing import slot_table
 from jrope.model.layers import Step, local_table
+from jrope.numerics import computed_once
 from jrope.rope import LongRope, table
 from jrope.rope.frequencies import Length
 from jrope.sharding import stripes
@@ -178,6 +179,7 @@ def rotary_table(
             positions = positions if share is None else share.take(positions)
             cos, sin = table(config.rope, positions, length=cast(Length, rope_lengths))
         local = local_table(config, positions)
+    cos, sin, local = computed_once((cos, sin, local))
     return Step(cos=cos, sin=sin, local=local), rope_lengths
 
 
@@ -194,6 +196,7 @@ def flat_table(config: LlamaConfig, flat: Flat, count: int) -> Step:
         (cos, sin), local = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), tables)
         if config.rope.lengths == "growing":
             cos, sin = slot_table(config.rope, flat.longest)
+    cos, sin, local = computed_once((cos, sin, local))
     return Step(cos=cos, sin=sin, local=local, flat=flat)
 
 

@@ -26,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jrope.errors import JropeError
+from jrope.model.bits import Bits
 from jrope.numerics import absmax, rounded
 
 CacheDtype: TypeAlias = Literal["int8"]
@@ -55,12 +56,17 @@ class Scaled:
         return self.numbers.shape
 
     @property
+    def dtype(self) -> Any:
+        """That of the numbers."""
+        return self.numbers.dtype
+
+    @property
     def size(self) -> int:
         """How many numbers there are."""
         return self.numbers.size
 
 
-Keys: TypeAlias = jax.Array | Scaled
+Keys: TypeAlias = jax.Array | Scaled | Bits
 """A layer's keys, or values: [B, S, K, H]."""
 
 
@@ -102,6 +108,8 @@ def check_cache_dtype(cache_dtype: Any, given: bool = False) -> None:
 
 def parts(x: Keys) -> tuple[jax.Array, jax.Array | None]:
     """Numbers [B, S, K, H] and, where they have some, scales [B, S, K, 1]."""
+    if isinstance(x, Bits):
+        return x.floats, None
     return (x.numbers, x.scales) if isinstance(x, Scaled) else (x, None)
 
 
@@ -120,4 +128,4 @@ def linear_in_head(
     """A linear function of each head's numbers, computed in `dtype`, of x."""
     if isinstance(x, Scaled):
         return Scaled(function(x.numbers.astype(dtype)), x.scales)
-    return function(x)
+    return function(x.floats if isinstance(x, Bits) else x)

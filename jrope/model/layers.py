@@ -23,7 +23,7 @@ from jrope.model.decode_kernel import rotate_append_attend
 from jrope.model.decode_parts import kernel_takes, on_cuda
 from jrope.model.flat import Flat, attend_flat
 from jrope.model.growing import attend_growing
-from jrope.model.int8_cache import CacheDtype, Scaled
+from jrope.model.int8_cache import CacheDtype
 from jrope.model.products import is_row, linear
 from jrope.model.rolling import extend, keep_last
 from jrope.numerics import with_rank
@@ -146,8 +146,8 @@ def _is_kernels(
     decodes = step.slots is not None and step.starts is not None and step.share is None
     bare = decodes and step.segments is None and config.score_cap is None
     whole = rope.layout == "half" and 2 * step.cos.shape[-1] == config.head_dim
-    eight = step.slots is not None and isinstance(step.slots[0], Scaled)
-    return bare and whole and not eight and kernel_takes(q, k.shape[2])
+    arrays = step.slots is not None and isinstance(step.slots[0], jax.Array)
+    return bare and whole and arrays and kernel_takes(q, k.shape[2])
 
 
 def _at_once(
