@@ -106,6 +106,7 @@ def test_a_batchs_programs_compile_on_a_mesh(little_effort):
     slots = 2 * engine.stats.slots * engine.width * 2 * 128 * 2  # bytes of bfloat16
     for program in [*ways, made.extend, made.clean]:
         assert program.memory_analysis().alias_size_in_bytes >= slots // mesh.size
+        assert "u16[" not in program.as_text()  # as a CPU would hold the slots
 
 
 @pytest.mark.parametrize("kind", ["guesses", "a shared prefix"])
@@ -124,6 +125,7 @@ def test_what_a_batch_runs_on_one_device_alone_compiles(one, little_effort, kind
         lowered = lower_decode(params, config, **same, **how)[1]
     else:
         lowered = lower_share(params, config, **same, behind=(16, 2))
+    assert "ui16>" not in lowered.as_text()  # as a CPU would hold the slots
     assert lowered.compile().memory_analysis().alias_size_in_bytes
 
 

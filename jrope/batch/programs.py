@@ -140,8 +140,15 @@ def _no_slots(
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
     how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
+    how |= {"platform": _platform(params)}
     state = empty.eval_shape(config=config, layout=layout, **how)
     return state if layout is None else layout.place(state, slots_specs(layout))
+
+
+def _platform(params: Params) -> str | None:
+    """For whose devices the parameters are; None: they do not say."""
+    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
+    return None if sharding is None else next(iter(sharding.device_set)).platform
 
 
 def lower_share(
@@ -200,6 +207,7 @@ def compile_programs(
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
     fresh |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
+    fresh |= {"platform": _platform(params)}
     ways = [*decodings(logprobs), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 

@@ -83,7 +83,7 @@ def greedy(count: int) -> Sampler:
     jax.jit,
     static_argnames=(
         *("config", "count", "capacity", "dtype", "cache_dtype"),
-        *("layout", "draft"),
+        *("layout", "draft", "platform"),
     ),
 )
 def empty(
@@ -95,15 +95,19 @@ def empty(
     cache_dtype: CacheDtype | None = None,
     layout: Layout | None = None,
     draft: tuple[LlamaConfig, Any] | None = None,
+    platform: str | None = None,
 ) -> Slots:
     """So many slots with nobody in them, on a mesh that divides them or on none.
 
-    With a `draft`, its configuration and dtype, they have a cache for it, too.
+    With a `draft`, its configuration and dtype, they have a cache for it, too.  A CPU
+    holds 16 bits in a way of its own; `platform` None is that of this machine.
     """
+    platform = platform or jax.default_backend()
     if layout is not None:
         own = count // layout.size(layout.axes.batch)
         how = {"config": share_of(config, layout), "count": own, "dtype": dtype}
-        share = partial(empty, **how, capacity=capacity, cache_dtype=cache_dtype)
+        how |= {"capacity": capacity, "cache_dtype": cache_dtype}
+        share = partial(empty, **how, platform=platform)
         return layout.map(share, (), slots_specs(layout))()
     zeros = partial(jnp.zeros, (count,))
     asked = Asked(
@@ -112,12 +116,12 @@ def empty(
         stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
         limits=zeros(jnp.int32),
     )
-    given = count, capacity
+    given = platform, count, capacity
     beside = None
     if draft is not None:
-        beside = _no_tokens(draft[0], *given, cache_dtype or draft[1])
+        beside = _no_tokens(draft[0], cache_dtype or draft[1], *given)
     return Slots(
-        cache=_no_tokens(config, *given, cache_dtype or dtype),
+        cache=_no_tokens(config, cache_dtype or dtype, *given),
         draft=beside,
         hidden=jnp.zeros((count, config.hidden_size), dtype),
         seen=jnp.zeros((count, config.vocab_size), bool),
@@ -128,10 +132,12 @@ def empty(
     )
 
 
-def _no_tokens(config: LlamaConfig, count: int, capacity: int, dtype: Any) -> KVCache:
+def _no_tokens(
+    config: LlamaConfig, dtype: Any, platform: str, count: int, capacity: int
+) -> KVCache:
     cache = KVCache.empty(config, count, capacity, dtype, rope_lengths=0)
     short = cache.keys[0].dtype.itemsize == 2
-    return in_bits(cache) if short and jax.default_backend() == "cpu" else cache
+    return in_bits(cache) if short and platform == "cpu" else cache
 
 
 @partial(

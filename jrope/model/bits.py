@@ -46,11 +46,6 @@ class Bits:
         return jax.lax.bitcast_convert_type(self.integers, self.dtype)
 
 
-def floats(x: jax.Array, dtype: Any) -> jax.Array:
-    """Floats as they are, or those of some integers."""
-    return jax.lax.bitcast_convert_type(x, dtype)
-
-
 def to_bits(x: jax.Array) -> Bits:
     """Floats of 16 bits as they are."""
     return Bits(jax.lax.bitcast_convert_type(x, jnp.uint16), x.dtype)

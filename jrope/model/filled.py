@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from jrope.model.bits import Bits, floats, to_bits
+from jrope.model.bits import Bits, to_bits
 from jrope.model.int8_cache import Keys
 from jrope.model.queries import LOWEST, Queries, einsum, own_heads, spread, steps
 
@@ -74,8 +74,10 @@ def attend_filled(
     listed = listed.astype(jnp.int32)  # row by row, then blocks that are none
     listed = jnp.pad(listed, (0, -len(listed) % size), constant_values=len(k))
 
+    floats = partial(jax.lax.bitcast_convert_type, new_dtype=q.dtype)  # or as they are
+
     def cut(x: jax.Array, blocks: jax.Array) -> jax.Array:
-        return floats(x.at[blocks].get(mode="clip").reshape(size, block, -1), q.dtype)
+        return floats(x.at[blocks].get(mode="clip").reshape(size, block, -1))
 
     def see(carry: tuple[jax.Array, Sums]) -> tuple[jax.Array, Sums]:
         i, sums = carry
@@ -83,7 +85,7 @@ def attend_filled(
         rows = jnp.minimum(blocks // per_row, batch - 1)
         at = queries.slots[rows] - (blocks % per_row * block)[:, None]
         own = replace(queries, slots=at)
-        rows_q = floats(spread(own_q[rows], kv_heads), q.dtype)
+        rows_q = floats(spread(own_q[rows], kv_heads))
         products = einsum("BNX,BSX->BNS", rows_q, cut(k, blocks))
         hidden = own.hidden(steps(block), None)
         scores = jnp.where(hidden, LOWEST, own.scores(q, products))
