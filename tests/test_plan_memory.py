@@ -194,6 +194,11 @@ def test_meshes_of_sixteen_devices():
             "h100:2",
             "does not divide: 51 entries of the vocabulary on 2",
         ),
+        (  # as `load` refuses it: 11,008 inputs in groups of 128
+            {"config": named_shape("llama2-7b"), "batch": 4, "quantize": "int4"},
+            "h100:4",
+            "does not divide: 86 groups of int4 in down_proj on 4",
+        ),
     ],
 )
 def test_what_does_not_divide_is_told(fields, on, reason):

@@ -19,6 +19,7 @@ from jrope.generation.request import LONGEST, bucket
 from jrope.model.attention import BLOCK
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.model.int8_cache import CacheDtype
+from jrope.model.packed import group_of
 from jrope.plan.devices import HOST, Cluster
 from jrope.weights.int8 import Quantization, held_bytes, matrices
 
@@ -236,6 +237,7 @@ def _mesh(work: Work, cluster: Cluster, ways: int) -> tuple[Mesh, str | None]:
             ("query heads", work.config.num_attention_heads, ways),
             ("columns of the MLP", work.config.intermediate_size, ways),
             ("entries of the vocabulary", work.config.vocab_size, ways),
+            *_groups(work, ways),
         )
         if count % parts
     ]
@@ -244,3 +246,12 @@ def _mesh(work: Work, cluster: Cluster, ways: int) -> tuple[Mesh, str | None]:
     if cluster.device.kind == "gpu" and ways > HOST:
         return mesh, f"NVLink joins {HOST} GPUs, not {ways}"
     return mesh, None
+
+
+def _groups(work: Work, ways: int) -> Iterator[tuple[str, int, int]]:
+    """Groups of int4 inputs that share a scale, of which none may be cut."""
+    shapes = parameter_shapes(work.config) if work.quantize == "int4" else {}
+    for name in matrices(shapes):
+        block, width = name.split(".")[-2], shapes[name][1]
+        if block in _BY_INPUT and ".layers.0." in name:
+            yield f"groups of int4 in {block}", width // group_of(name, width), ways
