@@ -8,7 +8,8 @@
 # functions that are kept.  At six, a process is full with some 10,900 small programs.
 #
 # It matters wherever one process compiles much: a test worker with 2,800 tests was seen at
-# 63,952 maps and 7.7 GB, and what comes after is no Python error but the end of the worker.
+# 63,952 maps and 7.7 GB.  In a process whose maps are used up, compiling is no Python error:
+# it ended by a segmentation fault, after LLVM said "Cannot allocate memory".
 set -euo pipefail
 
 folder=$(mktemp -d)

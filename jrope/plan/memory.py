@@ -250,8 +250,11 @@ def _mesh(work: Work, cluster: Cluster, ways: int) -> tuple[Mesh, str | None]:
 
 def _groups(work: Work, ways: int) -> Iterator[tuple[str, int, int]]:
     """Groups of int4 inputs that share a scale, of which none may be cut."""
-    shapes = parameter_shapes(work.config) if work.quantize == "int4" else {}
-    for name in matrices(shapes):
-        block, width = name.split(".")[-2], shapes[name][1]
-        if block in _BY_INPUT and ".layers.0." in name:
-            yield f"groups of int4 in {block}", width // group_of(name, width), ways
+    if work.quantize != "int4":
+        return
+    shapes = parameter_shapes(work.config)  # a block's are alike in all layers
+    names = {name.split(".")[-2]: name for name in sorted(matrices(shapes))}
+    for block in _BY_INPUT:
+        width = shapes[names[block]][1]
+        groups = width // group_of(names[block], width)
+        yield f"groups of int4 in {block}", groups, ways
