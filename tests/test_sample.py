@@ -291,6 +291,20 @@ def test_is_a_pytree_of_its_five_numbers():
         jax.tree.map(lambda x: jnp.full((2,), x), given_)
     )
     np.testing.assert_allclose(doubled, [1.6, 1.6])
+    paths, _ = zip(*jax.tree_util.tree_leaves_with_path(given_), strict=True)
+    assert [jax.tree_util.keystr(path) for path in paths[:2]] == [
+        ".temperature",
+        ".top_k",
+    ]
+
+
+def test_what_a_program_gives_back_is_not_looked_at():
+    # A check would wait for the device to compute it.
+    wrong = jax.jit(lambda s: jax.tree.map(lambda x: x - 9, s))(Sampler())
+    assert isinstance(wrong, Sampler)
+    assert float(wrong.temperature) == -9
+    with pytest.raises(JropeError, match="temperature: got -9"):
+        Sampler(temperature=wrong.temperature)
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,10 @@ No sorting: top-k and top-p find their exact cut-off digit by digit of the float
 in 8 passes over the vocabulary (32 on a CPU), and only where they are on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -32,14 +33,14 @@ _CHECKED = int | float | np.generic | np.ndarray | Array
 Stage = Callable[[Array], Array]
 
 
-@jax.tree_util.register_dataclass
+@jax.tree_util.register_pytree_with_keys_class
 @dataclass(frozen=True, kw_only=True)
 class Sampler:
     """How to draw tokens: a pytree of numbers, or of arrays [B] with one for each row.
 
     The stages run in the order of transformers and cost nothing while off in all rows.
     Changing numbers never recompiles. Concrete values are checked (JropeError names all
-    that are out of range), traced ones cannot be.
+    that are out of range), traced ones cannot be, nor those that a program gives back.
 
     Args:
       temperature: logits are divided by it; 0 takes the best token (greedy).
@@ -120,6 +121,23 @@ class Sampler:
         # One switch, not a condition for each stage: a GPU asks the host about each.
         stages = [drawing(stage) for stage in self._stages(len(x), axes)]
         return lax.switch(self._mode(len(x), axes), [greedy, *stages], x)
+
+    def tree_flatten(self) -> tuple[tuple[ArrayLike, ...], None]:
+        """The numbers, for JAX."""
+        return tuple(getattr(self, f.name) for f in fields(self)), None
+
+    def tree_flatten_with_keys(self) -> tuple[list[tuple[Any, ArrayLike]], None]:
+        """The numbers with their names, for JAX."""
+        keys = [jax.tree_util.GetAttrKey(f.name) for f in fields(self)]
+        return list(zip(keys, self.tree_flatten()[0], strict=True)), None
+
+    @classmethod
+    def tree_unflatten(cls, _: None, numbers: Iterable[Any]) -> "Sampler":
+        """A sampler of these, unchecked: a look at them would wait for the device."""
+        sampler = object.__new__(cls)
+        for f, number in zip(fields(cls), numbers, strict=True):
+            object.__setattr__(sampler, f.name, number)
+        return sampler
 
     def _penalized(self, logits: Array, seen: Array | None) -> Array:
         if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
