@@ -3,6 +3,7 @@
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, final
 
@@ -65,18 +66,27 @@ class Run:
         self.slots: Any = None
 
     def rows(self) -> Iterator[Finished]:
-        """Everything, as it finishes."""
+        """Everything, as it finishes.
+
+        A chunk is started aside: some devices' clients are busy until it ends, since
+        its steps are a loop of which they look at the condition.
+        """
+        with ThreadPoolExecutor(1) as aside:
+            yield from self._rows(aside)
+
+    def _rows(self, aside: Executor) -> Iterator[Finished]:
         begin = time.perf_counter()
         self.slots = self.programs.empty()
         self.waiting.read()
         read = time.perf_counter()
         while self.waiting or self.taken():
             self.fill()
-            block = self.decode()
+            chunk = aside.submit(*self.decoding())
             self.stats.between += time.perf_counter() - read
             yield from self.give()
             self.waiting.read()
             wait = time.perf_counter()
+            self.slots, block = chunk.result()
             block = jax.device_get(block)
             read = time.perf_counter()
             self.stats.waited += read - wait
@@ -189,12 +199,15 @@ class Run:
         self._put(self.share(), piece, asked, *held)
 
     def _put(self, program: Any, piece: Piece, *given: Any) -> None:
-        self.slots = self._call(program, piece, *given, self.programs.speculate)
+        begin = time.perf_counter()
+        given = piece, *given, self.programs.speculate
+        self.slots = program(self.params, self.slots, *given)
+        self.stats.calls += time.perf_counter() - begin
         self.stats.prefill_tokens += int(piece.lengths.sum())
         self.stats.padded_tokens += piece.tokens.size
 
-    def decode(self) -> Any:
-        """Start a chunk of decoding, until there is room for the next rows."""
+    def decoding(self) -> tuple[Any, ...]:
+        """The program that decodes until the next rows have room, and what it takes."""
         taken, wanted = self.taken(), self.waiting.wanted()
         going = np.array([seat is not None for seat in self.seats])
         enough = len(self.seats) + 1
@@ -209,8 +222,7 @@ class Run:
         elif self.programs.speculate is not None:
             guesser = self.programs.speculate
             given = *given, guesser, self._text(), self.guessing
-        self.slots, block = self._call(program, *given)
-        return block
+        return program, self.params, self.slots, *given
 
     def _text(self) -> np.ndarray:
         """Prompts and new tokens, which guesses are looked up in."""
@@ -230,13 +242,6 @@ class Run:
         return self.held.rules(
             [free if s is None else (s.work.structure, s.state) for s in self.seats]
         )
-
-    def _call(self, program: Any, *given: Any) -> Any:
-        """Start a program, or run it, where the device is the host's own processor."""
-        begin = time.perf_counter()
-        result = program(self.params, self.slots, *given)
-        self.stats.calls += time.perf_counter() - begin
-        return result
 
     def take(self, block: Any) -> None:
         """Note what was drawn; rows that have ended leave their slots."""

@@ -24,7 +24,7 @@ class Stats:
       compile_seconds: until all of them were there.
       seconds: of `run`, all of them together.
       waited: seconds that the host waited for the device.
-      calls: seconds in which programs were started, or ran where they run at once.
+      calls: seconds in which prompts were started, or computed where that is at once.
       between: seconds from a chunk's results to the start of the next, `calls`
         included: the device has nothing to do then but prompts that were started.
       restarts: after the device had run out of memory.

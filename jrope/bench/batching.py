@@ -78,7 +78,7 @@ class Measured:
             filled = self.stats["prefill_tokens"] / max(padded, 1)
             lines.append(
                 f"    {self.stats['chunks']} chunks; between two of them the host took "
-                f"{self.stats['between'] / whole:.1%} of the time, starting programs "
+                f"{self.stats['between'] / whole:.1%} of the time, starting prompts "
                 f"{self.stats['calls'] / whole:.1%}; prompts filled {filled:.1%} of "
                 "their shapes"
             )
