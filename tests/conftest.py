@@ -37,7 +37,8 @@ def quick_flags() -> str:
     for library in Path(jaxlib.__file__).parent.glob("libjax_common.*"):
         with library.open("rb") as file:
             text = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            known += [f for f in QUICK if text.find(f[2:].split("=")[0].encode()) > 0]
+            names = {f: f[2:].split("=")[0].encode() for f in QUICK}
+            known += [f for f, name in names.items() if text.find(b"\0%b\0" % name) > 0]
     return " ".join(known)
 
 
