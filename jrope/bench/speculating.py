@@ -3,12 +3,12 @@
 A pass over the newest token and n guesses is timed beside a step of one, in turns.
 Then rows are decoded with guesses and without, in turns: greedily after a prompt that
 is one piece again and again, and at temperature 1 after one of which no token comes
-twice.
+twice; or greedily after prompts of one's own.
 """
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, final
@@ -30,7 +30,8 @@ from jrope.model.config import LlamaConfig
 from jrope.tree import Params
 
 PIECE = 64  # tokens that are repeated
-TEXTS = {"repeats": Sampler(), "does not repeat": Sampler(temperature=1.0)}
+REPEATS, NEVER = "text that repeats", "text that does not repeat"
+TEXTS = {REPEATS: Sampler(), NEVER: Sampler(temperature=1.0)}
 
 
 @final
@@ -39,7 +40,7 @@ class Guessed:
     """One text, with guesses and without.
 
     Args:
-      text: "repeats" or "does not repeat".
+      text: which.
       seconds: of the new tokens after the first, with guesses.
       plain_seconds: without.
       passes: of the model, with guesses.
@@ -52,12 +53,32 @@ class Guessed:
     passes: int
     steps: int
 
+    @property
+    def speed(self) -> float:
+        """In terms of the speed without guesses."""
+        return self.plain_seconds / self.seconds
+
+    @property
+    def tokens_a_pass(self) -> float:
+        """New tokens, in terms of the passes that took them; 1 where there was none."""
+        return self.steps / self.passes if self.passes else 1.0
+
     def line(self) -> str:
         """For people."""
         return (
-            f"text that {self.text}: {self.plain_seconds / self.seconds:.2f}x as fast "
-            f"as without guesses, {self.steps / self.passes:.2f} tokens a pass"
+            f"{self.text}: {self.speed:.2f}x as fast as without guesses, "
+            f"{self.tokens_a_pass:.2f} tokens a pass"
         )
+
+
+def middle(found: Sequence[Guessed]) -> str:
+    """Several texts in a line."""
+    speeds = [one.speed for one in found]
+    tokens = statistics.median(one.tokens_a_pass for one in found)
+    return (
+        f"median of {len(found)}: {statistics.median(speeds):.2f}x as fast "
+        f"({min(speeds):.2f} to {max(speeds):.2f}), {tokens:.2f} tokens a pass"
+    )
 
 
 @final
@@ -102,27 +123,15 @@ def measure(
     """Everything in one shape; `new` tokens after the first, medians of `repeats`."""
     how = repeats, patience
     make = partial(_request, config, batch, context, new)
-    request = make("repeats", guesser)
+    request = make(REPEATS, guesser)
     runs = {
         "step": partial(_passes, params, config, request, 0, new),
         "pass": partial(_passes, params, config, request, guesser.tokens, new),
     }
     times, texts = _medians(runs, *how), list[Guessed]()
     for text in TEXTS:
-        counts = dict[str, int]()
-        runs = {
-            name: partial(_decoded, params, config, make(text, who), counts, name)
-            for name, who in (("guessed", guesser), ("plain", None))
-        }
-        found = _medians(runs, *how)
-        own = Guessed(
-            text=text,
-            seconds=found["guessed"],
-            plain_seconds=found["plain"],
-            passes=counts["guessed"],
-            steps=counts["plain"],
-        )
-        texts.append(own)
+        asked = {who: make(text, one) for who, one in _ways(guesser).items()}
+        texts.append(_beside(params, config, text, asked, *how))
     return Speculated(
         batch=batch,
         context=context,
@@ -130,6 +139,60 @@ def measure(
         step_seconds=times["step"],
         pass_seconds=times["pass"],
         texts=tuple(texts),
+    )
+
+
+def measure_own(
+    params: Params,
+    config: LlamaConfig,
+    guesser: Guesser,
+    prompts: Mapping[str, Sequence[int]],
+    *,
+    new: int,
+    repeats: int,
+    patience: float,
+) -> Iterator[Guessed]:
+    """Each of these prompts' answers, greedy, of at most `new` tokens after the first.
+
+    All prompts are padded to one width, so that nothing is compiled anew.
+    """
+    width = max(map(len, prompts.values()))
+    for name, ids in prompts.items():
+        prompt = np.zeros((1, width), np.int32)
+        prompt[0, : len(ids)] = ids
+        given = prompt, np.array([len(ids)], np.int32), config
+        asked = {
+            who: prepare(*given, max_new_tokens=new + 1, speculate=one)
+            for who, one in _ways(guesser).items()
+        }
+        yield _beside(params, config, name, asked, repeats, patience)
+
+
+def _ways(guesser: Guesser) -> dict[str, Guesser | None]:
+    return {"guessed": guesser, "plain": None}
+
+
+def _beside(
+    params: Params,
+    config: LlamaConfig,
+    text: str,
+    asked: Mapping[str, Request],
+    repeats: int,
+    patience: float,
+) -> Guessed:
+    """The same rows with guesses and without, in turns."""
+    counts = dict[str, int]()
+    runs = {
+        who: partial(_decoded, params, config, request, counts, who)
+        for who, request in asked.items()
+    }
+    found = _medians(runs, repeats, patience)
+    return Guessed(
+        text=text,
+        seconds=found["guessed"],
+        plain_seconds=found["plain"],
+        passes=counts["guessed"],
+        steps=counts["plain"],
     )
 
 
@@ -152,7 +215,7 @@ def _request(
 ) -> Request:
     random = np.random.default_rng(2)
     size = config.vocab_size
-    if text == "repeats":
+    if text == REPEATS:
         piece = random.integers(0, size, (batch, min(PIECE, -(-context // 2))))
         prompt = np.tile(piece, (1, -(-context // piece.shape[1])))[:, :context]
     else:
@@ -220,5 +283,6 @@ def _decoded(
     jax.block_until_ready(decoding.rows)
     seconds = time.perf_counter() - begin
     state = decoding.guessing
-    counts[name] = request.max_new_tokens - 1 if state is None else int(state.passes)
+    steps = int(jnp.max(decoding.rows.lengths)) - 1
+    counts[name] = steps if state is None else int(state.passes)
     return seconds

@@ -95,6 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--patience", metavar="S", type=number, default=60, help=text)
     add("--versus", choices=("transformers",), help="time it too")
     add_speculate_argument(parser)
+    bench_speculate.add_arguments(parser)
     add("--profile", metavar="DIR", help="write traces there, and list the kernels")
     add("--json", metavar="FILE", help="everything as JSON; - is standard output")
     bench_batch.add_arguments(parser)
@@ -121,6 +122,7 @@ def run(args: argparse.Namespace) -> int:
     shared = args.versus is not None and not batching
     _prepare_memory(shared)
     config, dtype = _model(args)
+    prompts = bench_speculate.own_prompts(args, config)
     mesh = mesh_of(args)
     layout = None if mesh is None else layout_on(mesh, config)
     if layout is not None:
@@ -152,7 +154,7 @@ def run(args: argparse.Namespace) -> int:
     if batching:
         return bench_batch.run(args, params, report, others)
     if args.speculate is not None:
-        return bench_speculate.run(args, params, report)
+        return bench_speculate.run(args, params, report, prompts)
     print(*report.head(), sep="\n", file=table, flush=True)
     weights = Weights(params, config, keep=peer is not None)
     del params
