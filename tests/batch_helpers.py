@@ -21,6 +21,8 @@ SAMPLERS = (
     Sampler(temperature=1.2, top_k=10),
     Sampler(repetition_penalty=1.3),
     Sampler(temperature=1.5, min_p=0.05),
+    Sampler(frequency_penalty=0.8, presence_penalty=-0.3),
+    Sampler(temperature=0.9, repetition_penalty=1.1, presence_penalty=1.5),
 )
 
 
@@ -59,8 +61,14 @@ def work(key: Any, size: int, new: int, **fields: Any) -> Work:
     return Work(key=key, prompt=prompt.astype(np.int32), max_new_tokens=new, **own)
 
 
+def asks(row: int, new: int) -> dict[str, Any]:
+    """Of some rows, what changes their logits besides the sampler."""
+    own: dict[str, Any] = {"min_new_tokens": min(new, 7)} if row % 4 == 1 else {}
+    return own | ({"logit_bias": {5: 2.5, 11: -100.0, 30: 4.0}} if row % 5 == 1 else {})
+
+
 def ragged(count: int) -> list[Work]:
-    """Prompts of 1 to 90 tokens, samplers of all kinds, some with stop ids."""
+    """Prompts of 1 to 90 tokens, samplers and wishes of all kinds."""
     random = np.random.default_rng(3)
     sizes, news = random.integers(1, 91, count), random.integers(1, 21, count)
     return [
@@ -71,6 +79,7 @@ def ragged(count: int) -> list[Work]:
             sampler=SAMPLERS[i % len(SAMPLERS)],
             seed=1000 - 7 * i,
             stop_ids=(5, 9) if i % 3 else (),
+            **asks(i, int(news[i])),
         )
         for i in range(count)
     ]
@@ -107,7 +116,9 @@ def alone(row: Work, params: Any = None, config: LlamaConfig | None = None) -> A
         key=KEY,
         seeds=[row.seed],
         max_new_tokens=row.max_new_tokens if planned else LONGEST,
+        min_new_tokens=row.min_new_tokens,
         stop_ids=row.stop_ids,
+        logit_bias=row.logit_bias,
         logprobs=not planned,
     )
 

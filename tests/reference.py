@@ -237,6 +237,36 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 }
 
 
+def changed_logits(
+    logits: Array,
+    prompt: Sequence[int],
+    drawn: Sequence[int],
+    *,
+    repetition: float = 1.0,
+    frequency: float = 0.0,
+    presence: float = 0.0,
+    bias: Mapping[int, float] | None = None,
+    stop_ids: Sequence[int] = (),
+    least: int = 0,
+) -> Array:
+    """What a token is drawn from behind prompt and drawn tokens, [V], in vLLM's order.
+
+    Stop ids are kept back from the first `least` tokens, and biases added; Keskar et
+    al. 2019 divide positive logits of tokens that are there and multiply the others;
+    OpenAI's API takes c frequency + (c > 0) presence from a token drawn c times.
+    """
+    x = logits.astype(np.float64)
+    if len(drawn) < least:
+        x[[*stop_ids]] = -np.inf
+    for token, value in (bias or {}).items():
+        x[token] += value
+    for token in {*prompt, *drawn}:
+        x[token] = x[token] / repetition if x[token] > 0 else x[token] * repetition
+    for token in {*drawn}:
+        x[token] -= [*drawn].count(token) * frequency + presence
+    return x
+
+
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
     """x / sqrt(mean(x**2) + eps) * weight (Zhang and Sennrich 2019)."""
     return x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps) * weight

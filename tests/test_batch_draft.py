@@ -11,6 +11,7 @@ import pytest
 from batch_draft_helpers import GUESSED, SHAPE, SLOTS, large, right
 from batch_helpers import (
     SAMPLERS,
+    asks,
     by_key,
     draw_best,
     engine_of,
@@ -71,6 +72,7 @@ def rows() -> list[Work]:
     for i in range(5 * SLOTS):
         size, new = int(random.integers(1, 36)), int(random.integers(1, 25))
         own = {"sampler": SAMPLERS[i % len(SAMPLERS)], "seed": 99 - i}
+        own |= asks(i, new)
         stops = (5, 9) if i % 3 else ()
         every.append(work(f"row {i}", size, new, stop_ids=stops, **own))
     return [*every, work("full", 40, 20)]

@@ -1,5 +1,6 @@
 """Guesses in the batch's engine: the tokens of plain decoding, in fewer passes."""
 
+import re
 from dataclasses import asdict, replace
 from functools import cache, partial
 from typing import Any
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batch_helpers import SAMPLERS, by_key, engine_of, tokens_alone, work
+from batch_helpers import SAMPLERS, asks, by_key, engine_of, tokens_alone, work
 from generate_helpers import VOCABULARY, model
 
 from jrope.batch import guessing
@@ -48,6 +49,7 @@ def rows() -> list[Work]:
     for i in range(5 * SLOTS):
         size, new = int(random.integers(1, 36)), int(random.integers(1, 25))
         own = {"sampler": SAMPLERS[i % len(SAMPLERS)], "seed": 99 - i, "logprobs": 2}
+        own |= asks(i, new)
         row = work(f"row {i}", size, new, stop_ids=(5, 9) if i % 3 else (), **own)
         prompt = np.resize(row.prompt[:5], size) if i % 2 else row.prompt
         every.append(replace(row, prompt=prompt))
@@ -143,6 +145,13 @@ def test_the_program_for_forms_makes_no_guesses() -> None:
     assert isinstance(given[-1], Rules)
     given, _ = lower_decode(*model()[1:], **how)
     assert isinstance(given[-1], Guessing)
+
+
+def test_what_rows_hold_is_not_copied_for_guesses() -> None:
+    held = f"s32[{SLOTS},{VOCABULARY}]"
+    for program in guessed().compile().decode.values():
+        assert f"= {held}" in program.as_text()
+        assert not re.search(rf"= {re.escape(held)}\S* copy\(", program.as_text())
 
 
 def test_programs_are_as_many_as_without() -> None:

@@ -199,13 +199,14 @@ def test_options_reach_the_library(
     words = (
         "--rope yarn:factor=4,original=32 --condense 2 --precision accurate "
         "--dtype float16 --prefill-chunk 16 --temperature 0.5 --min-p 0.25 "
-        "--repetition-penalty 1.5 --seed 3 --max-new-tokens 2 --speculate prompt:3 "
-        "--cache-dtype int8"
+        "--repetition-penalty 1.5 --frequency-penalty 0.25 --presence-penalty -2 "
+        "--seed 3 --max-new-tokens 2 --speculate prompt:3 --cache-dtype int8"
     )
     succeed(capsys, "generate", model, "x", *words.split())
     assert seen["speculate"] == jrope.PromptLookup(3)
     assert seen["cache_dtype"] == "int8"
     sampler = {"temperature": 0.5, "min_p": 0.25, "repetition_penalty": 1.5}
+    sampler |= {"frequency_penalty": 0.25, "presence_penalty": -2.0}
     assert seen["sampler"] == jrope.Sampler(**sampler)
     assert seen["key"] == jax.random.key(3)
     assert (seen["prefill_chunk"], seen["max_new_tokens"]) == (16, 2)

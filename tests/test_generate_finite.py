@@ -153,7 +153,7 @@ def test_every_logit_counts(logits: list[float], good: bool) -> None:
         last=jnp.zeros(1, jnp.int32),
         tokens=jnp.zeros((1, 1), jnp.int32),
         logprobs=None,
-        seen=jnp.zeros((1, 4), bool),
+        seen=jnp.zeros((1, 4), jnp.int32),
         done=jnp.zeros(1, bool),
         finite=jnp.ones(1, bool),
         lengths=jnp.zeros(1, jnp.int32),

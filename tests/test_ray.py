@@ -131,7 +131,7 @@ def test_numbers_are_the_same_beside_missing_ones(predict: Any) -> None:
     def rows(kind: Any, none: Any) -> list[dict[str, Any]]:
         own = {"max_tokens": kind(4), "temperature": kind(1), "seed": none, "n": none}
         stops = {"stop_token_ids": np.array([5], kind), "max_tokens": none}
-        ids = np.array([65, 66], kind)
+        ids = np.array([65, 67], kind)
         missing = dict.fromkeys(("prompt", "token_ids", "custom_id"), none)
         every = [
             {"prompt": "x", "sampling_params": own},

@@ -73,6 +73,16 @@ def seen_tokens(logits, count=50, seed=1):
     return ids, mask
 
 
+def random_counts(logits, seed=2):
+    """int32 [B, V]: 2 for each time that a token was drawn, 1 more from the prompt."""
+    random = np.random.default_rng(seed)
+    kinds, drawn = (
+        random.integers(0, 2, logits.shape),
+        random.integers(0, 6, logits.shape),
+    )
+    return (kinds + 2 * np.maximum(drawn - 2, 0)).astype(np.int32)
+
+
 def transformers_warp(logits, ids, **settings):
     scores = torch.from_numpy(logits.copy())
     penalty = settings.pop("repetition_penalty", 1.0)
@@ -172,8 +182,10 @@ def test_rows_have_their_own_settings():
         "top_p": [1.0, 1.0, 0.7, 1.0, 0.5, 0.99],
         "min_p": [0.0, 0.0, 0.0, 0.2, 0.0, 0.01],
         "repetition_penalty": [1.0, 1.5, 1.0, 0.9, 1.0, 1.0],
+        "frequency_penalty": [0.4, 0.0, 0.0, 1.1, -0.2, 0.0],
+        "presence_penalty": [0.0, 0.3, 0.0, -0.9, 0.5, 0.0],
     }
-    _, seen = map(jnp.asarray, seen_tokens(logits))
+    seen = jnp.asarray(random_counts(logits))
     together = Sampler(**{name: np.asarray(v) for name, v in fields.items()})
     got = together.warp(jnp.asarray(logits), seen)
     drawn = together(jnp.asarray(logits), keys(6), seen)
@@ -274,6 +286,8 @@ def test_changing_any_number_never_traces_again():
         "top_p": [0.9, 0, np.float32(0.4)],
         "min_p": [0.1, 1],
         "repetition_penalty": [1.3, 2],
+        "frequency_penalty": [0.5, -1],
+        "presence_penalty": [2, np.float32(0.1)],
     }
     for name, values in others.items():
         for value in values:
@@ -281,9 +295,9 @@ def test_changing_any_number_never_traces_again():
             draw(given_, logits, keys(3, seed=len(name)), jnp.asarray(seen))
 
 
-def test_is_a_pytree_of_its_five_numbers():
+def test_is_a_pytree_of_its_numbers():
     given_ = Sampler(temperature=0.8, top_p=0.9)
-    assert jax.tree.leaves(given_) == [0.8, 0, 0.9, 0.0, 1.0]
+    assert jax.tree.leaves(given_) == [0.8, 0, 0.9, 0.0, 1.0, 0.0, 0.0]
     assert jax.tree.map(lambda x: x, given_) == given_
     shapes = jax.eval_shape(lambda s: s, given_)
     assert isinstance(shapes.top_p, jax.ShapeDtypeStruct)
@@ -326,6 +340,9 @@ def test_what_a_program_gives_back_is_not_looked_at():
         ("min_p", float("nan")),
         ("repetition_penalty", 0),
         ("repetition_penalty", -1.0),
+        ("frequency_penalty", 2.1),
+        ("frequency_penalty", -2.1),
+        ("presence_penalty", float("nan")),
     ],
 )
 def test_says_which_value_is_wrong(name, value):

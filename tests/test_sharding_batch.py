@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from batch_helpers import SAMPLERS, by_key
+from batch_helpers import SAMPLERS, asks, by_key
 from sharding_helpers import CONFIG, collectives, explicit, make_params
 
 import jrope
@@ -62,6 +62,7 @@ def works(count: int) -> list[Work]:
         own["logprobs"] = 3 if i % 4 == 0 else None
         own["stop_ids"] = (5, 9, 60) if i % 3 else ()
         new = int(random.integers(1, 20))
+        own |= asks(i, new)
         found.append(Work(key=i, prompt=prompt, max_new_tokens=new, **own))
     return found
 
@@ -98,6 +99,7 @@ def test_slots_go_round_on_each_device() -> None:
     """Rows many times longer than a window are what `generate` makes of them."""
     config, plain = dataclasses.replace(CONFIG, windows=(5,)), {"stop_ids": ()}
     own = {**plain, "sampler": Sampler(), "logprobs": None}
+    own |= {"min_new_tokens": 0, "logit_bias": {}}
     rows = [dataclasses.replace(row, **own) for row in works(20)]
     lengths = [len(row.prompt) for row in rows]
     prompts = np.zeros((len(rows), max(lengths)), np.int32)

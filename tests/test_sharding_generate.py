@@ -31,10 +31,13 @@ HOT = {
         top_p=np.array([1, 1, 0.9, 0.9] * 2, np.float32),
         min_p=0.01,
         repetition_penalty=1.2,
+        frequency_penalty=np.array([0.4, -0.3] * 4, np.float32),
+        presence_penalty=0.2,
     ),
     "key": jax.random.key(3),
 }
 NEW = {"max_new_tokens": 12, "stop_ids": [5]}
+NEW |= {"min_new_tokens": 4, "logit_bias": {5: 2.0, 17: 1.0, 40: -100}}
 CASES = {  # mesh: rope, rows, form of the parameters
     "data=8,model=1": ("dynamic", 8, "int8"),
     "data=1,model=8": ("longrope", 1, "bfloat16"),
@@ -48,7 +51,7 @@ def decoded(params, config, rows):
     layout = layout_of(params)
     how = {"sampler": HOT["sampler"], "key": HOT["key"], **NEW}
     if rows == 1:
-        one = {"temperature": 1.3, "top_k": 20, "top_p": 0.9}
+        one = {"temperature": 1.3, "top_k": 20, "top_p": 0.9, "frequency_penalty": 0.4}
         how["sampler"] = dataclasses.replace(HOT["sampler"], **one)
     request = prepare(TOKENS[:rows], LENGTHS[:rows], config, layout, **how)
     cache, state, scores = prefill_and_first_token(params, request, config, True)
@@ -85,7 +88,7 @@ def check_collectives(program, own, shares):
     sums = 2 * CONFIG.num_hidden_layers + 1  # the embedding's rows are summed, too
     hidden = f"f32[{own},1,{CONFIG.hidden_size}]"
     assert found.pop(("all-reduce", hidden), 0) == sums * (shares > 1)
-    small = {f"f32[{own}]", f"f32[{own},1]", f"u32[{own},1]", "s32[]", "s32[3]"}
+    small = {f"f32[{own}]", f"f32[{own},1]", f"u32[{own},1]", "s32[]", "s32[4]"}
     small |= {f"f32[{own},{n}]" for n in (2, 16)}  # of the search for a cut-off
     assert {shape for kind, shape in found if kind == "all-reduce"} <= small
     others = {(kind, shape) for kind, shape in found if kind != "all-reduce"}

@@ -29,6 +29,7 @@ from jrope.generation.ahead import compile_ahead
 from jrope.generation.guesser import Draft, PromptLookup
 from jrope.generation.lookup import look_up
 from jrope.generation.passes import draw_each
+from jrope.generation.past import Past
 from jrope.generation.run import generate
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
@@ -72,6 +73,12 @@ CASES: dict[str, dict[str, Any]] = {
         "sampler": Sampler(temperature=np.array([0, 0.7, 1.2]), top_k=np.array(9)),
         "key": KEY,
     },
+    "changed": {
+        "sampler": Sampler(frequency_penalty=0.8, presence_penalty=-0.4),
+        "logit_bias": [{3: 4.0, 7: 2.0}, {}, {60: -100, 3: 3.0}],
+        "stop_ids": [3],
+        "min_new_tokens": 6,
+    },
     "one token": {"max_new_tokens": 1},
     "none": {"max_new_tokens": 0},
     "uneven": {"max_new_tokens": 11},
@@ -100,9 +107,10 @@ def test_the_distribution_is_that_of_the_sampler() -> None:
     sampler = Sampler(temperature=0.8, top_k=6)
     weights = np.asarray(jax.nn.softmax(sampler.warp(logits)), np.float64)
     keys = jax.random.split(KEY, batch)
-    steps, seen = jnp.zeros(batch, jnp.int32), jnp.zeros((batch, size), bool)
+    steps = jnp.zeros(batch, jnp.int32)
+    past = Past(seen=jnp.zeros((batch, size), jnp.int32))
     guesses = jnp.full((batch, 1), guess, jnp.int32)
-    given = jnp.tile(logits, (batch, 1)), guesses, sampler, keys, steps, seen
+    given = jnp.tile(logits, (batch, 1)), guesses, sampler, keys, steps, past
     drawn = np.asarray(draw_each(*given)[0])
     right = drawn[drawn[:, 0] == guess]
     for tokens, p in ((drawn[:, 0], weights[0]), (right[:, 1], weights[1])):
@@ -142,6 +150,11 @@ def test_right_guesses_save_passes(passes: list[int]) -> None:
     plain = run(logprobs=True, **strong)
     assert run(**every, **strong).tokens.tolist() == plain.tokens.tolist()
     assert plain.tokens.tolist() != greedy().tolist()
+    strong = {**CASES["changed"], "min_new_tokens": NEW, "stop_ids": [7]}
+    plain = run(logprobs=True, **strong)
+    assert run(**every, **strong).tokens.tolist() == plain.tokens.tolist()
+    assert plain.lengths.tolist() == [NEW] * 3
+    assert passes[-1] == -(-(NEW - 1) // 5)  # what changes logits is the draft's, too
 
 
 def test_lookup_of_a_model_that_repeats_itself(passes: list[int]) -> None:
@@ -178,7 +191,7 @@ def test_other_prompts_and_limits_compile_nothing() -> None:
         if options.get("max_new_tokens") != 0:
             run(PROMPT[::-1], LENGTHS[::-1], logprobs=True, speculate=LOOKUP, **options)
     grown = speculate.decode_guessing._cache_size() - before
-    assert grown <= 1  # a sampler with arrays for each row is another tree
+    assert grown <= 2  # a sampler with arrays for each row is another tree, or a bias
 
 
 def test_streams_of_any_chunk_are_generate() -> None:

@@ -10,6 +10,7 @@ from jrope.batch.block import ALTERNATIVES
 from jrope.batch.slots import STOP_IDS
 from jrope.batch.work import Work
 from jrope.errors import JropeError, check, check_count, is_integer
+from jrope.generation.checks import check_bias
 from jrope.generation.guesser import Draft, Guesser, check_guesser
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import check_params
@@ -118,6 +119,9 @@ def _check_row(work: Work, config: LlamaConfig, capacity: int) -> None:
     got = len(work.stop_ids)
     check(got <= STOP_IDS, "stop_ids", got, f"at most {STOP_IDS} of them")
     check(is_integer(new, at_least=1), "max_new_tokens", new, "an integer, at least 1")
+    good = is_integer(work.min_new_tokens, at_least=0) and work.min_new_tokens <= new
+    check(good, "min_new_tokens", work.min_new_tokens, f"an integer from 0 to {new}")
+    check_bias(work.logit_bias, config)
     if len(prompt) + new > capacity:
         got = f"{new} after a prompt of {len(prompt)}"
         raise JropeError(f"max_new_tokens: got {got}, want {capacity} in all at most")

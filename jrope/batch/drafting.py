@@ -11,11 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jrope.batch.slots import Slots
+from jrope.batch.slots import Slots, past_of
 from jrope.generation.draft import draft
 from jrope.generation.guesser import Draft, Guesser, PromptLookup
 from jrope.generation.lookup import look_up
-from jrope.generation.passes import add_seen
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states
@@ -46,7 +45,7 @@ def drafted(
 
     Args:
       model: the draft.
-      slots: the rows.
+      slots: the rows, where the coming tokens count as seen.
       coming: int32 [B], drawn but not in the cache yet.
       text: int32 [B, W], prompts and what was drawn so far.
       keys: of the rows.
@@ -56,8 +55,8 @@ def drafted(
     """
     held: Any = slots.draft
     cache = _caught_up(model, held, slots.cache.lengths, text)
-    seen = add_seen(slots.seen, coming[:, None], slots.live[:, None])
-    own = slots.asked.sampler, keys, slots.steps + 1, seen
+    steps = slots.steps + 1
+    own = slots.asked.sampler, keys, steps, past_of(slots, steps)
     guesses, cache = draft(model, cache, coming, *own)
     cache = replace(cache, lengths=cache.lengths + model.tokens + 1)
     return guesses, replace(slots, draft=cache)

@@ -17,6 +17,7 @@ import numpy as np
 from jrope.batch.reading import Piece, first_pieces, further_pieces, pieces_behind
 from jrope.batch.slots import Asked, Slots, slots_specs
 from jrope.generation.guesser import Draft, Guesser
+from jrope.generation.past import PROMPT
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.flat import Flat
@@ -68,7 +69,7 @@ def begin(
     flat = Flat(lengths=piece.lengths, planned=planned, longest=longest)
     read = partial(first_pieces, piece=piece, flat=flat)
     x, slots = _with_guesser(read, params, slots, guesser, config=config, axes=axes)
-    seen = slots.seen.at[rows].set(False, mode="drop")
+    seen = slots.seen.at[rows].set(0, mode="drop")
     slots = _anew(replace(slots, seen=seen), rows, asked)
     last = x[0].at[jnp.cumsum(piece.lengths) - 1].get(mode="clip")
     line, _ = flat.places(x.shape[1])
@@ -190,6 +191,6 @@ def _entered(
     return replace(
         slots,
         hidden=slots.hidden.at[rows].set(last, mode="drop"),
-        seen=slots.seen.at[owners, ids].set(True, mode="drop"),
+        seen=slots.seen.at[owners, ids].set(PROMPT, mode="drop"),
         live=slots.live.at[rows].set(piece.last, mode="drop"),
     )

@@ -17,15 +17,10 @@ import jax.numpy as jnp
 from jrope.batch.block import ALTERNATIVES, Block, Guessing, add_tokens, blank, scores
 from jrope.batch.drafting import drafted, known, share_of_step, taken_back
 from jrope.batch.pauses import hopeful, learned, wider
-from jrope.batch.slots import Slots, ended, started
+from jrope.batch.slots import Slots, ended, past_of, started
 from jrope.generation.guesser import Draft, Guesser
-from jrope.generation.passes import (
-    add_seen,
-    counted,
-    draw_each,
-    in_turns,
-    put,
-)
+from jrope.generation.passes import counted, draw_each, in_turns, put
+from jrope.generation.past import Past, add_seen
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.llama import hidden_states, unembed
@@ -90,6 +85,7 @@ def decode_guessing(
     read = partial(_read, params, config, draw)
 
     def step(now: Going, count: int) -> Going:
+        now = _counted(now)
         now = _asked(now, guesser, keys) if count else now
         return _pass(now, count, read=read, guesser=guesser, cost=cost)
 
@@ -120,7 +116,8 @@ def _begun(
     """The rows with a token drawn for each, before the first pass."""
     none = jnp.zeros((), jnp.int32)
     first = jnp.zeros((len(text), 0), jnp.int32)
-    drawn = draw(slots, slots.hidden[:, None], first, slots.steps, slots.seen)
+    past = past_of(slots, slots.steps)
+    drawn = draw(slots, slots.hidden[:, None], first, slots.steps, past)
     lengths = slots.cache.lengths
     text = put(text, drawn.tokens, lengths, 1)
     return Going(
@@ -132,6 +129,17 @@ def _begun(
         guesses=known(text, lengths, guesser),
         spoilt=jnp.zeros_like(slots.live),
     )
+
+
+def _counted(now: Going) -> Going:
+    """The rows where the coming tokens count as seen; they are kept in any case.
+
+    What is drawn next is read beside them, so that nothing has to be copied for it.
+    """
+    size = now.slots.seen.shape[1]
+    ids = jnp.where(now.slots.live, now.coming.tokens, size)[:, None]
+    seen = add_seen(now.slots.seen, ids)
+    return replace(now, slots=replace(now.slots, seen=seen))
 
 
 def _asked(now: Going, guesser: Guesser, keys: jax.Array) -> Going:
@@ -187,8 +195,8 @@ def _read(
     tokens = jnp.concatenate([first, jnp.maximum(guesses, 0)], axis=1)
     tokens = jnp.where(live, tokens, 0)
     x, cache = hidden_states(params, tokens, cache=slots.cache, config=config)
-    seen = add_seen(slots.seen, first, live)
-    return x, cache, draw(slots, x, guesses, slots.steps + 1, seen)
+    steps = slots.steps + 1
+    return x, cache, draw(slots, x, guesses, steps, past_of(slots, steps))
 
 
 def _draw(
@@ -200,11 +208,11 @@ def _draw(
     x: jax.Array,
     guesses: jax.Array,
     steps: jax.Array,
-    seen: jax.Array,
+    past: Past,
 ) -> Drawn:
     """What follows each of hidden states x [B, T, D], as if the guesses were right."""
     logits = unembed(params, x.reshape(-1, x.shape[-1]), config=config)
-    own = slots.asked.sampler, keys, steps, seen
+    own = slots.asked.sampler, keys, steps, past
     tokens, logits, finite = draw_each(logits, guesses, *own)
     best = min(ALTERNATIVES, logits.shape[1])
     every = scores(logits, tokens.reshape(-1), best) if scored else ()
@@ -220,8 +228,9 @@ def _with(
     x: jax.Array,
     cache: KVCache,
 ) -> Slots:
-    """The slots with those tokens that are new, bool [B, T]."""
+    """The slots with those tokens that are new, bool [B, T]; the first one counts."""
     kept = jnp.sum(new, axis=1, dtype=jnp.int32)
+    right = jnp.where(new[:, 1:], drawn.tokens[:, 1:-1], slots.seen.shape[1])
     steps = slots.steps + kept
     live = slots.live & ~stopped & (steps < slots.asked.limits)
     # A row that has finished takes no more of the cache's reads.
@@ -231,7 +240,7 @@ def _with(
         slots,
         cache=replace(cache, lengths=lengths),
         hidden=jnp.where(slots.live[:, None], newest, slots.hidden),
-        seen=add_seen(slots.seen, drawn.tokens[:, :-1], new),
+        seen=add_seen(slots.seen, right),
         live=live,
         finite=slots.finite & jnp.all(drawn.finite[:, :-1] | ~new, axis=1),
         steps=steps,

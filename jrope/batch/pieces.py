@@ -8,6 +8,7 @@ from jrope.batch.programs import no_prompts
 from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
 from jrope.batch.slots import Asked
+from jrope.generation.past import biases
 
 Given = tuple[Piece, Asked, np.ndarray, tuple[np.ndarray, np.ndarray]]
 
@@ -40,6 +41,10 @@ def next_pieces(
         planned[i] = len(row.prompt) + row.max_new_tokens
         asked.limits[i], asked.seeds[i] = row.max_new_tokens, row.seed % 2**32
         asked.stop_ids[i, : len(row.stop_ids)] = row.stop_ids
+        asked.least[i] = row.min_new_tokens
+        if row.logit_bias:
+            bias = biases([row.logit_bias])
+            asked.bias.ids[i], asked.bias.values[i] = bias.ids[0], bias.values[0]
         for name, column in vars(asked.sampler).items():
             column[i] = getattr(row.sampler, name)
         seat.source, seat.filled = seat.slot, seat.filled + len(tokens)

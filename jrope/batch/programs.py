@@ -28,6 +28,7 @@ from jrope.batch.slots import (
 )
 from jrope.forms.rules import no_rules
 from jrope.generation.guesser import Guesser
+from jrope.generation.past import biases
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.sharding.meshes import Layout
@@ -288,6 +289,8 @@ def no_prompts(
     asked: dict[str, Any] = {
         "seeds": zeros(np.uint32),
         "stop_ids": np.full((rows, STOP_IDS), -1, np.int32),
+        "least": zeros(np.int32),
         "limits": zeros(np.int32),
+        "bias": biases([{}] * rows),
     }
     return Piece(**piece), Asked(**asked, sampler=greedy(rows)), zeros(np.int32)

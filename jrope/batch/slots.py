@@ -18,6 +18,7 @@ from jax.typing import DTypeLike
 from jrope.batch.block import Block, blank, block_specs, recorded
 from jrope.forms.rules import Rules, after, allowed, rules_specs
 from jrope.generation.loop import draw
+from jrope.generation.past import Bias, Past, add_seen, biases
 from jrope.generation.sample import Sampler
 from jrope.model.cache import KVCache, in_bits
 from jrope.model.config import LlamaConfig
@@ -39,7 +40,9 @@ class Asked:
     sampler: Sampler  # of arrays [B]
     seeds: jax.Array  # uint32 [B]
     stop_ids: jax.Array  # int32 [B, STOP_IDS], -1 where unused
+    least: jax.Array  # int32 [B], new tokens before one of these
     limits: jax.Array  # int32 [B], new tokens at most
+    bias: Bias
 
 
 @jax.tree_util.register_dataclass
@@ -55,7 +58,7 @@ class Slots:
     cache: KVCache
     draft: KVCache | None  # of the model that guesses, if one does: see `drafting`
     hidden: jax.Array  # [B, D] of the newest token, which the next is drawn from
-    seen: jax.Array  # bool [B, V], for the repetition penalty
+    seen: jax.Array  # int32 [B, V], for penalties, see `Past`
     live: jax.Array  # bool [B]
     finite: jax.Array  # bool [B], no logit so far was NaN or infinite
     steps: jax.Array  # int32 [B], tokens drawn so far
@@ -114,7 +117,9 @@ def empty(
         sampler=greedy(count),
         seeds=zeros(jnp.uint32),
         stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
+        least=zeros(jnp.int32),
         limits=zeros(jnp.int32),
+        bias=biases([{}] * count),
     )
     given = platform, count, capacity
     beside = None
@@ -124,7 +129,7 @@ def empty(
         cache=_no_tokens(config, cache_dtype or dtype, *given),
         draft=beside,
         hidden=jnp.zeros((count, config.hidden_size), dtype),
-        seen=jnp.zeros((count, config.vocab_size), bool),
+        seen=jnp.zeros((count, config.vocab_size), jnp.int32),
         live=zeros(bool),
         finite=jnp.ones(count, bool),
         steps=zeros(jnp.int32),
@@ -200,8 +205,9 @@ def decode(
         mask = None
         if rules is not None and block.states is not None:
             mask = allowed(rules, block.states, slots.asked.stop_ids, axes)
+        past = past_of(slots, slots.steps)
         token, logits, finite = draw(
-            logits, slots.asked.sampler, own, slots.seen, axes, allowed=mask
+            logits, slots.asked.sampler, own, past, axes, allowed=mask
         )
         token = jnp.where(slots.live, token, 0)
         block = recorded(block, slots.live, token, logits, axes)
@@ -225,6 +231,17 @@ def decode(
     return ended(*jax.lax.while_loop(goes_on, step, given))
 
 
+def past_of(slots: Slots, steps: jax.Array) -> Past:
+    """What tokens are drawn in view of, where rows have so many already, int32 [B]."""
+    asked = slots.asked
+    return Past(
+        seen=slots.seen,
+        bias=asked.bias,
+        stop_ids=asked.stop_ids,
+        early=asked.least - steps,
+    )
+
+
 def started(slots: Slots, key: jax.Array, going: jax.Array) -> tuple[Slots, jax.Array]:
     """The slots at the start of a chunk, and each row's key."""
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
@@ -246,12 +263,11 @@ def _drawn(slots: Slots, token: jax.Array, finite: jax.Array, axes: Axes) -> Slo
     live, asked = slots.live, slots.asked
     steps = slots.steps + live.astype(jnp.int32)
     stopped = jnp.any(token[:, None] == asked.stop_ids, axis=1)
-    rows = jnp.arange(token.shape[0], dtype=jnp.int32)
     size = slots.seen.shape[1]
     ids = jnp.where(live, axes.local_ids(token, size), size)  # one being filled has own
     return replace(
         slots,
-        seen=slots.seen.at[rows, ids].set(True, mode="drop"),
+        seen=add_seen(slots.seen, ids[:, None]),
         live=live & ~stopped & (steps < asked.limits),
         finite=slots.finite & (finite | ~live),
         steps=steps,

@@ -1,7 +1,7 @@
 """One sequence to generate, and what comes of it."""
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, final
 
 import numpy as np
@@ -22,6 +22,9 @@ class Work:
       seed: token t is drawn with fold_in(fold_in(base key, seed), t).
       max_new_tokens: at least 1.
       stop_ids: ids that end it; they count as its last token.
+      min_new_tokens: before these no stop id comes; its structure may end it.
+      logit_bias: {token id: number from -100 to 100}, at most 300 that are added to
+        logits before everything else.
       logprobs: alternatives to report for every token, 0 for the token's own alone;
         None: no log-probabilities.
       structure: the form of its text; stop ids come where that may end.
@@ -35,6 +38,8 @@ class Work:
     seed: int
     max_new_tokens: int
     stop_ids: tuple[int, ...]
+    min_new_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     logprobs: int | None = None
     structure: Structure | None = None
     shared: int = 0

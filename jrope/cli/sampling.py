@@ -18,6 +18,8 @@ _FLAGS = {
     "top-p": "draw from the best tokens whose probabilities sum to p",
     "min-p": "draw from tokens at least this times as likely as the best",
     "repetition-penalty": "make tokens that already stand there less likely",
+    "frequency-penalty": "and those of the answer once more for each time",
+    "presence-penalty": "and once if they are there at all",
 }
 _FILTERS = ("top_k", "top_p", "min_p", "seed")
 _IGNORE = "--no-generation-config"

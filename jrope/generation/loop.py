@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jrope.generation.past import PROMPT, Past, add_seen
 from jrope.generation.request import (
     Request,
     SamplingParams,
@@ -41,7 +42,7 @@ class DecodeState:
     last: jax.Array  # int32 [B], the newest token, not yet in the cache
     tokens: jax.Array  # int32 [B, output_slots]
     logprobs: jax.Array | None  # float32 [B, output_slots], where asked for
-    seen: jax.Array  # bool [B, V], for the repetition penalty
+    seen: jax.Array  # int32 [B, V], for penalties, see `Past`
     done: jax.Array  # bool [B]
     finite: jax.Array  # bool [B], no logit so far was NaN or infinite
     lengths: jax.Array  # int32 [B], new tokens
@@ -151,8 +152,8 @@ def first_token(
     valid = jnp.arange(width, dtype=jnp.int32)[None, :] < lengths[:, None]
     size = config.vocab_size
     ids = jnp.where(valid, axes.local_ids(prompt, size), size)
-    seen = jnp.zeros((batch, config.vocab_size), bool)
-    seen = seen.at[jnp.arange(batch)[:, None], ids].set(True, mode="drop")
+    seen = jnp.zeros((batch, config.vocab_size), jnp.int32)
+    seen = seen.at[jnp.arange(batch)[:, None], ids].set(PROMPT, mode="drop")
     state = DecodeState(
         last=jnp.zeros(batch, jnp.int32),
         tokens=jnp.full((batch, output_slots), sampling.pad_id, jnp.int32),
@@ -213,7 +214,8 @@ def draw_token(
 ) -> DecodeState:
     """One new token for every row that goes on, from float32 logits [B, V]."""
     keys = jax.vmap(jax.random.fold_in, (0, None))(sampling.keys, state.step)
-    drawn, logits, finite = draw(logits, sampling.sampler, keys, state.seen, axes)
+    past = past_of(state, sampling, jnp.broadcast_to(state.step, len(logits)))
+    drawn, logits, finite = draw(logits, sampling.sampler, keys, past, axes)
     finite |= state.done
     token = jnp.where(state.done, sampling.pad_id, drawn)
     stopped = jnp.any(drawn[:, None] == sampling.stop_ids[None, :], axis=1)
@@ -222,14 +224,13 @@ def draw_token(
     if scores is not None:
         score = jnp.where(state.done, 0, log_probs(logits, drawn, axes))
         scores = put(scores, score[:, None])
-    batch = jnp.arange(token.shape[0], dtype=jnp.int32)
     own = axes.local_ids(drawn, logits.shape[1])
     return replace(
         state,
         last=token,
         tokens=put(state.tokens, token[:, None]),
         logprobs=scores,
-        seen=state.seen.at[batch, own].set(True),
+        seen=add_seen(state.seen, own[:, None]),
         done=state.done | stopped,
         finite=state.finite & finite,
         lengths=state.lengths + (~state.done).astype(jnp.int32),
@@ -237,17 +238,28 @@ def draw_token(
     )
 
 
+def past_of(state: DecodeState, sampling: SamplingParams, steps: jax.Array) -> Past:
+    """What tokens are drawn in view of, where rows have so many already, int32 [B]."""
+    return Past(
+        seen=state.seen,
+        bias=sampling.bias,
+        stop_ids=sampling.stop_ids,
+        early=sampling.least - steps,
+    )
+
+
 def draw(
     logits: jax.Array,
     sampler: Sampler,
     keys: jax.Array,
-    seen: jax.Array,
+    past: Past,
     axes: Axes = ONE,
     allowed: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A token for every row of float32 logits [B, V], each with its own key.
 
-    `allowed` bool [B, V] marks those that may be drawn (None: all of them).
+    `past` is what these are drawn in view of; `allowed` bool [B, V] marks those that
+    may be drawn (None: all of them).
 
     Returns:
       tokens int32 [B], the logits to go on with, and whether a row's are all finite.
@@ -258,7 +270,10 @@ def draw(
     with jax.named_scope("sample"):
         own = {"axes": axes} if axes.tensor or axes.batch else {}
         free = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
-        drawn = sampler(free, keys, seen, **own)
+        if isinstance(sampler, Sampler):
+            drawn = sampler(free, keys, past, **own)
+        else:  # the caller's own
+            drawn = sampler(past.changed(free, axes), keys, past.counts() > 0, **own)
     # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
     wrong = axes.total(jnp.sum(logits - logits, axis=-1))
     return drawn, logits, wrong == 0

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jrope.generation.loop import draw
+from jrope.generation.past import Past
 from jrope.generation.sample import Sampler
 
 LONGEST_PAUSE = 32  # single tokens after guesses that were wrong again and again
@@ -46,7 +47,7 @@ def draw_each(
     sampler: Sampler,
     keys: jax.Array,
     steps: jax.Array,
-    seen: jax.Array,
+    past: Past,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """A token for each of n + 1 positions, as if the guesses before it were right.
 
@@ -55,7 +56,7 @@ def draw_each(
       guesses: int32 [B, n], -1: no idea.
       sampler, keys: each row's.
       steps: int32 [B], tokens that each row has drawn.
-      seen: bool [B, V], what each holds.
+      past: what the first of them is drawn in view of.
 
     Returns:
       tokens int32 [B, n + 1], the logits to go on with [B * (n + 1), V], and whether
@@ -66,22 +67,8 @@ def draw_each(
     fold = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))
     keys = fold(keys, steps[:, None] + at[None, :]).reshape(-1)
     sampler = jax.tree.map(lambda x: _each(x, count), sampler)
-    before = at[None, :-1] < at[:, None]  # [n + 1, n]
-    known = before[None] & (guesses >= 0)[:, None]
-    ids, known = (
-        jnp.broadcast_to(x, known.shape).reshape(batch * count, count - 1)
-        for x in (guesses[:, None], known)
-    )
-    seen = add_seen(_each(seen, count), ids, known)
-    drawn, logits, finite = draw(logits, sampler, keys, seen)
+    drawn, logits, finite = draw(logits, sampler, keys, past.at_guesses(guesses))
     return drawn.reshape(batch, count), logits, finite.reshape(batch, count)
-
-
-def add_seen(seen: jax.Array, ids: jax.Array, which: jax.Array) -> jax.Array:
-    """`seen` [B, V] with those of ids [B, T] that `which` [B, T] marks."""
-    own = jnp.arange(len(seen), dtype=jnp.int32)[:, None]
-    ids = jnp.where(which, ids, seen.shape[1])
-    return seen.at[own, ids].set(True, mode="drop")
 
 
 def _each(x: Any, count: int) -> Any:

@@ -4,9 +4,9 @@ Only the rounded shapes are compiled for; lengths, sampler, seeds, stop ids and 
 number of new tokens are traced.
 """
 
-from collections.abc import Collection, Mapping, Set
+from collections.abc import Collection, Mapping, Sequence, Set
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypedDict, cast, get_args
+from typing import Any, TypeAlias, TypedDict, get_args
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,16 @@ from jax.core import Tracer
 from jax.sharding import PartitionSpec
 
 from jrope.errors import JropeError, check_count
+from jrope.generation.checks import (
+    check_bias,
+    check_ids,
+    check_type,
+    integers,
+    refuse_traced,
+    shown,
+)
 from jrope.generation.guesser import Guesser, check_guesser
+from jrope.generation.past import Bias, biases
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 from jrope.model.inputs import PAD_RIGHT, refuse_unknown
@@ -36,7 +45,9 @@ _REMEDIES = {  # arguments of transformers' generate -> what to give here
     "pad_token_id": "give pad_id",
     "max_length": "give max_new_tokens",
     "streamer": "take `stream`, an iterator",
+    "sequence_bias": "give logit_bias, of single tokens",
 }
+LogitBias: TypeAlias = Mapping[int, float] | Sequence[Mapping[int, float]]
 
 
 class Options(TypedDict, total=False):
@@ -49,7 +60,10 @@ class Options(TypedDict, total=False):
         fold_in(fold_in(key, seeds[b]), t): of its own prompt and seed and the key, not
         of its neighbours.  What rounding adds to that: see `generate`.
       max_new_tokens: at most this many, 64; 0 is allowed.
+      min_new_tokens: before these no stop id can be drawn, 0.
       stop_ids: ids that end a row; None: the config's eos_token_id.
+      logit_bias: {token id: number from -100 to 100}, at most 300 that are added to
+        logits before everything else; for all rows, or a list with one for each.
       pad_id: fills rows after their stop; None: the config's pad_token_id, else 0.
       prefill_chunk: tokens of the prompt at a time; None: all at once.
       cache_dtype: "int8" for keys and values in half the memory of 16 bits, each to
@@ -64,7 +78,9 @@ class Options(TypedDict, total=False):
     key: jax.Array | None
     seeds: Any
     max_new_tokens: int
+    min_new_tokens: int
     stop_ids: Collection[int] | None
+    logit_bias: LogitBias | None
     pad_id: int | None
     prefill_chunk: int | None
     cache_dtype: CacheDtype | None
@@ -80,7 +96,9 @@ class SamplingParams:
     sampler: Sampler
     keys: jax.Array  # typed keys [B], one per row
     stop_ids: jax.Array  # int32 [n], -1 where unused
+    least: jax.Array  # int32 [], new tokens before one of these
     pad_id: jax.Array  # int32 []
+    bias: Bias | None
 
 
 @dataclass(frozen=True)
@@ -124,7 +142,9 @@ def sampling_specs(layout: Layout, sampling: SamplingParams) -> Any:
         sampler=row_specs(layout, sampling.sampler),
         keys=row_specs(layout, sampling.keys),
         stop_ids=whole,
+        least=whole,
         pad_id=whole,
+        bias=row_specs(layout, sampling.bias),
     )
 
 
@@ -152,7 +172,9 @@ def prepare(
     key: jax.Array | None = None,
     seeds: Any = None,
     max_new_tokens: int = 64,
+    min_new_tokens: int = 0,
     stop_ids: Collection[int] | None = None,
+    logit_bias: LogitBias | None = None,
     pad_id: int | None = None,
     prefill_chunk: int | None = None,
     cache_dtype: CacheDtype | None = None,
@@ -171,21 +193,26 @@ def prepare(
         lengths=lengths,
         seeds=seeds,
         max_new_tokens=max_new_tokens,
+        min_new_tokens=min_new_tokens,
         stop_ids=stop_ids,
         pad_id=pad_id,
     )
-    _check_type("config", config, LlamaConfig, "give what `load` returns second")
-    prompt = _integers("prompt", prompt, "integers [B, T]")
+    check_type("config", config, LlamaConfig, "give what `load` returns second")
+    prompt = integers("prompt", prompt, "integers [B, T]")
     if prompt.ndim != 2:
         hint = "; a single prompt is [prompt]" if prompt.ndim == 1 else ""
-        raise JropeError(f"prompt: got {_got(prompt)}, want integers [B, T]{hint}")
+        raise JropeError(f"prompt: got {shown(prompt)}, want integers [B, T]{hint}")
     batch, width = prompt.shape
     lengths = np.full(batch, width) if lengths is None else lengths
-    lengths = _integers("lengths", lengths, f"integers [{batch}]")
+    lengths = integers("lengths", lengths, f"integers [{batch}]")
     _check_lengths(lengths, batch, width, config)
     valid = np.arange(width)[None, :] < lengths[:, None]
-    _check_ids("prompt", prompt[valid], config)
+    check_ids("prompt", prompt[valid], config)
     check_count("max_new_tokens", max_new_tokens, 0)
+    check_count("min_new_tokens", min_new_tokens, 0)
+    if min_new_tokens > max_new_tokens:
+        wanted = f"at most max_new_tokens, {max_new_tokens}"
+        raise JropeError(f"min_new_tokens: got {min_new_tokens}, want {wanted}")
     if width + max_new_tokens > LONGEST:
         got = f"{max_new_tokens} after a prompt of {width}"
         raise JropeError(f"max_new_tokens: got {got}, want at most {LONGEST} in all")
@@ -200,6 +227,9 @@ def prepare(
     tokens = np.zeros((batch, padded), np.int32)
     tokens[:, :width] = np.where(valid, prompt, 0)
     sampling = _sampling_params(batch, config, sampler, key, seeds, stop_ids, pad_id)
+    least = jnp.asarray(min_new_tokens, jnp.int32)
+    bias = _bias(logit_bias, batch, config)
+    sampling = replace(sampling, least=least, bias=bias)
     if layout is not None:
         check_divides(config, layout)
         check_rows(batch, layout)
@@ -223,72 +253,20 @@ def prepare(
     return replace(request, speculate=speculate)
 
 
-def refuse_traced(**values: Any) -> None:
-    """Raise a JropeError that names what jit, vmap or grad trace: the host reads it."""
-    traced = [
-        name
-        for name, value in values.items()
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(value))
-    ]
-    if traced:
-        raise JropeError(
-            f"{', '.join(traced)}: traced by jit, vmap or grad, but generation reads "
-            "it on the host; call it outside, or `forward` with a cache inside"
-        )
-
-
-def _check_type(name: str, value: object, wanted: type, hint: str) -> None:
-    if not isinstance(value, wanted):
-        got = f"a {type(value).__name__}"
-        raise JropeError(f"{name}: got {got}, want a {wanted.__name__}; {hint}")
-
-
-def _integers(name: str, value: Any, wanted: str) -> np.ndarray:
-    """What NumPy makes of a list, an array or a tensor, if that is integers."""
-    if isinstance(value, Mapping):
-        hint = 'give its "input_ids", and lengths'
-        kind = type(cast(object, value)).__name__
-        raise JropeError(f"{name}: got a {kind}, want {wanted}; {hint}")
-    try:
-        array = np.asarray(value)
-    except ValueError:  # NumPy's word for rows of unequal length
-        hint = "pad every row on the right and pass lengths"
-        raise JropeError(f"{name}: got rows of unequal length; {hint}") from None
-    except (TypeError, RuntimeError, NotImplementedError) as error:  # torch, on a GPU
-        kind, hint = type(value).__name__, f"give {name}.cpu().numpy()"
-        raise JropeError(f"{name}: got a {kind} ({error}); {hint}") from None
-    if array.size and not np.issubdtype(array.dtype, np.integer):
-        strings = array.dtype.kind == "U"
-        hint = "; a tokenizer turns text into ids" if strings else ""
-        raise JropeError(f"{name}: got {_got(array)}, want {wanted}{hint}")
-    return array
-
-
-def _got(array: np.ndarray) -> str:
-    return f"{array.dtype} {list(array.shape)}"
-
-
 def _check_lengths(
     lengths: np.ndarray, batch: int, width: int, config: LlamaConfig
 ) -> None:
     if lengths.shape != (batch,):
         hint = "; of a mask they are mask.sum(axis=1)" if lengths.ndim == 2 else ""
-        raise JropeError(f"lengths: got {_got(lengths)}, want integers [{batch}]{hint}")
+        raise JropeError(
+            f"lengths: got {shown(lengths)}, want integers [{batch}]{hint}"
+        )
     if batch == 0:
         raise JropeError("prompt: got no rows, want at least one")
     if bad := np.flatnonzero((lengths < 1) | (lengths > width)).tolist():
         hint = f"begin an empty prompt with bos_token_id ({config.bos_token_id})"
         got = f"rows {bad} have {lengths[bad].tolist()} tokens"
         raise JropeError(f"lengths: {got}, want 1 to {width}; {hint}")
-
-
-def _check_ids(name: str, ids: np.ndarray, config: LlamaConfig) -> None:
-    bad = np.unique(ids[(ids < 0) | (ids >= config.vocab_size)])
-    if bad.size:
-        raise JropeError(
-            f"{name}: ids {bad[:8].tolist()} lie outside the vocabulary of "
-            f"{config.vocab_size}; does the tokenizer belong to this model?"
-        )
 
 
 def _sampling_params(
@@ -302,7 +280,7 @@ def _sampling_params(
 ) -> SamplingParams:
     sampler = Sampler() if sampler is None else sampler
     if not (callable(sampler) and hasattr(sampler, "temperature")):  # one's own will do
-        _check_type("sampler", sampler, Sampler, "such as Sampler(temperature=0.7)")
+        check_type("sampler", sampler, Sampler, "such as Sampler(temperature=0.7)")
     own = not isinstance(sampler, Sampler)
     # Sampler itself cannot tell: tree transformations fill it, too.
     for f in () if own else fields(Sampler):
@@ -311,9 +289,9 @@ def _sampling_params(
             raise JropeError(f"Sampler: {f.name}: got {value!r}, want a number, or [B]")
     key = _one_key(key, sampler)
     seeds = np.arange(batch) if seeds is None else seeds
-    seeds = _integers("seeds", seeds, f"integers [{batch}]")
+    seeds = integers("seeds", seeds, f"integers [{batch}]")
     if seeds.shape != (batch,):
-        raise JropeError(f"seeds: got {_got(seeds)}, want integers [{batch}]")
+        raise JropeError(f"seeds: got {shown(seeds)}, want integers [{batch}]")
     stops = _stop_ids(config.eos_token_id if stop_ids is None else stop_ids, config)
     stops += [-1] * (-len(stops) % STOP_IDS or (STOP_IDS if not stops else 0))
     pad = config.pad_token_id if pad_id is None else pad_id
@@ -324,17 +302,31 @@ def _sampling_params(
         sampler=sampler,
         keys=jax.vmap(jax.random.fold_in, (None, 0))(key, folds),
         stop_ids=jnp.asarray(stops, jnp.int32),
+        least=jnp.zeros((), jnp.int32),
         pad_id=jnp.asarray(0 if pad is None else pad, jnp.int32),
+        bias=None,
     )
+
+
+def _bias(given: LogitBias | None, batch: int, config: LlamaConfig) -> Bias | None:
+    if given is None:
+        return None
+    several = isinstance(given, Sequence) and not isinstance(given, str)
+    every: list[Any] = [*given] if several else [given] * batch
+    if len(every) != batch:
+        raise JropeError(f"logit_bias: got {len(every)} of them for {batch} rows")
+    for one in every:
+        check_bias(one, config)
+    return biases(every) if any(every) else None
 
 
 def _stop_ids(given: Collection[int], config: LlamaConfig) -> list[int]:
     """Any collection of ids as a list."""
     ids = list(given) if isinstance(given, Set) else given
-    array = _integers("stop_ids", ids, "a list of integers")
+    array = integers("stop_ids", ids, "a list of integers")
     if array.ndim != 1:
-        raise JropeError(f"stop_ids: got {_got(array)}, want a list of integers")
-    _check_ids("stop_ids", array, config)
+        raise JropeError(f"stop_ids: got {shown(array)}, want a list of integers")
+    check_ids("stop_ids", array, config)
     return array.tolist()
 
 

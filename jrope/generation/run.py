@@ -10,8 +10,9 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jrope.errors import check_count
+from jrope.generation.checks import refuse_traced
 from jrope.generation.loop import DecodeState, decode, prefill_and_first_token
-from jrope.generation.request import Options, Request, prepare, refuse_traced
+from jrope.generation.request import Options, Request, prepare
 from jrope.generation.speculate import (
     Speculation,
     begin,
@@ -39,8 +40,8 @@ class Generation:
       finite: bool [B], whether every logit that a row's tokens were drawn from was a
         finite number.  Where not, its tokens mean nothing: weights hold a NaN, or
         float16 overflowed, which bfloat16 does not.
-      logprobs: float32 [B, max_new_tokens] under the model itself (before temperature
-        and filters), 0 after the stop; None unless asked for.
+      logprobs: float32 [B, max_new_tokens] under the model itself (before biases,
+        penalties, temperature and filters), 0 after the stop; None unless asked for.
       prompt_logprobs: float32 [B, T - 1], as `score` gives; None unless asked for.
     """
 
@@ -115,7 +116,7 @@ def generate(
       prompt: integers [B, T], rows padded on the right with anything.
       lengths: tokens of each prompt, [B], at least 1; None: T.
       logprobs: also return log-probabilities of prompt and new tokens.
-      options: sampler, key, seeds, max_new_tokens, stop_ids, pad_id, prefill_chunk: see
+      options: sampler, key, seeds, max_new_tokens, stop_ids, logit_bias, ...: see
         `request.Options`.
 
     Returns:

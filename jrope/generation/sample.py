@@ -17,6 +17,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from jrope.errors import JropeError
+from jrope.generation.past import Past
 from jrope.sharding.axes import ONE, Axes
 from jrope.sharding.vocabulary import argmax, categorical, logsumexp, pick, softmax
 
@@ -27,7 +28,10 @@ _RANGES: dict[str, tuple[float, float, float, str]] = {
     "top_p": (1.0, 0.0, 1.0, "from 0 to 1 (off)"),
     "min_p": (0.0, 0.0, 1.0, "from 0 (off) to 1"),
     "repetition_penalty": (1.0, 1e-6, 1e30, "from 1e-6 to 1e30 (1 is off)"),
+    "frequency_penalty": (0.0, -2.0, 2.0, "from -2 to 2 (0 is off)"),
+    "presence_penalty": (0.0, -2.0, 2.0, "from -2 to 2 (0 is off)"),
 }
+_PENALTIES = ("repetition_penalty", "frequency_penalty", "presence_penalty")
 _CHECKED = int | float | np.generic | np.ndarray | Array
 
 Stage = Callable[[Array], Array]
@@ -38,9 +42,10 @@ Stage = Callable[[Array], Array]
 class Sampler:
     """How to draw tokens: a pytree of numbers, or of arrays [B] with one for each row.
 
-    The stages run in the order of transformers and cost nothing while off in all rows.
-    Changing numbers never recompiles. Concrete values are checked (JropeError names all
-    that are out of range), traced ones cannot be, nor those that a program gives back.
+    The penalties come first, in vLLM's order, and then stages in that of transformers.
+    They cost nothing while off in all rows. Changing numbers never recompiles. Concrete
+    values are checked (JropeError names all that are out of range), traced ones cannot
+    be, nor those that a program gives back.
 
     Args:
       temperature: logits are divided by it; 0 takes the best token (greedy).
@@ -50,6 +55,9 @@ class Sampler:
       min_p: keeps tokens >= min_p times as likely as the best; 0: off. arXiv:2407.01082
       repetition_penalty: divides positive logits of seen tokens and multiplies negative
         ones, in greedy rows too; 1 is off. arXiv:1909.05858
+      frequency_penalty: taken from a logit for each time that the row drew its token,
+        in greedy rows too; tokens of the prompt do not count. 0 is off.
+      presence_penalty: taken once from the logits of all tokens that the row drew.
     """
 
     temperature: ArrayLike = 0.0
@@ -57,6 +65,8 @@ class Sampler:
     top_p: ArrayLike = 1.0
     min_p: ArrayLike = 0.0
     repetition_penalty: ArrayLike = 1.0
+    frequency_penalty: ArrayLike = 0.0
+    presence_penalty: ArrayLike = 0.0
 
     def __post_init__(self) -> None:
         wrong: list[str] = []
@@ -81,46 +91,66 @@ class Sampler:
     def warp(self, logits: Array, seen: Array | None = None) -> Array:
         """Logits [B, V] whose softmax is drawn from, float32, -inf for removed tokens.
 
-        `seen` bool [B, V] marks tokens that the row already holds (None: none of them).
-        Greedy rows undergo the repetition penalty only. Misfits raise JropeError.
+        `seen` bool [B, V] marks tokens of the row's prompt (None: none of them), and
+        int32 [B, V] counts those that it drew as well: see `Past`. Greedy rows undergo
+        penalties only. Misfits raise JropeError.
         """
-        x = self._penalized(logits, seen)
-        return lax.switch(self._mode(len(x)), [lambda x: x, *self._stages(len(x))], x)
+        x = self._given(logits, seen)
+        if seen is not None:
+            x = self._penalized(x, seen.astype(jnp.int32))
+        some, search_k, search_p, _ = self._needs(len(x))
+        stage = self._stage(len(x), search_k > 0, search_p > 0)
+        return lax.cond(some > 0, stage, lambda x: x, x)
 
     @partial(jax.jit, static_argnames=("axes",))
     def __call__(
         self,
         logits: Array,
         keys: Array,
-        seen: Array | None = None,
+        seen: Array | Past | None = None,
         *,
         axes: Axes = ONE,
     ) -> Array:
         """Tokens int32 [B], each from its own row of `logits` and its own key alone.
 
         `keys` [B] are typed (`jax.random.key`); `logits` and `seen` are as for `warp`,
-        or, with `axes`, a device's share of these. Misfits raise JropeError.
+        or, with `axes`, a device's share of these. A `Past` may also hold what else is
+        added to logits, before the penalties. Misfits raise JropeError.
         """
         if keys.shape != logits.shape[:1]:
             got = f"shape {list(keys.shape)} for logits {list(logits.shape)}"
             hint = f"jax.random.split(key, {len(logits)})"
             raise JropeError(f"Sampler: keys: got {got}, want one a row; give {hint}")
-        x = self._penalized(logits, seen)
+        x = self._given(logits, seen)
+        past = Past(seen=seen) if isinstance(seen, Array) else seen
         hot = _column(self, "temperature", len(x))[:, 0] > 0
 
         def greedy(x: Array) -> Array:
             return argmax(x, axes)
 
-        def drawing(stage: Stage) -> Stage:
+        def drawing(with_k: Array | bool, with_p: Array | bool) -> Stage:
+            stage = self._stage(len(x), with_k, with_p, axes)
+
             def draw(x: Array) -> Array:
                 drawn = categorical(keys, stage(x), axes)
                 return jnp.where(hot, drawn, greedy(x))
 
             return draw
 
+        some, search_k, search_p, changed = self._needs(len(x), past, axes)
+        ways = [greedy, *(drawing(k, p) for p in (False, True) for k in (False, True))]
+        way = jnp.where(some > 0, 1 + search_k + 2 * search_p, 0)
+        if past is not None:
+
+            def anew(x: Array) -> Array:
+                x = self._penalized(past.changed(x, axes), past.counts())
+                # One way for all, where the other five would have to stand again.
+                draw = drawing(search_k > 0, search_p > 0)
+                return lax.cond(some > 0, draw, greedy, x)
+
+            ways, way = [*ways, anew], jnp.where(changed > 0, len(ways), way)
         # One switch, not a condition for each stage: a GPU asks the host about each.
-        stages = [drawing(stage) for stage in self._stages(len(x), axes)]
-        return lax.switch(self._mode(len(x), axes), [greedy, *stages], x)
+        return lax.switch(way, ways, x)
 
     def tree_flatten(self) -> tuple[tuple[ArrayLike, ...], None]:
         """The numbers, for JAX."""
@@ -139,46 +169,55 @@ class Sampler:
             object.__setattr__(sampler, f.name, number)
         return sampler
 
-    def _penalized(self, logits: Array, seen: Array | None) -> Array:
+    def _given(self, logits: Array, seen: Array | Past | None) -> Array:
         if logits.ndim != 2 or (seen is not None and seen.shape != logits.shape):
             shapes = [None if x is None else list(x.shape) for x in (logits, seen)]
             got = " and ".join(map(str, shapes))
             raise JropeError(f"Sampler: logits and seen: got {got}, want [B, V] each")
-        x = logits.astype(jnp.float32)
-        if seen is None:
-            return x
-        r = _column(self, "repetition_penalty", len(x))
-        return jnp.where(seen, jnp.where(x < 0, x * r, x / r), x)
+        return logits.astype(jnp.float32)
 
-    def _mode(self, batch: int, axes: Axes = ONE) -> Array:
-        """0: every row is greedy; else 1 + the number of the stage that is needed."""
+    def _penalized(self, x: Array, counts: Array) -> Array:
+        """Logits x less their penalties; `counts` int32 [B, V] are those of `Past`."""
+        repeated, often, once = (_column(self, name, len(x)) for name in _PENALTIES)
+        less = jnp.where(x < 0, x * repeated, x / repeated)
+        drawn = counts >> 1  # without the prompt's mark
+        x = jnp.where(counts > 0, less, x) - often * drawn.astype(jnp.float32)
+        return x - jnp.where(drawn > 0, once, 0)
+
+    def _needs(self, batch: int, past: Past | None = None, axes: Axes = ONE) -> Array:
+        """Whether any row draws, by top-k, by top-p, has its logits changed: 0 or 1."""
         hot, k, p = (_column(self, n, batch) for n in ("temperature", "top_k", "top_p"))
         hot = hot > 0
-        wanted = [jnp.any(flag) for flag in (hot, hot & (k > 0), hot & (p < 1))]
-        wanted = axes.largest_of_rows(jnp.stack(wanted).astype(jnp.int32))
-        some, search_k, search_p = wanted
-        return jnp.where(some > 0, 1 + search_k + 2 * search_p, 0)
+        penal = [_column(self, name, batch) != _RANGES[name][0] for name in _PENALTIES]
+        flags = [hot, hot & (k > 0), hot & (p < 1), jnp.concatenate(penal, axis=1)]
+        wanted = [jnp.any(flag) for flag in flags]
+        if past is not None:
+            wanted[-1] |= past.changes()
+        return axes.largest_of_rows(jnp.stack(wanted).astype(jnp.int32))
 
-    def _stages(self, batch: int, axes: Axes = ONE) -> list[Stage]:
-        """Temperature and min-p, with no search, top-k's, top-p's, or both."""
-        t, k, p, m, _ = (_column(self, f.name, batch) for f in fields(self))
+    def _stage(
+        self, batch: int, with_k: Array | bool, with_p: Array | bool, axes: Axes = ONE
+    ) -> Stage:
+        """Temperature and min-p, and of the searches those that are wanted."""
+        names = "temperature", "top_k", "top_p", "min_p"
+        t, k, p, m = (_column(self, name, batch) for name in names)
         hot = t > 0  # greedy rows skip the filters: the best token passes them all
+        best = partial(_best, axes=axes)
 
-        def stage(with_k: bool, with_p: bool) -> Stage:
-            def warp(x: Array) -> Array:
-                x = x / jnp.where(hot, t, 1)
-                best = partial(_best, axes=axes)
-                if with_k:
-                    x = _drop(hot & (k > 0) & ~best(x, jnp.ones_like(x), k), x)
-                if with_p:
-                    x = _drop(hot & (p < 1) & ~best(x, softmax(x, axes), p), x)
-                most = axes.largest(jnp.max(x, axis=-1, keepdims=True))
-                likely = jnp.exp(x - most) >= m
-                return _drop(hot & (m > 0) & ~likely, x)
+        def top_k(x: Array) -> Array:
+            return _drop(hot & (k > 0) & ~best(x, jnp.ones_like(x), k), x)
 
-            return warp
+        def top_p(x: Array) -> Array:
+            return _drop(hot & (p < 1) & ~best(x, softmax(x, axes), p), x)
 
-        return [stage(k, p) for p in (False, True) for k in (False, True)]
+        def warp(x: Array) -> Array:
+            x = x / jnp.where(hot, t, 1)
+            x = _where(with_p, top_p, _where(with_k, top_k, x))
+            most = axes.largest(jnp.max(x, axis=-1, keepdims=True))
+            likely = jnp.exp(x - most) >= m
+            return _drop(hot & (m > 0) & ~likely, x)
+
+        return warp
 
 
 def log_probs(logits: Array, tokens: Array, axes: Axes = ONE) -> Array:
@@ -195,6 +234,13 @@ def _column(sampler: Sampler, name: str, batch: int) -> Array:
         wanted = f"a number, or one for each of {batch} rows"
         raise JropeError(f"Sampler: {name}: got {list(value.shape)}, want {wanted}")
     return jnp.broadcast_to(value, (batch,))[:, None]
+
+
+def _where(wanted: Array | bool, stage: Stage, x: Array) -> Array:
+    """stage(x) where that is wanted, which a program need not ask if it is a bool."""
+    if isinstance(wanted, bool):
+        return stage(x) if wanted else x
+    return lax.cond(wanted, stage, lambda x: x, x)
 
 
 def _drop(out: Array, x: Array) -> Array:

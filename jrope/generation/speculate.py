@@ -21,15 +21,9 @@ import jax.numpy as jnp
 from jrope.generation.draft import draft
 from jrope.generation.guesser import Draft, Guesser, PromptLookup
 from jrope.generation.lookup import look_up
-from jrope.generation.loop import DecodeState, prefill_prompts
-from jrope.generation.passes import (
-    add_seen,
-    cautious,
-    counted,
-    draw_each,
-    in_turns,
-    put,
-)
+from jrope.generation.loop import DecodeState, past_of, prefill_prompts
+from jrope.generation.passes import cautious, counted, draw_each, in_turns, put
+from jrope.generation.past import add_seen
 from jrope.generation.request import Request, SamplingParams
 from jrope.generation.sample import log_probs
 from jrope.model.cache import KVCache
@@ -136,7 +130,8 @@ def one_pass(
     tokens = jnp.concatenate([rows.last[:, None], jnp.maximum(guesses, 0)], axis=1)
     x, after = hidden_states(params, tokens, cache=cache, config=config)
     logits = unembed(params, x.reshape(-1, x.shape[-1]), config=config)
-    own = sampling.sampler, sampling.keys, rows.lengths, rows.seen
+    own = sampling.sampler, sampling.keys, rows.lengths
+    own = *own, past_of(rows, sampling, rows.lengths)
     drawn, logits, finite = draw_each(logits, guesses, *own)
     scores = None
     if rows.logprobs is not None:
@@ -167,7 +162,7 @@ def _keep(
         last=jnp.where(kept > 0, newest[:, 0], rows.last),
         tokens=add(rows.tokens, drawn),
         logprobs=None if scores is None else add(rows.logprobs, scores),
-        seen=add_seen(rows.seen, drawn, new),
+        seen=add_seen(rows.seen, jnp.where(new, drawn, rows.seen.shape[1])),
         done=rows.done | stopped | (lengths >= most),
         finite=rows.finite & jnp.all(finite | ~new, axis=1),
         lengths=lengths,
@@ -207,7 +202,8 @@ def _guess(
         return replace(state, guesses=look_up(text, lengths, guesser))
     cache: Any = state.memory
     rows, own = state.rows, (sampling.sampler, sampling.keys)
-    guesses, cache = draft(guesser, cache, rows.last, *own, rows.lengths, rows.seen)
+    past = past_of(rows, sampling, rows.lengths)
+    guesses, cache = draft(guesser, cache, rows.last, *own, rows.lengths, past)
     return replace(state, guesses=guesses, memory=cache)
 
 
