@@ -187,6 +187,22 @@ def test_a_stop_is_found_after_the_same_tokens_whenever_one_looks() -> None:
     assert tokens_to_stop(TOKENIZER, [1], ids, ()) is None
 
 
+def test_a_stop_does_not_count_among_the_least_tokens() -> None:
+    ids = ids_of("one END two END")
+    for least, want in ((0, 7), (6, 7), (7, 15), (14, 15), (15, None)):
+        for count in range(len(ids) + 1):
+            found = tokens_to_stop(TOKENIZER, [1], ids[:count], ("END",), least)
+            assert found == (want if want is not None and count >= want else None)
+    row: dict[str, Any] = {"prompt": "x", "stop": ["END", "zz"], "min_tokens": 7}
+    record = answered(row, finished("one END two END"))
+    assert record["generated_text"] == "one END two "
+    assert record["num_generated_tokens"] == 15
+    assert record["finish_reason"] == "stop"
+    # It ends with é, of which the first two tokens hold half.
+    record = answered({**row, "stop": "aé", "min_tokens": 2}, finished("aéb"))
+    assert (record["generated_text"], record["num_generated_tokens"]) == ("", 3)
+
+
 def test_a_stop_id_is_no_text() -> None:
     record = answered(
         {"prompt": "x", "stop_token_ids": ids_of("c")}, finished(ids_of("abc"))

@@ -99,12 +99,16 @@ def test_every_field_arrives() -> None:
         "top_p": 0.9,
         "min_p": 0.1,
         "repetition_penalty": 1.2,
+        "frequency_penalty": -0.5,
+        "presence_penalty": 2.0,
     }
-    more = {"top_k": -1, "seed": -1, "n": 3, "stop": "a", "stop_token_ids": [7, 7]}
+    more: dict[str, Any] = {"min_tokens": 1, "logit_bias": {"7": 1, "0": -0.5}}
+    more |= {"top_k": -1, "seed": -1, "n": 3, "stop": "a", "stop_token_ids": [7, 7]}
     given = {**sampling, **more, "logprobs": True, "top_logprobs": 4, "max_tokens": 2}
     request = row(api(given)).request
     assert request.sampler == Sampler(**sampling, top_k=0)
     assert request.seed == 2**32 - 1 and request.n == 3 and request.limit == 2
+    assert request.min_tokens == 1 and request.logit_bias == {7: 1.0, 0: -0.5}
     assert request.stop == ("a",) and request.logprobs == 4
     assert request.stop_ids == (7, VOCAB["</s>"])
     request = row({"prompt": "x", "logprobs": 2, "ignore_eos": True}).request
@@ -121,7 +125,8 @@ def test_plain_rows_may_have_any_other_field() -> None:
 def test_whole_floats_are_integers() -> None:
     """As for vLLM's models, and as tables with missing values make them."""
     one = {"max_tokens": 16, "seed": 3, "n": 2, "top_k": 7, "stop_token_ids": [1, 2]}
-    two = {"max_tokens": 16.0, "seed": 3.0, "n": 2.0, "top_k": 7.0}
+    one |= {"min_tokens": 2}
+    two = {"max_tokens": 16.0, "seed": 3.0, "n": 2.0, "top_k": 7.0, "min_tokens": 2.0}
     two |= {"stop_token_ids": [1.0, 2]}
     for name in ("logprobs", "max_completion_tokens", "top_logprobs"):
         more = {"logprobs": True, "max_tokens": None} | {name: 4}
@@ -151,6 +156,14 @@ BAD = {
     "top_k": [2.5, -2],
     "min_p": [2],
     "repetition_penalty": [0],
+    "frequency_penalty": [2.5, -2.5, "x", True],
+    "presence_penalty": [2.5, float("nan")],
+    "min_tokens": [-1, 1.5, "x", True, 64],
+    "logit_bias": [
+        *(5, [], [5], "x", {"x": 1}, {"05": 1}, {"1_0": 1}, {"5.0": 1}, {"": 1}),
+        *({"-1": 1}, {"264": 1}, {"5": 101}, {"5": "x"}, {"5": None}, {"5": True}),
+        {str(i): 0 for i in range(301)},
+    ],
     "seed": [1.5, "x", 2**70 * -1, 2.0**53],
     "n": [0, 129, 1.5],
     "stop": [5, [5], {}],

@@ -209,6 +209,26 @@ def test_a_row_ends_where_nothing_can_follow() -> None:
         assert {*first, last} <= {*letters} and set(first) == {letters[0]}
 
 
+def test_a_form_that_may_end_waits_for_the_least_tokens() -> None:
+    """One that must end does so before them: nothing is left to draw."""
+    letter, ends = TOKENS.index(b"a"), {"logit_bias": {EOS: 100.0}, "stop_ids": (EOS,)}
+    wishes: dict[str, Any] = {**ends, "min_new_tokens": 5}
+    choice, many = table_of("(?:true|12|a)", (EOS,)), table_of("a{1,9}", (EOS,))
+    rows = [
+        work("must", 4, 20, structure=choice, **wishes),
+        work("may", 4, 20, structure=many, **wishes),
+        work("at once", 4, 20, structure=many, **ends),
+        work("long", 4, 20, structure=many, **wishes | {"min_new_tokens": 12}),
+    ]
+    got = by_key(own().run([*rows, *ragged(5)]))
+    assert text_of(got["must"].tokens) in ("true", "12", "a")
+    assert got["may"].tokens.tolist() == [*[letter] * 5, EOS]
+    assert got["at once"].tokens.tolist() == [letter, EOS]
+    assert got["long"].tokens.tolist() == [letter] * 9
+    for row in rows:
+        assert got[row.key].finite and got[row.key].finish_reason == "stop"
+
+
 def test_tables_are_held_and_replaced(monkeypatch: Any) -> None:
     monkeypatch.setattr(jrope.forms.rules, "ENTRIES", 1024)
     held = Held(VOCABULARY, 30)

@@ -183,7 +183,8 @@ class Run:
         row, tokenizer = self.pending[id].row, self.settings.tokenizer
         if stops := row.request.stop:
             prompt = row.prompts[at // row.request.n]
-            found = tokens_to_stop(tokenizer, prompt, tokens.tolist(), stops)
+            given = tokenizer, prompt, tokens.tolist(), stops
+            found = tokens_to_stop(*given, row.request.min_tokens)
             if found is not None:
                 return found
         if not self.interrupted():
@@ -241,6 +242,8 @@ def _works(row: Row, shared: list[int]) -> Iterator[Work]:
             seed=(request.seed + choice) % 2**32,
             max_new_tokens=row.limits[which],
             stop_ids=request.stop_ids,
+            min_new_tokens=request.min_tokens,
+            logit_bias=request.logit_bias,
             logprobs=request.logprobs,
             structure=row.structure,
             shared=shared[which],

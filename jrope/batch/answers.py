@@ -8,7 +8,13 @@ import numpy as np
 
 from jrope.batch.rows import ANSWER_FIELDS, BatchSettings, Row, is_api, passed_through
 from jrope.batch.source import Line
-from jrope.batch.text import decode, first_stop, token_text, tokens_to_stop
+from jrope.batch.text import (
+    decode,
+    early_text,
+    first_stop,
+    token_text,
+    tokens_to_stop,
+)
 from jrope.batch.work import Finished
 from jrope.errors import RowError
 
@@ -94,12 +100,14 @@ def _choice(
 ) -> Choice:
     tokenizer, request = settings.tokenizer, row.request
     tokens, reason = one.tokens.tolist(), one.finish_reason
-    count = tokens_to_stop(tokenizer, prompt, tokens, request.stop)
+    least = request.min_tokens
+    count = tokens_to_stop(tokenizer, prompt, tokens, request.stop, least)
     if count is not None:
         tokens, reason = tokens[:count], "stop"
     ended = reason == "stop" and tokens and tokens[-1] in request.stop_ids
     text = decode(tokenizer, prompt, tokens[:-1] if ended else tokens)
-    text = text[: first_stop(text, request.stop)]
+    early = early_text(tokenizer, prompt, tokens, least) if request.stop else 0
+    text = text[: first_stop(text, request.stop, early)]
     scores = None
     if request.logprobs is not None:
         scores = _scores(tokenizer, tokens, one)

@@ -13,6 +13,7 @@ from jrope.errors import (
     refuse,
     want,
 )
+from jrope.generation.checks import check_bias
 from jrope.generation.sample import Sampler
 from jrope.model.config import LlamaConfig
 
@@ -20,12 +21,22 @@ _SAMPLER = tuple(f.name for f in fields(Sampler))
 _LIMITS = ("max_completion_tokens", "max_tokens")
 _INTEGERS = (
     *(*_LIMITS, "seed", "n", "top_k"),
-    *("logprobs", "top_logprobs", "stop_token_ids"),
+    *("logprobs", "top_logprobs", "stop_token_ids", "min_tokens"),
 )
 SERVED = {
     *_SAMPLER,
     *_LIMITS,
-    *("seed", "n", "stop", "stop_token_ids", "ignore_eos", "logprobs", "top_logprobs"),
+    *(
+        "min_tokens",
+        "logit_bias",
+        "seed",
+        "n",
+        "stop",
+        "stop_token_ids",
+        "ignore_eos",
+        "logprobs",
+        "top_logprobs",
+    ),
     *("response_format", "structured_outputs"),  # read in `jrope.forms`
 }
 _GUIDED = (  # vLLM's words before structured_outputs
@@ -35,9 +46,7 @@ _GUIDED = (  # vLLM's words before structured_outputs
 # Fields of the API that change the answer and are not served, with the values that
 # change nothing.
 UNSERVED: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
     **dict.fromkeys(_GUIDED, ()),
-    "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none",),
     "stream": (False,),
@@ -65,6 +74,8 @@ class Request:
       n: choices.
       stop: texts to end before.
       stop_ids: ids that end it.
+      min_tokens: new tokens before which neither stops it.
+      logit_bias: what is added to logits, by token ids.
       logprobs: alternatives to report for each token; None: no log-probabilities.
     """
 
@@ -74,6 +85,8 @@ class Request:
     n: int
     stop: tuple[str, ...]
     stop_ids: tuple[int, ...]
+    min_tokens: int
+    logit_bias: dict[int, float]
     logprobs: int | None
 
 
@@ -117,6 +130,8 @@ def read_request(
     stop = [stop] if isinstance(stop, str) else stop
     good = isinstance(stop, list) and all(isinstance(text, str) for text in stop)
     want(good, "stop", stop, "a text or a list of texts")
+    least = given.get("min_tokens", 0)
+    want(is_integer(least, at_least=0), "min_tokens", least, "a whole number from 0")
     return Request(
         sampler=_sampler(given, default),
         seed=seed % 2**32,
@@ -124,6 +139,8 @@ def read_request(
         n=n,
         stop=tuple(text for text in stop if text),
         stop_ids=_stop_ids(given, config),
+        min_tokens=least,
+        logit_bias=_logit_bias(given, config),
         logprobs=_alternatives(given),
     )
 
@@ -178,6 +195,23 @@ def _stop_ids(given: Mapping[str, Any], config: LlamaConfig) -> tuple[int, ...]:
     want(isinstance(ignore, bool), "ignore_eos", ignore, "true or false")
     check_ids("stop_token_ids", ids, config)
     return tuple(dict.fromkeys([*ids, *([] if ignore else config.eos_token_id)]))
+
+
+def _logit_bias(given: Mapping[str, Any], config: LlamaConfig) -> dict[int, float]:
+    """By integers, which JSON's names are not."""
+    name, bias = "logit_bias", given.get("logit_bias", {})
+    want(isinstance(bias, dict), name, bias, "an object of token ids and numbers")
+    try:
+        own = {int(id): value for id, value in bias.items()}
+    except ValueError:
+        own = {}
+    plain = [*map(str, own)] == [*map(str, bias)]  # neither "05" nor "1_0"
+    want(plain, name, bias, 'token ids as names, such as {"50256": -100}')
+    try:
+        check_bias(own, config)
+    except JropeError as error:
+        raise RowError(str(error)) from None
+    return {id: float(value) for id, value in own.items()}
 
 
 def check_ids(name: str, ids: Any, config: LlamaConfig) -> None:

@@ -221,7 +221,11 @@ def _row(
         if room < asked:
             got = f"a prompt of {len(prompt)} and max_tokens {asked}"
             raise RowError(f"{got} exceed the {longest} tokens of a row", "too_long")
-        limits.append(min(usual, room) if request.limit is None else asked)
+        limit = min(usual, room) if request.limit is None else asked
+        if request.min_tokens > limit:
+            got = f"min_tokens: got {request.min_tokens}"
+            raise RowError(f"{got}, want at most the {limit} new tokens of the row")
+        limits.append(limit)
     return Row(
         line=line,
         form=form,

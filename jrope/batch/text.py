@@ -105,23 +105,45 @@ def _text(tokenizer: Any, ids: Sequence[int], *, skip: bool = True) -> str:
     )
 
 
-def first_stop(text: str, stops: Sequence[str]) -> int | None:
-    """Where the first of the stop texts begins."""
-    return min((at for s in stops if (at := text.find(s)) >= 0), default=None)
+def first_stop(text: str, stops: Sequence[str], least: int = 0) -> int | None:
+    """Where the first of the stop texts begins that ends behind `least` characters."""
+    found = (text.find(s, max(least + 1 - len(s), 0)) for s in stops)
+    return min((at for at in found if at >= 0), default=None)
+
+
+def early_text(
+    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], least: int
+) -> int:
+    """How long the text is of the first tokens, in which no stop text counts.
+
+    Without a last character of which only some bytes are there.
+    """
+    if not least:
+        return 0
+    return len(decode(tokenizer, prompt, tokens[:least]).rstrip(_UNFINISHED))
 
 
 def tokens_to_stop(
-    tokenizer: Any, prompt: Sequence[int], tokens: Sequence[int], stops: Sequence[str]
+    tokenizer: Any,
+    prompt: Sequence[int],
+    tokens: Sequence[int],
+    stops: Sequence[str],
+    least: int = 0,
 ) -> int | None:
     """How many tokens it takes to complete a stop text; None: they hold none.
 
-    The same number whenever one looks, hence the same answer for any chunk.
+    The same number whenever one looks, hence the same answer for any chunk.  One that
+    the first `least` tokens complete does not count.
     """
+    if not stops or len(tokens) <= least:
+        return None
+    early = early_text(tokenizer, prompt, tokens, least)
 
     def complete(count: int) -> bool:
         text = decode(tokenizer, prompt, tokens[:count])
-        return first_stop(text, stops) is not None
+        return first_stop(text, stops, early) is not None
 
-    if not stops or not complete(len(tokens)):
+    if not complete(len(tokens)):
         return None
-    return bisect_left(range(len(tokens)), True, key=complete)
+    every = range(len(tokens))
+    return bisect_left(every, True, lo=min(least + 1, len(tokens)), key=complete)
