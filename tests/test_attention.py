@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import WAYS, choose
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jrope.model.attention
 from jrope.model.attention import attend
 from jrope.model.config import LlamaConfig, parameter_shapes
 from jrope.model.llama import forward
@@ -45,11 +45,16 @@ def random(
     return jnp.asarray(2 * q), jnp.asarray(k), jnp.asarray(v)
 
 
-@pytest.fixture
-def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 8: short prompts go the long prompts' way."""
-    monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
-    monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
+@pytest.fixture(params=["blocks", "blocks elsewhere"])
+def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 8, of a CPU and of other devices."""
+    choose(monkeypatch, request.param)
+
+
+@pytest.fixture(params=["once", "whole elsewhere"])
+def whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All scores at once, on a CPU and on other devices."""
+    choose(monkeypatch, request.param)
 
 
 def attended(*given: jax.Array) -> jax.Array:
@@ -65,6 +70,7 @@ def close(got: Any, want: Any, tolerance: float = 2e-6) -> None:
 COUNTS = [9, 16, 17, 31, 50]
 
 
+@pytest.mark.usefixtures("whole")
 @each_heads
 @pytest.mark.parametrize("count", [1, 2, 33])
 def test_whole(count: int, heads: tuple[int, int]) -> None:
@@ -72,6 +78,7 @@ def test_whole(count: int, heads: tuple[int, int]) -> None:
     close(attended(q, k, v), softmax_attention(q, k, v, [0, 0]))
 
 
+@pytest.mark.usefixtures("whole")
 @each_heads
 @pytest.mark.parametrize("count", [1, 5])
 def test_whole_with_a_past(count: int, heads: tuple[int, int]) -> None:
@@ -81,7 +88,7 @@ def test_whole_with_a_past(count: int, heads: tuple[int, int]) -> None:
     close(got, softmax_attention(q, k, v, starts))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("blocks")
 @each_heads
 @pytest.mark.parametrize("count", COUNTS)
 def test_blockwise(count: int, heads: tuple[int, int]) -> None:
@@ -89,7 +96,7 @@ def test_blockwise(count: int, heads: tuple[int, int]) -> None:
     close(attended(q, k, v), softmax_attention(q, k, v, [0, 0]))
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("blocks")
 @each_heads
 def test_blockwise_with_a_past(heads: tuple[int, int]) -> None:
     """Rows that begin in the first, in a middle and at the end of a block."""
@@ -108,7 +115,7 @@ def test_blockwise_in_its_real_size() -> None:
         close(got[:, t : t + 1], want)
 
 
-@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.usefixtures("blocks")
 def test_blockwise_anywhere() -> None:
     q, k, v = random(2, 20, 70, (2, 1), 4)
     run = jax.jit(lambda *given: attend(*given))  # traced here, with these blocks
@@ -134,14 +141,30 @@ def test_slots_past_the_last_query_are_not_seen(count: int) -> None:
     assert float(jnp.abs(seen - want)[:, -1].max()) > 1e-4
 
 
-@pytest.mark.parametrize("count", [6, 600])
-def test_large_scores_do_not_overflow(count: int) -> None:
-    q, k, v = random(1, count, count, (2, 1), 4)
-    got = jax.jit(attend)(q * 1e10, k * 1e10, v)
+@pytest.mark.parametrize("large", [3e4, 1e10])
+@pytest.mark.parametrize("size", [4, 8])  # which divide scores exactly, and do not
+@pytest.mark.parametrize("count", [6, 600, 1100])
+def test_large_scores_do_not_overflow(count: int, size: int, large: float) -> None:
+    """Nor where the largest score is subtracted from blocks that nothing masks."""
+    q, k, v = random(1, count, count, (2, 1), size)
+    got = jax.jit(attend)(q * large, k * large, v)
     assert np.isfinite(np.asarray(got)).all()
     last = count - 1
-    want = softmax_attention(q[:, last:] * 1e10, k * 1e10, v, [last])
+    want = softmax_attention(q[:, last:] * large, k * large, v, [last])
     close(got[:, last:], want)
+
+
+@pytest.mark.parametrize("way", ["once", "whole elsewhere"])
+def test_what_is_hidden_is_not_seen_whatever_is_visible(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first two queries see keys at infinite distance alone: NaN, not the rest."""
+    choose(monkeypatch, way)
+    q, k, v = random(1, 6, 6, (2, 1), 4)
+    q, k = jnp.abs(q) * 1e25, -jnp.abs(k).at[:, :2].multiply(1e25)
+    got = np.asarray(attended(q, k, v))
+    assert np.isnan(got[:, :2]).all()
+    close(got[:, 2:], softmax_attention(q[:, 2:], k, v, [2]))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -158,25 +181,46 @@ def test_16_bit(count: int, dtype: str) -> None:
     close(got[:, last:], want, 2 * step * size)
 
 
-def test_gradients_of_blocks_are_those_of_the_whole(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    q, k, v = random(2, 40, 64, (4, 2))
-    starts = jnp.array([0, 20], jnp.int32)
+def softmax_slopes(q: Any, k: Any, v: Any, dy: Any) -> tuple[np.ndarray, ...]:
+    """Of sum(y dy) by q, k and v, of a prompt; float64."""
+    q, k, v, dy = (np.asarray(x, np.float64) for x in (q, k, v, dy))
+    group, count = q.shape[2] // k.shape[2], q.shape[1]
+    k, v = (np.repeat(x, group, axis=2) for x in (k, v))
+    scale = 1 / math.sqrt(q.shape[3])
+    scores = np.einsum("btnh,bsnh->bnts", q, k) * scale
+    scores[..., np.triu(np.ones((count, count), bool), 1)] = -np.inf
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    slopes = np.einsum("btnh,bsnh->bnts", dy, v)
+    slopes -= (slopes * weights).sum(axis=-1, keepdims=True)
+    slopes *= weights * scale
+    dq = np.einsum("bnts,bsnh->btnh", slopes, k)
+    others = (slopes, q), (weights, dy)
+    dk, dv = (np.einsum("bnts,btnh->bsnh", *x) for x in others)
+    shape = *dk.shape[:2], -1, group, dk.shape[3]
+    return dq, dk.reshape(shape).sum(axis=3), dv.reshape(shape).sum(axis=3)
 
-    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        return jnp.sum(jnp.sin(attend(q, k, v, starts)))
 
-    def slopes() -> Any:
-        return jax.jit(lambda *given: jax.grad(loss, (0, 1, 2))(*given))(q, k, v)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_gradients(dtype: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Values have 8 in common, which only an exact total of the weights cancels.
 
-    want = slopes()
-    monkeypatch.setattr(jrope.model.attention, "BLOCK", 8)
-    monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
-    got = slopes()
+    Roundings of 16 bits are those of weights and of their slopes; of a total of rounded
+    weights they are twice as many.
+    """
+    choose(monkeypatch, way)
+    q, k, v = random(2, 40, 40, (4, 2), 64)
+    q, k, v, dy = (x.astype(dtype) for x in (q / 2, k, v + 8, q[::-1]))
+
+    def slopes(*given: jax.Array) -> tuple[jax.Array, ...]:
+        return jax.vjp(lambda *x: attend(*x), *given)[1](dy)
+
+    got, want = jax.jit(slopes)(q, k, v), softmax_slopes(q, k, v, dy)
+    step = {"float32": 64, "bfloat16": 6}[dtype] * float(jnp.finfo(dtype).eps) / 2
     for ours, right in zip(got, want, strict=True):
-        assert float(jnp.abs(right).max()) > 0.1
-        close(ours, right, 1e-5)
+        error = np.asarray(ours, np.float64) - right
+        assert np.mean(error**2) < step**2 * np.mean(right**2)
 
 
 def test_float32_products_are_float32() -> None:
@@ -215,6 +259,18 @@ def test_gradients_of_long_prompts_build_no_square() -> None:
 
     square = length * length * heads * 4
     assert temporaries(jax.grad(loss, (0, 1, 2)), q, k, k) < square / 4
+
+
+def test_gradients_hold_no_block_twice() -> None:
+    """Of a query block over all keys, no more than six arrays in float32."""
+    length, heads = 2048, 9
+    q, k = abstract(1, length, heads, 64), abstract(1, length, 3, 64)
+
+    def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(attend(q, k, v)))
+
+    block = 256 * length * heads * 4
+    assert temporaries(jax.value_and_grad(loss, (0, 1, 2)), q, k, k) < 6 * block
 
 
 def smollm2(layers: int) -> LlamaConfig:

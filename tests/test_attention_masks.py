@@ -7,11 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import WAYS, choose
 from model_helpers import changed, close, tokens_of
 from model_helpers import make as make
 
 from jrope.errors import JropeError
-from jrope.model import attention
 from jrope.model.attention import attend
 from jrope.model.kernels import cudnn
 from jrope.model.layers import Step, decoder_layer
@@ -29,7 +29,9 @@ SEGMENTS = np.sort(RANDOM.integers(0, 4, (B, T)), axis=1).astype(np.int32)
 EPS = 2.0**-23
 
 
-def expected(window: int | None, segments: np.ndarray | None) -> np.ndarray:
+def expected(
+    window: int | None, segments: np.ndarray | None, cap: float | None = None
+) -> np.ndarray:
     """Softmax attention in float64, masks written out."""
     q, k, v = (np.asarray(x, np.float64) for x in (Q, KEYS, VALUES))
     k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
@@ -40,28 +42,29 @@ def expected(window: int | None, segments: np.ndarray | None) -> np.ndarray:
     if segments is not None:
         hidden |= segments[:, :, None] != segments[:, None, :]
     scores = np.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(H)
+    scores = scores if cap is None else np.tanh(scores / cap) * cap
     weights = np.where(hidden[:, None], 0, np.exp(scores))
     weights /= weights.sum(axis=-1, keepdims=True)
     return np.einsum("bnts,bsnh->btnh", weights, v)
 
 
-@pytest.fixture(params=["whole", "blocks"])
+@pytest.fixture(params=WAYS)
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """All scores at once, or blocks of 8 keys and queries."""
-    if request.param == "blocks":
-        monkeypatch.setattr(attention, "BLOCK", 8)
-        monkeypatch.setattr(attention, "WHOLE", 0)
+    choose(monkeypatch, request.param)
     return request.param
 
 
+@pytest.mark.parametrize("cap", [None, 0.5])
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("window", [None, 1, 5, 12, 64])
-def test_masks(way: str, window: int | None, packed: bool) -> None:
-    """Within 16 roundings of values of at most 4."""
+@pytest.mark.parametrize("window", [None, 1, 5, 12, 20, 24, 64])
+def test_masks(way: str, window: int | None, packed: bool, cap: float | None) -> None:
+    """Within 16 roundings of values of at most 4; windows have blocks all inside."""
     segments = SEGMENTS if packed else None
     given = None if segments is None else jnp.asarray(segments)
-    got = attend(Q, KEYS, VALUES, window=window, segments=given)
-    np.testing.assert_allclose(got, expected(window, segments), atol=64 * EPS, rtol=0)
+    see = jax.jit(partial(attend, window=window, segments=given, cap=cap))
+    got, want = see(Q, KEYS, VALUES), expected(window, segments, cap)
+    np.testing.assert_allclose(got, want, atol=64 * EPS, rtol=0)
 
 
 @pytest.mark.parametrize("window", [1, 5, 64])

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from attention_helpers import small_blocks
 from int8_cache_helpers import (
     CONFIG,
     GROWING,
@@ -121,8 +122,7 @@ def test_attention_is_float64s_over_the_same_integers(
 ) -> None:
     count, how = WAYS[way]
     if way == "blocks":
-        monkeypatch.setattr(attention, "BLOCK", 8)
-        monkeypatch.setattr(attention, "WHOLE", 0)
+        small_blocks(monkeypatch)
     q = jnp.asarray(random(0, ROWS, count, HEADS, WIDTH), dtype)
     k, v = (random(i, ROWS, SLOTS, KV_HEADS, WIDTH) for i in (1, 2))
     k *= 10.0 ** random(3, ROWS, SLOTS, KV_HEADS, 1) ** 2  # every scale another

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_helpers import small_blocks
 from jax.sharding import PartitionSpec
 from sharding_helpers import (
     CONFIG,
@@ -64,8 +65,7 @@ SEGMENTS = np.sort(RANDOM.integers(0, 4, (2, 30)), axis=1).astype(np.int32)
 @pytest.mark.parametrize("width", [8, 4000])  # of an MLP: a ring, and gathered
 @pytest.mark.parametrize("masked", [False, True])
 def test_attention_in_a_ring_and_gathered(width, masked, monkeypatch):
-    monkeypatch.setattr(jrope.model.attention, "BLOCK", 4)
-    monkeypatch.setattr(jrope.model.attention, "WHOLE", 0)
+    small_blocks(monkeypatch, 4)
     q, k, v = (
         jnp.asarray(RANDOM.standard_normal((2, 30, n, 8), np.float32))
         for n in (4, 2, 2)

@@ -7,15 +7,14 @@ Query t of a row stands in slot start + t and sees the slots up to its own, or t
 prompt never builds a T x S matrix for all heads.
 """
 
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jrope.model import decode_kernel
+from jrope.model.blockwise import blockwise, on_cpu
 from jrope.model.decode_parts import kernel_takes, on_cuda
 from jrope.model.filled import attend_filled, filled_takes
 from jrope.model.int8_cache import Keys, Scaled, by_head, parts
@@ -28,16 +27,11 @@ from jrope.model.queries import (
     spread,
     steps,
 )
-from jrope.numerics import cpu_barrier, vary_alike
+from jrope.numerics import cpu_barrier
 from jrope.sharding import stripes
 from jrope.sharding.axes import ONE, Axes
 
-BLOCK = 512  # queries, and keys: the scores of a head's block stay in a CPU's cache
 WHOLE = 2**16  # scores a head, up to which they are computed at once
-
-SoftmaxSums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
-"""Of queries [..., H], float32: the largest score so far and the sum of exponentials
-relative to it, both [...], and the values weighted by these, [..., H]."""
 
 
 def attend(
@@ -134,9 +128,11 @@ def _xla(
         if filled_takes(q, k, segments):
             how["cpu"] = partial(attend_filled, one_query)
         return jax.lax.platform_dependent(*given, **how)
-    if q.shape[1] * k.shape[1] <= WHOLE:
-        return _whole(q, k, v, queries, segments)
-    return _blockwise(q, k, v, queries, segments)
+    short = q.shape[1] * k.shape[1] <= WHOLE
+    given = q, k, v, queries, segments
+    cpu = on_cpu(q, k.shape[1], short)
+    how = {"cpu": cpu, "default": _whole if short else blockwise}
+    return jax.lax.platform_dependent(*given, **how)
 
 
 def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
@@ -144,11 +140,9 @@ def _causal(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _slots(q: jax.Array, starts: jax.Array | None) -> jax.Array:
-    """The slot of every query: int32 [B, T]."""
+    """The slot of every query: int32 [B, T], or [1, T] where rows are alike."""
     at = steps(q.shape[1])[None, :]
-    if starts is None:
-        return jnp.broadcast_to(at, q.shape[:2])
-    return starts[:, None] + at
+    return at if starts is None else starts[:, None] + at
 
 
 def _whole(
@@ -242,159 +236,3 @@ def _one_query_on_tpu(
     weights = by_head(jax.nn.softmax(scores, axis=-1), v_scales)
     y = einsum("BNX,BXH->BNH", weights.astype(q.dtype), v)[:, :heads]
     return y.astype(q.dtype).reshape(q.shape)
-
-
-def _blockwise(
-    q: jax.Array,
-    k: Keys,
-    v: Keys,
-    queries: Queries,
-    segments: jax.Array | None,
-) -> jax.Array:
-    """Online softmax over blocks of keys, block after block of queries.
-
-    Milakov and Gimelshein 2018 (arXiv:1805.02867); Rabe and Staats 2021
-    (arXiv:2112.05682).  Blocks that no query sees are skipped, and the backward pass
-    computes a query block's scores anew.
-    """
-    keys = in_key_blocks(k, v, steps(k.shape[1]), segments)
-
-    @jax.checkpoint
-    def one_block(
-        carry: None, block: tuple[jax.Array, Queries]
-    ) -> tuple[None, jax.Array]:
-        _, total, acc = see_block(*block, keys)
-        return carry, (acc / total[..., None]).astype(q.dtype)
-
-    _, out = jax.lax.scan(one_block, None, in_blocks(q, queries, k.shape[2]))
-    return out_of_blocks(out, q)
-
-
-def in_blocks(
-    q: jax.Array, queries: Queries, kv_heads: int
-) -> tuple[jax.Array, Queries]:
-    """Queries [B, T, N, H] in blocks: [blocks, B, K, rows, H], and where rows stand.
-
-    Key/value heads come first and their query heads are rows of one matrix: plain
-    matrix products on every backend.
-    """
-    batch, tokens, heads, head_dim = q.shape
-    block = min(BLOCK, tokens)
-    q = pad(q, block)
-    # [B, blocks x block, K x G, H] -> [blocks, B, K, G x block, H]
-    count = q.shape[1] // block
-    blocks = q.reshape(batch, count, block, kv_heads, -1, head_dim)
-    blocks = blocks.transpose(1, 0, 3, 4, 2, 5)
-    blocks = blocks.reshape(count, batch, kv_heads, -1, head_dim)
-
-    def rows(x: jax.Array) -> jax.Array:  # [B, T] -> [blocks, B, G x block]
-        x = pad(x, block, mode="edge").reshape(batch, count, block)
-        return jnp.moveaxis(jnp.tile(x, (1, 1, heads // kv_heads)), 1, 0)
-
-    return blocks, jax.tree.map(rows, queries)
-
-
-def out_of_blocks(out: jax.Array, q: jax.Array) -> jax.Array:
-    """What was computed for the blocks of q [B, T, N, H], as q lies."""
-    batch, tokens, heads, head_dim = q.shape
-    count, _, kv_heads, _, _ = out.shape
-    out = out.reshape(count, batch, kv_heads, heads // kv_heads, -1, head_dim)
-    out = out.transpose(1, 0, 4, 2, 3, 5)
-    return out.reshape(batch, -1, heads, head_dim)[:, :tokens]
-
-
-def pad(x: jax.Array, block: int, **how: Any) -> jax.Array:
-    """Axis 1 up to a multiple of the block; by zeros, which no query sees."""
-    widths = [(0, 0), (0, -x.shape[1] % block)] + [(0, 0)] * (x.ndim - 2)
-    return jnp.pad(x, widths, **how)
-
-
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class KeyBlocks:
-    """Keys and values, padded to whole blocks of `BLOCK`.
-
-    Args:
-      k, v: [B, K, H, S] and [B, K, S, H].
-      slots: int32 [S], ascending.
-      segments: int32 [B, S], or None.
-      scales: of 8-bit k and v, [B, S, K, 1] each; else (None, None).
-    """
-
-    k: jax.Array
-    v: jax.Array
-    slots: jax.Array
-    segments: jax.Array | None
-    scales: tuple[jax.Array | None, jax.Array | None]
-
-
-def in_key_blocks(
-    k: Keys, v: Keys, slots: jax.Array, segments: jax.Array | None
-) -> KeyBlocks:
-    """Keys and values [B, S, K, H] in those slots; what is padded nobody sees."""
-    (k, k_scales), (v, v_scales) = parts(k), parts(v)
-    scales = jax.tree.map(lambda x: pad(x, BLOCK), (k_scales, v_scales))
-    k, v = (jnp.moveaxis(pad(x, BLOCK), 2, 1) for x in (k, v))  # [B, K, S, H]
-    after = (0, -len(slots) % BLOCK)
-    slots = jnp.pad(slots, after, constant_values=np.iinfo(np.int32).max)
-    segments = None if segments is None else pad(segments, BLOCK)
-    return KeyBlocks(jnp.swapaxes(k, 2, 3), v, slots, segments, scales)
-
-
-def no_sums(q: jax.Array) -> SoftmaxSums:
-    """Of a softmax that saw no key, for queries [..., H]."""
-    zeros = partial(jnp.zeros, dtype=jnp.float32)
-    return jnp.full(q.shape[:-1], LOWEST), zeros(q.shape[:-1]), zeros(q.shape)
-
-
-def see_block(
-    q: jax.Array, queries: Queries, keys: KeyBlocks, sums: SoftmaxSums | None = None
-) -> SoftmaxSums:
-    """Queries of one block over all keys.
-
-    Args:
-      q: [B, K, rows, H], the block's queries of every head in the group.
-      queries: where the rows stand, [B, rows].
-      keys: of all blocks.
-      sums: what the queries have seen already.
-    """
-    last, first_seen = jnp.max(queries.slots), 0
-    if queries.window is not None:
-        first_seen = jnp.min(queries.slots) - (queries.window - 1)
-
-    def see(carry: SoftmaxSums, first: jax.Array) -> SoftmaxSums:
-        top, total, acc = carry
-        part = partial(jax.lax.dynamic_slice_in_dim, start_index=first)
-        k = part(keys.k, slice_size=BLOCK, axis=3)
-        v = part(keys.v, slice_size=BLOCK, axis=2)
-        segments = keys.segments
-        if segments is not None:
-            segments = part(segments, slice_size=BLOCK, axis=1)
-        own = partial(part, slice_size=BLOCK, axis=1)
-        k_scales, v_scales = jax.tree.map(own, keys.scales)
-        products = einsum("BKXH,BKHS->BKXS", q, k)
-        scores = queries.scores(q, by_head(products, k_scales))
-        hidden = queries.hidden(part(keys.slots, slice_size=BLOCK), segments)
-        scores = jnp.where(hidden[:, None], LOWEST, scores)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=-1))
-        # What a row sums up before its first visible key, `shrink` makes zero there.
-        shrink = jnp.exp(top - new_top)
-        weights = jnp.exp(scores - new_top[..., None])
-        total = total * shrink + jnp.sum(weights, axis=-1)
-        seen = by_head(weights, v_scales).astype(q.dtype)
-        y = einsum("BKXS,BKSH->BKXH", seen, v)
-        acc = acc * shrink[..., None] + y
-        return new_top, total, acc
-
-    def step(carry: SoftmaxSums, first: jax.Array) -> tuple[SoftmaxSums, None]:
-        # Padding in the last block stands past every slot: that block is looked at.
-        seen = (keys.slots[first] <= last) & (
-            keys.slots[first + (BLOCK - 1)] >= first_seen
-        )
-        return jax.lax.cond(seen, see, lambda c, _: c, carry, first), None
-
-    firsts = jnp.arange(0, keys.v.shape[2], BLOCK, dtype=jnp.int32)
-    start = no_sums(q) if sums is None else sums
-    given = jax.tree.leaves((q, queries, keys))
-    top, total, acc, *_ = vary_alike(*start, *given)
-    return jax.lax.scan(step, (top, total, acc), firsts)[0]

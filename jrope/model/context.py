@@ -24,14 +24,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.model.attention import (
-    Queries,
+from jrope.model.attention import attend, one_query
+from jrope.model.blockwise import (
+    BLOCK,
     SoftmaxSums,
-    attend,
     in_blocks,
     in_key_blocks,
     no_sums,
-    one_query,
     out_of_blocks,
     see_block,
 )
@@ -39,6 +38,7 @@ from jrope.model.cache import KVCache, Slots, grow, write
 from jrope.model.config import LlamaConfig
 from jrope.model.growing import attend_growing
 from jrope.model.int8_cache import linear_in_head
+from jrope.model.queries import Queries
 from jrope.rope import Rope, rotate, table
 from jrope.sharding import stripes
 from jrope.sharding.axes import Axes
@@ -161,14 +161,13 @@ def _ring(
     """Own keys first, then those of one device after the other before this one."""
     n, size = stripes.count(axes), keys[0].shape[1]
     own = None if segments is None else stripes.take(segments, at)
-    blocks = in_blocks(
-        q, Queries(slots=at, segments=own, window=window), keys[0].shape[2]
-    )
+    queries = Queries(slots=at, segments=own, window=window)
+    blocks = in_blocks(q, queries, keys[0].shape[2], BLOCK)
 
     def see(keys: Slots, step: jax.Array | int, sums: SoftmaxSums) -> SoftmaxSums:
         slots = stripes.slots(size, axes, (stripes.index(axes) - step) % n)
         theirs = None if segments is None else segments[:, slots]
-        seen = in_key_blocks(*keys, slots, theirs)
+        seen = in_key_blocks(*keys, slots, theirs, BLOCK)
 
         @jax.checkpoint
         def one_block(

@@ -20,7 +20,13 @@ LOWEST = np.finfo(np.float32).min  # scores of hidden keys: their weight is exac
 )
 @dataclass(frozen=True, kw_only=True)
 class Queries:
-    """Where queries stand, int32 [B, T], what they see, and how they score it."""
+    """Where queries stand, what they see, and how they score it.
+
+    Args:
+      slots: int32 [B, T], or [1, T] where those of all rows are alike.
+      segments: int32 [B, T], or None.
+      window: as in `attention.attend`, as scale and cap are.
+    """
 
     slots: jax.Array
     segments: jax.Array | None
@@ -30,11 +36,18 @@ class Queries:
 
     def scores(self, q: jax.Array, products: jax.Array) -> jax.Array:
         """Of products of queries [..., H] and keys, float32."""
+        scores, scale = self.unscaled(q, products)
+        return scores if self.cap is not None else scores * scale
+
+    def unscaled(
+        self, q: jax.Array, products: jax.Array
+    ) -> tuple[jax.Array, np.float32]:
+        """Scores but for a positive factor, and the factor."""
         scale = scale_of(q) if self.scale is None else np.float32(self.scale)
-        scores = products * scale
         if self.cap is None:
-            return scores
-        return jnp.tanh(scores / np.float32(self.cap)) * np.float32(self.cap)
+            return products, scale
+        scores = jnp.tanh(products * scale / np.float32(self.cap))
+        return scores * np.float32(self.cap), np.float32(1)
 
     def hidden(self, keys: jax.Array, key_segments: jax.Array | None) -> jax.Array:
         """Which keys, in slots [S] and segments [B, S], they may not see: [B, T, S]."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jrope.bench.model import cache_bytes
 from jrope.errors import JropeError, check_count
 from jrope.generation.request import LONGEST, bucket
-from jrope.model.attention import BLOCK
+from jrope.model.blockwise import BLOCK
 from jrope.model.config import EMBEDDING, HEAD, LlamaConfig, parameter_shapes
 from jrope.model.int8_cache import CacheDtype
 from jrope.model.packed import group_of
