@@ -59,7 +59,7 @@ def further_pieces(
 ) -> tuple[jax.Array, KVCache]:
     """Pieces behind what their own slots hold."""
     rows = piece.rows
-    own = jax.tree.map(lambda x: x.at[rows].get(mode="clip"), cache)
+    own = jax.tree.map(partial(_rows_of, rows=rows), cache)
     how: dict[str, Any] = {"lengths": piece.lengths, "config": config, "axes": axes}
     x, new = hidden_states(params, piece.tokens, cache=own, **how)
     steps = jnp.arange(piece.tokens.shape[1], dtype=jnp.int32)[None, :]
@@ -68,8 +68,7 @@ def further_pieces(
     def put(all_: jax.Array, new: jax.Array) -> jax.Array:
         if all_.shape[1] in (config.windows or ()):  # slots that go round
             return _put(all_, rows, jnp.zeros_like(rows), new)
-        tokens = jnp.take_along_axis(new, at[:, :, None, None], axis=1)
-        return _put(all_, rows, own.lengths, tokens)
+        return _put(all_, rows, own.lengths, _tokens_of(new, at))
 
     return x, _written(cache, rows, new, put)
 
@@ -108,7 +107,20 @@ def _written(
     )
 
 
-@jax.jit  # traced once, not for every layer's keys and values
+# These are traced once, not for every layer's keys and values.
+@jax.jit
+def _rows_of(x: jax.Array, rows: jax.Array) -> jax.Array:
+    """Some rows of x [B, ...]: [R, ...]."""
+    return x.at[rows].get(mode="clip")
+
+
+@jax.jit
+def _tokens_of(x: jax.Array, at: jax.Array) -> jax.Array:
+    """Some tokens of each row, [R, S, K, H] and int32 [R, T]: [R, T, K, H]."""
+    return jnp.take_along_axis(x, at[:, :, None, None], axis=1)
+
+
+@jax.jit
 def _put(
     slots: jax.Array, rows: jax.Array, starts: jax.Array, new: jax.Array
 ) -> jax.Array:
