@@ -1,6 +1,10 @@
 """Compiling ahead: what was compiled before the weights came is what runs."""
 
+import gc
 import logging
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,7 +13,7 @@ import numpy as np
 import pytest
 
 from jrope.errors import JropeError
-from jrope.generation.ahead import compile_ahead
+from jrope.generation.ahead import compile_ahead, side_by_side
 from jrope.generation.run import generate, stream
 from jrope.hf import config_from_hf
 from jrope.model.config import LlamaConfig
@@ -95,3 +99,38 @@ def test_a_request_that_generate_refuses() -> None:
     shapes = jax.eval_shape(lambda: init_params(jax.random.key(0), config))
     with pytest.raises(JropeError, match="outside the vocabulary"):
         compile_ahead(shapes, [[61]], config=config)
+
+
+def test_a_program_compiles_while_the_next_is_traced() -> None:
+    begun = threading.Event()
+
+    def lowered() -> Iterator[tuple[str, Any]]:
+        yield "first", SimpleNamespace(compile=begun.set)
+        assert begun.wait(60), "the first one waits for the second one's trace"
+        yield "second", SimpleNamespace(compile=lambda: "compiled")
+
+    assert side_by_side(lowered()) == {"first": None, "second": "compiled"}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("fails", [True, False])
+def test_the_collector_waits_for_traces_alone(enabled: bool, fails: bool) -> None:
+    had, seen = gc.isenabled(), list[bool]()
+
+    def lowered() -> Iterator[tuple[str, Any]]:
+        seen.append(gc.isenabled())
+        if fails:
+            raise JropeError("cannot be traced")
+        yield "one", SimpleNamespace(compile=lambda: None)
+
+    try:
+        (gc.enable if enabled else gc.disable)()
+        if fails:
+            with pytest.raises(JropeError, match="cannot be traced"):
+                side_by_side(lowered())
+        else:
+            side_by_side(lowered())
+        seen.append(gc.isenabled())
+    finally:
+        (gc.enable if had else gc.disable)()
+    assert seen == [False, enabled]

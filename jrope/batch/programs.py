@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, final
@@ -27,6 +26,7 @@ from jrope.batch.slots import (
     slots_specs,
 )
 from jrope.forms.rules import no_rules
+from jrope.generation.ahead import side_by_side
 from jrope.generation.guesser import Guesser
 from jrope.generation.past import biases
 from jrope.model.config import LlamaConfig
@@ -230,7 +230,7 @@ def compile_programs(
         yield "extend", extend.lower(params, state, *given, **how)
         yield "clean", clean.lower(state, np.zeros(slots, bool), layout=layout)
 
-    done = _compiled(lowered())
+    done = side_by_side(lowered())
     if warm:
         _run_once(done, params, nobody)
     return Programs(
@@ -243,16 +243,6 @@ def compile_programs(
         layout=layout,
         speculate=speculate,
     )
-
-
-def _compiled(lowered: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Each is compiled while the next ones are traced."""
-    pool = ThreadPoolExecutor()
-    try:
-        jobs = {name: pool.submit(program.compile) for name, program in lowered}
-        return {name: job.result() for name, job in jobs.items()}
-    finally:  # after Ctrl-C, too, which nothing can tell the compiler
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _run_once(

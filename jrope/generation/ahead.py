@@ -1,6 +1,9 @@
 """Compiling ahead: what `generate` will run, before the weights are there."""
 
+import gc
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Unpack
 
@@ -58,60 +61,81 @@ def compile_ahead(
     """
     check_params(params)
     request = prepare(prompt, lengths, config, layout_of(params), **options)
-    layout = request.layout
-    static: dict[str, Any] = {"config": config, "scored": logprobs, "layout": layout}
-    first = (params, *chunk_inputs(request, 0), None, None)
-    static_first = {**static, **request.fresh_cache}
-    last, cache, _ = prefill.eval_shape(*first, **static_first)
-    if layout is not None:  # which eval_shape forgets
-        specs = layout.rows(), cache_specs(layout)
-        last, cache = layout.place((last, cache), specs)
-    lowered = {"prefill": prefill.lower(*first, **static_first)}
-    if request.prefill_chunk < request.width:
-        later = (params, *chunk_inputs(request, 0), cache, last)
-        lowered["prefill_on"] = prefill.lower(*later, capacity=None, **static)
-    drawn = (params, last, *first_token_inputs(request))
-    static["output_slots"] = request.output_slots
-    state = first_token.eval_shape(*drawn, **static)
-    lowered["first_token"] = first_token.lower(*drawn, **static)
-    limit = request.place(jnp.zeros((), jnp.int32))
-    if layout is not None:
-        specs = state_specs(layout)
-        if not logprobs:  # XLA does not split what is empty
-            specs = replace(specs, logprobs=PartitionSpec())
-        state = layout.place(state, specs)
-    if request.speculate is not None:
-        lowered |= _lower_guessing(params, request, config, cache, state)
-    else:
-        carried = params, cache, state, request.sampling, limit
-        lowered["decode"] = decode.lower(*carried, config=config, layout=layout)
-    pool = ThreadPoolExecutor(len(lowered))
+    return side_by_side(_lowered(params, request, config, logprobs))
+
+
+def side_by_side(lowered: Iterable[tuple[Any, Lowered]]) -> dict[Any, Compiled]:
+    """Programs by name: each is compiled while the next ones are traced."""
+    pool = ThreadPoolExecutor()
     try:
-        jobs = {name: pool.submit(one.compile) for name, one in lowered.items()}
+        with _without_collector():
+            jobs = {name: pool.submit(one.compile) for name, one in lowered}
         return {name: job.result() for name, job in jobs.items()}
     finally:  # after Ctrl-C, too, which nothing can tell the compiler
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _lower_guessing(
+@contextmanager
+def _without_collector() -> Generator[None]:
+    """Python's collector of cycles waits: it takes a tenth of tracing, or more."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _lowered(
+    params: Params, request: Request, config: LlamaConfig, scored: bool
+) -> Iterator[tuple[str, Lowered]]:
+    """The programs, traced; those that take longest to compile come first."""
+    layout = request.layout
+    static: dict[str, Any] = {"config": config, "scored": scored, "layout": layout}
+    first = (params, *chunk_inputs(request, 0), None, None)
+    static_first = {**static, **request.fresh_cache}
+    yield "prefill", prefill.lower(*first, **static_first)
+    last, cache, _ = prefill.eval_shape(*first, **static_first)
+    if layout is not None:  # which eval_shape forgets
+        specs = layout.rows(), cache_specs(layout)
+        last, cache = layout.place((last, cache), specs)
+    drawn = (params, last, *first_token_inputs(request))
+    static_drawn = {**static, "output_slots": request.output_slots}
+    state = first_token.eval_shape(*drawn, **static_drawn)
+    if layout is not None:
+        specs = state_specs(layout)
+        if not scored:  # XLA does not split what is empty
+            specs = replace(specs, logprobs=PartitionSpec())
+        state = layout.place(state, specs)
+    if request.speculate is not None:
+        yield from _lowered_guessing(params, request, config, cache, state)
+    else:
+        limit = request.place(jnp.zeros((), jnp.int32))
+        carried = params, cache, state, request.sampling, limit
+        yield "decode", decode.lower(*carried, config=config, layout=layout)
+    if request.prefill_chunk < request.width:
+        later = (params, *chunk_inputs(request, 0), cache, last)
+        yield "prefill_on", prefill.lower(*later, capacity=None, **static)
+    yield "first_token", first_token.lower(*drawn, **static_drawn)
+
+
+def _lowered_guessing(
     params: Params, request: Request, config: LlamaConfig, cache: Any, rows: Any
-) -> dict[str, Lowered]:
+) -> Iterator[tuple[str, Lowered]]:
     """What runs instead of `decode` where tokens are guessed."""
-    guesser, lowered = request.speculate, dict[str, Lowered]()
+    guesser = request.speculate
     memory: Any = jax.ShapeDtypeStruct((len(request.prompt), request.capacity), "int32")
     if isinstance(guesser, Draft):
         how = {"config": guesser.config, "scored": False, "layout": None}
         first = (guesser.params, *chunk_inputs(request, 0), None, None)
         last, memory, _ = prefill.eval_shape(*first, **request.fresh_cache, **how)
-        one = prefill.lower(*first, **request.fresh_cache, **how)
-        lowered["draft_prefill"] = one
+        yield "draft_prefill", prefill.lower(*first, **request.fresh_cache, **how)
         if request.prefill_chunk < request.width:
             later = (*first[:-2], memory, last)
-            one = prefill.lower(*later, capacity=None, **how)
-            lowered["draft_prefill_on"] = one
+            yield "draft_prefill_on", prefill.lower(*later, capacity=None, **how)
     given = guesser, memory, rows, cache.lengths, request.sampling
     state, limit = begin.eval_shape(*given), jnp.zeros((), jnp.int32)
-    lowered["begin"] = begin.lower(*given)
     carried = params, cache, state, request.sampling, limit, limit, guesser
-    lowered["decode_guessing"] = decode_guessing.lower(*carried, config=config)
-    return lowered
+    yield "decode_guessing", decode_guessing.lower(*carried, config=config)
+    yield "begin", begin.lower(*given)
