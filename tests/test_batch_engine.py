@@ -1,6 +1,8 @@
 """Rows in slots: the same answers as alone, in any company; and what compiles."""
 
 import dataclasses
+import gc
+import weakref
 from typing import Any
 
 import jax
@@ -27,6 +29,7 @@ from jrope.batch.engine import Engine
 from jrope.batch.packing import WINDOW
 from jrope.batch.programs import Programs, compile_programs
 from jrope.batch.room import slots_for
+from jrope.batch.running import Run
 from jrope.batch.slots import empty
 from jrope.errors import JropeError
 from jrope.forms.rules import ENTRIES
@@ -259,6 +262,29 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
     failing(own, own.compile(), after=1)
     with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
         list(own.run(rows))
+
+
+def test_out_of_memory_frees_the_slots(monkeypatch: Any) -> None:
+    """Before the next ones are there, which is not left to the garbage collector."""
+    runs, left = list[weakref.ref[Any]](), list[bool]()
+
+    def begun(*given: Any) -> Run:
+        left.extend(run() is not None for run in runs)
+        runs.append(weakref.ref(run := Run(*given)))
+        return run
+
+    monkeypatch.setattr(jrope.batch.engine, "Run", begun)
+    own = engine_of(*model()[1:], logprobs=False, warn=lambda _: None)
+    failing(own, engine().compile(), after=2)
+    monkeypatch.setattr(own, "compile", lambda: own._programs or smaller)
+    smaller = engine_of(*model()[1:], logprobs=False, slots=SLOTS // 2).compile()
+    gc.collect()
+    gc.disable()
+    try:
+        assert len([*own.run(ragged(SLOTS))]) == SLOTS
+    finally:
+        gc.enable()
+    assert left == [False]
 
 
 def test_programs_may_run_once_before_the_first_row(monkeypatch: Any) -> None:

@@ -86,7 +86,10 @@ class Run:
             yield from self.give()
             self.waiting.read()
             wait = time.perf_counter()
-            self.slots, block = chunk.result()
+            try:
+                self.slots, block = chunk.result()
+            finally:  # what failed would hold this run, and its cache, by its traceback
+                del chunk
             block = jax.device_get(block)
             read = time.perf_counter()
             self.stats.waited += read - wait
