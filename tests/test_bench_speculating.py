@@ -166,17 +166,23 @@ def test_command_takes_rows_of_ones_own(tmp_path: Path, capsys: Any) -> None:
     if not folder.is_dir():
         pytest.skip("examples/ is not beside the tests")
     file = tmp_path / "rows.jsonl"
-    file.write_text('{"custom_id": "a", "prompt": "to be"}\n{"prompt": "or not"}\n')
+    two = {"url": "/v1/completions", "body": {"prompt": ["or", "not to be"]}}
+    rows = {"custom_id": "a", "prompt": "to be"}, {"custom_id": "b", **two}
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     words = ["bench", str(folder), "--speculate", "prompt:3", "--new", "4"]
     words += ["--repeat", "1", "--input", str(file), "--json", "-"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     texts = [one["text"] for one in json.loads(out)["speculation"]]
-    assert texts == ["a", "line 2"]
-    assert err.splitlines()[-1].startswith("median of 2: ")
+    assert texts == ["a", "b, prompt 1", "b, prompt 2"]
+    assert err.splitlines()[-1].startswith("median of 3: ")
     file.write_text('{"prompt": "to be"}\n{"prompt": 3}\n')
     assert main(words) == 2
     assert f"{file}, line 2: prompt: got 3" in capsys.readouterr().err
+    other = {"custom_id": "c", "url": "/v1/embeddings", "body": {"input": "to be"}}
+    file.write_text(json.dumps(other) + "\n")
+    assert main(words) == 2
+    assert f"{file}, c: url: got 'embeddings', want" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

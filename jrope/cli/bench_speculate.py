@@ -13,7 +13,7 @@ from jrope.bench.speculating import measure, measure_own, middle
 from jrope.cli.bench_batch import write_json
 from jrope.cli.speculating import Guessing
 from jrope.cli.text import load_tokenizer
-from jrope.errors import JropeError, RowError
+from jrope.errors import JropeError, RowError, want
 from jrope.generation.guesser import Guesser
 from jrope.hf.folders import find_folder
 from jrope.model.config import LlamaConfig
@@ -53,9 +53,12 @@ def own_prompts(
     for line in source:
         name = line.custom_id or f"line {line.number}"
         try:
-            found[name] = read_row(line, settings).prompts[0]
+            row = read_row(line, settings)
+            want(row.form != "embeddings", "url", row.form, "what writes an answer")
         except RowError as error:
             raise JropeError(f"{args.input}, {name}: {error}") from None
+        for at, ids in enumerate(row.prompts, 1):
+            found[name if len(row.prompts) == 1 else f"{name}, prompt {at}"] = ids
     if not found:
         raise JropeError(f"{args.input}: got no rows, want some with prompts")
     return found
