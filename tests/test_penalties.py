@@ -197,6 +197,29 @@ def test_an_own_sampler_is_given_changed_logits() -> None:
         assert len({*prompt, *row[:5]}) == len({*prompt}) + 5
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Fresh(Sampler):
+    """Nothing comes twice."""
+
+    def __call__(self, logits: Any, keys: Any, seen: Any = None, **own: Any) -> Any:
+        assert seen.dtype == bool
+        return super().__call__(jnp.where(seen, -jnp.inf, logits), keys, seen, **own)
+
+
+def test_a_sampler_that_does_more_is_an_own_one() -> None:
+    got = np.asarray(run(sampler=Fresh(), logit_bias={12: 100.0}).tokens)
+    for row, prompt in zip(got.tolist(), prompts(), strict=True):
+        assert row[0] == 12 or 12 in prompt
+        assert len({*prompt, *row}) == len({*prompt}) + NEW
+
+
+def test_numbers_that_a_tree_was_filled_with_are_checked() -> None:
+    wrong = jax.tree.map(lambda x: -x, Sampler(repetition_penalty=1.2))
+    with pytest.raises(JropeError, match=r"repetition_penalty: got -1\.2"):
+        run(sampler=wrong)
+
+
 # --- the same at positions behind guesses
 
 
@@ -300,6 +323,7 @@ def test_what_rows_hold_is_not_copied() -> None:
         ({"logit_bias": [{}]}, "logit_bias: got 1 of them for 3 rows"),
         ({"logit_bias": {61: 1.0}}, r"ids \[61\] lie outside the vocabulary of 61"),
         ({"logit_bias": {-1: 1.0}}, r"ids \[-1\] lie outside"),
+        ({"logit_bias": {10**20: 1.0}}, "logit_bias: got {10{20}: 1.0}, want"),
         ({"logit_bias": {"3": 1.0}}, r"logit_bias: got {'3': 1.0}, want"),
         ({"logit_bias": {3: 101}}, r"logit_bias: got {3: 101}, want"),
         ({"logit_bias": {i: 1 for i in range(301)}}, "got 301 of them, want at most"),

@@ -81,7 +81,7 @@ def check_bias(bias: Any, config: LlamaConfig) -> None:
     wrong = {
         id: value
         for id, value in every.items()
-        if not is_integer(id, at_least=-(2**31))
+        if not (is_integer(id, at_least=-(2**31)) and id < 2**31)
         or not (is_number(value) and -100 <= value <= 100)
     }
     if wrong:

@@ -270,9 +270,9 @@ def draw(
     with jax.named_scope("sample"):
         own = {"axes": axes} if axes.tensor or axes.batch else {}
         free = logits if allowed is None else jnp.where(allowed, logits, -jnp.inf)
-        if isinstance(sampler, Sampler):
+        if type(sampler).__call__ is Sampler.__call__:
             drawn = sampler(free, keys, past, **own)
-        else:  # the caller's own
+        else:  # the caller's own, maybe a Sampler that does more
             drawn = sampler(past.changed(free, axes), keys, past.counts() > 0, **own)
     # x - x is 0, or NaN where x is not finite: XLA's CPU maximum may lose a NaN.
     wrong = axes.total(jnp.sum(logits - logits, axis=-1))

@@ -287,6 +287,7 @@ def _sampling_params(
         value = getattr(sampler, f.name)
         if not isinstance(value, Tracer) and np.asarray(value).dtype.kind in "OSU":
             raise JropeError(f"Sampler: {f.name}: got {value!r}, want a number, or [B]")
+    sampler = sampler if own else replace(sampler)  # which checks the numbers
     key = _one_key(key, sampler)
     seeds = np.arange(batch) if seeds is None else seeds
     seeds = integers("seeds", seeds, f"integers [{batch}]")
