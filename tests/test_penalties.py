@@ -11,11 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from batch_helpers import SLOTS, by_key, engine, ragged, work
+from batch_helpers import SLOTS, by_key, engine, engine_of, ragged, work
 from generate_helpers import KEY, NEW, VOCABULARY, model, prompts, run
 from reference import changed_logits
 from scipy.special import log_softmax
 
+from jrope.batch.slots import past_of
 from jrope.batch.work import Work
 from jrope.errors import JropeError
 from jrope.generation.loop import decode
@@ -300,6 +301,24 @@ def test_what_rows_hold_is_read_only_where_one_asks() -> None:
     jaxpr = jax.make_jaxpr(several)(seen, bias.values, *given).jaxpr
     for var in jaxpr.invars[:2]:
         assert readers(jaxpr, var) == {"cond"}
+
+
+def test_rows_that_are_gone_ask_for_nothing() -> None:
+    asking: list[bool] = []
+    programs = engine().compile()
+
+    def watched(*given: Any) -> Any:
+        slots, block = programs.decode[False](*given)
+        past = past_of(slots, slots.steps)
+        asking.append(bool(slots.asked.sampler._needs(SLOTS, past)[3]))
+        return slots, block
+
+    own = engine_of(*model()[1:], logprobs=False)
+    own._programs = dataclasses.replace(programs, decode={False: watched})
+    fields: dict[str, Any] = {"logit_bias": {3: 1.0}, "min_new_tokens": 2}
+    short = work("asks", 3, 2, sampler=Sampler(frequency_penalty=1.0), **fields)
+    assert len([*own.run([short, work("plain", 3, 30)])]) == 2
+    assert asking[0] and not any(asking[1:]) and len(asking) > 2
 
 
 def test_what_rows_hold_is_not_copied() -> None:

@@ -113,14 +113,6 @@ def empty(
         share = partial(empty, **how, platform=platform)
         return layout.map(share, (), slots_specs(layout))()
     zeros = partial(jnp.zeros, (count,))
-    asked = Asked(
-        sampler=greedy(count),
-        seeds=zeros(jnp.uint32),
-        stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
-        least=zeros(jnp.int32),
-        limits=zeros(jnp.int32),
-        bias=biases([{}] * count),
-    )
     given = platform, count, capacity
     beside = None
     if draft is not None:
@@ -133,7 +125,19 @@ def empty(
         live=zeros(bool),
         finite=jnp.ones(count, bool),
         steps=zeros(jnp.int32),
-        asked=asked,
+        asked=_nothing_asked(count),
+    )
+
+
+def _nothing_asked(count: int) -> Asked:
+    zeros = partial(jnp.zeros, (count,))
+    return Asked(
+        sampler=greedy(count),
+        seeds=zeros(jnp.uint32),
+        stop_ids=jnp.full((count, STOP_IDS), -1, jnp.int32),
+        least=zeros(jnp.int32),
+        limits=zeros(jnp.int32),
+        bias=biases([{}] * count),
     )
 
 
@@ -247,7 +251,14 @@ def started(slots: Slots, key: jax.Array, going: jax.Array) -> tuple[Slots, jax.
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, slots.asked.seeds)
     lengths = jnp.where(slots.live & ~going, 0, slots.cache.lengths)
     cache = replace(slots.cache, lengths=lengths)
-    return replace(slots, live=slots.live & going, cache=cache), keys
+
+    def kept(own: jax.Array, none: jax.Array) -> jax.Array:
+        return jnp.where(jnp.expand_dims(going, range(1, own.ndim)), own, none)
+
+    # What rows asked for that are gone would cost every step of the others.
+    asked = jax.tree.map(kept, slots.asked, _nothing_asked(len(going)))
+    live = slots.live & going
+    return replace(slots, live=live, cache=cache, asked=asked), keys
 
 
 def ended(slots: Slots, block: Block) -> tuple[Slots, Block]:
