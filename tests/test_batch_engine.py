@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import threading
 import weakref
 from typing import Any
 
@@ -55,6 +56,25 @@ def test_rows_are_what_generate_makes_of_each_alone() -> None:
         assert answer.finish_reason == ("stop" if ended else "length")
         assert answer.logprobs is answer.top_ids is answer.top_logprobs is None
     assert any(row.finish_reason == "stop" for row in got.values())
+
+
+def test_answers_are_given_while_the_device_decodes() -> None:
+    own, given, calls = engine_of(*model()[1:]), threading.Event(), list[bool]()
+    programs = engine().compile()
+
+    def decode(*args: Any) -> Any:
+        if calls:  # a chunk ago the first row ended
+            calls.append(given.wait(60))
+        calls.append(True)
+        return programs.decode[False](*args)
+
+    own._programs = dataclasses.replace(programs, decode={False: decode})
+    order = list[str]()
+    for row in own.run([work("short", 5, 2), work("long", 5, 2 * CHUNK)]):
+        order.append(str(row.key))
+        given.set()
+    assert order == ["short", "long"]
+    assert len(calls) > 1 and all(calls), "the chunk had to end first"
 
 
 def test_order_and_company_change_no_bit() -> None:

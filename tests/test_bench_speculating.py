@@ -30,6 +30,7 @@ from jrope.model.config import LlamaConfig
 
 NEW = 6
 SHAPE = {"batch": 2, "context": 9, "new": NEW, "repeats": 1, "patience": 9.0}
+TINY = Path(__file__).parents[1] / "examples/models/jrope-tiny"
 BASE = ["bench", "--shape", "smollm2-135m", "--layers", "1", "--speculate"]
 
 
@@ -156,20 +157,21 @@ def test_the_middle_of_several_texts() -> None:
             text="", seconds=2.0, plain_seconds=plain, passes=passes, steps=passes * 2
         )
 
-    assert middle([one(8.0, 3), one(1.0, 0), one(5.0, 4)]) == (
+    assert middle([one(8.0, 3), one(1.0, 2), one(5.0, 4), one(9.0, 0)]) == (
         "median of 3: 2.50x as fast (0.50 to 4.00), 2.00 tokens a pass"
     )
+    assert middle([one(1.0, 0)]) == "no answer went on behind its first token"
+    assert one(1.0, 0).line() == ": ended with its first token, which is not timed"
 
 
 def test_command_takes_rows_of_ones_own(tmp_path: Path, capsys: Any) -> None:
-    folder = Path(__file__).parents[1] / "examples/models/jrope-tiny"
-    if not folder.is_dir():
+    if not TINY.is_dir():
         pytest.skip("examples/ is not beside the tests")
     file = tmp_path / "rows.jsonl"
     two = {"url": "/v1/completions", "body": {"prompt": ["or", "not to be"]}}
     rows = {"custom_id": "a", "prompt": "to be"}, {"custom_id": "b", **two}
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["bench", str(folder), "--speculate", "prompt:3", "--new", "4"]
+    words = ["bench", str(TINY), "--speculate", "prompt:3", "--new", "4"]
     words += ["--repeat", "1", "--input", str(file), "--json", "-"]
     assert main(words) == 0
     out, err = capsys.readouterr()
@@ -179,6 +181,8 @@ def test_command_takes_rows_of_ones_own(tmp_path: Path, capsys: Any) -> None:
     file.write_text('{"prompt": "to be"}\n{"prompt": 3}\n')
     assert main(words) == 2
     assert f"{file}, line 2: prompt: got 3" in capsys.readouterr().err
+    assert main([*words, "--context", "8"]) == 2
+    assert "leave --batch and --context out" in capsys.readouterr().err
     other = {"custom_id": "c", "url": "/v1/embeddings", "body": {"input": "to be"}}
     file.write_text(json.dumps(other) + "\n")
     assert main(words) == 2

@@ -26,17 +26,8 @@ _INTEGERS = (
 SERVED = {
     *_SAMPLER,
     *_LIMITS,
-    *(
-        "min_tokens",
-        "logit_bias",
-        "seed",
-        "n",
-        "stop",
-        "stop_token_ids",
-        "ignore_eos",
-        "logprobs",
-        "top_logprobs",
-    ),
+    *("min_tokens", "logit_bias", "seed", "n", "logprobs", "top_logprobs"),
+    *("stop", "stop_token_ids", "ignore_eos"),
     *("response_format", "structured_outputs"),  # read in `jrope.forms`
 }
 _GUIDED = (  # vLLM's words before structured_outputs

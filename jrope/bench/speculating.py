@@ -60,11 +60,13 @@ class Guessed:
 
     @property
     def tokens_a_pass(self) -> float:
-        """New tokens, in terms of the passes that took them; 1 where there was none."""
-        return self.steps / self.passes if self.passes else 1.0
+        """New tokens, in terms of the passes that took them."""
+        return self.steps / self.passes
 
     def line(self) -> str:
         """For people."""
+        if not self.steps:
+            return f"{self.text}: ended with its first token, which is not timed"
         return (
             f"{self.text}: {self.speed:.2f}x as fast as without guesses, "
             f"{self.tokens_a_pass:.2f} tokens a pass"
@@ -72,7 +74,9 @@ class Guessed:
 
 
 def middle(found: Sequence[Guessed]) -> str:
-    """Several texts in a line."""
+    """Several texts in a line, without those that ended with their first token."""
+    if not (found := [one for one in found if one.steps]):
+        return "no answer went on behind its first token"
     speeds = [one.speed for one in found]
     tokens = statistics.median(one.tokens_a_pass for one in found)
     return (

@@ -47,6 +47,9 @@ def own_prompts(
         raise JropeError("--input: want --speculate beside it")
     if args.folder is None:
         raise JropeError("--input: texts want a FOLDER, which has a tokenizer")
+    if args.batch != (1,) or args.context != (2048,):
+        hint = "leave --batch and --context out"
+        raise JropeError(f"--input: its prompts run one by one, as they are; {hint}")
     tokenizer, source = load_tokenizer(find_folder(args.folder)), Source(args.input)
     settings, found = BatchSettings(tokenizer=tokenizer, config=config), {}
     source.index()
