@@ -108,6 +108,14 @@ def test_a_step(
         np.testing.assert_allclose(got, want, rtol=0, atol=close[dtype])
 
 
+def test_long_rows_begin_first_where_programs_wait() -> None:
+    lengths = jnp.array([3, 90, 0, 7], jnp.int32)
+    few = decode_parts.longest_first(lengths, decode_parts.PROGRAMS)
+    many = decode_parts.longest_first(lengths, decode_parts.PROGRAMS + 1)
+    assert few.tolist() == [0, 1, 2, 3] and many.tolist() == [1, 3, 0, 2]
+    assert few.dtype == many.dtype == jnp.int32
+
+
 @pytest.mark.parametrize("tokens", [1, 3])
 def test_past_the_last_slot_nothing_is_written(tokens: int) -> None:
     given = inputs("float32", [S, S + 7, S - 1], 4, 2, 64, tokens)

@@ -63,6 +63,7 @@ def rotate_append_attend(
 
 
 def _step(
+    order: Any,
     starts: Any,
     new: Any,
     cos: Any,
@@ -81,7 +82,7 @@ def _step(
     from jax.experimental import pallas as pl
     from jax.experimental.pallas import triton
 
-    share = Share.of(starts, keys, group, tokens)
+    share = Share.of(order, starts, keys, group, tokens)
     row, kv_head, lanes = share.row, share.kv_head, share.lanes
     at = jnp.arange(1 if tokens == 1 else rows_of(tokens), dtype=jnp.int32)
     kv_heads, is_new = pl.num_programs(0), at < tokens
@@ -193,6 +194,7 @@ def attend_int8(
 
 
 def _read(
+    order: Any,
     lengths: Any,
     q: Any,
     keys: Any,
@@ -205,7 +207,7 @@ def _read(
     scale: np.float32,
 ) -> None:
     """One share of 8-bit slots."""
-    share = Share.of(lengths, keys, group, tokens)
+    share = Share.of(order, lengths, keys, group, tokens)
     zeros = jnp.zeros((rows_of(group),), jnp.float32)
     acc = jnp.zeros((rows_of(group), keys.shape[3]), jnp.float32)
     how = (keys, values), (key_scales, value_scales), scale

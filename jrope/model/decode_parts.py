@@ -75,12 +75,12 @@ def run_shares(
     interpret: bool,
     name: str,
 ) -> tuple[jax.Array, list[jax.Array]]:
-    """Call `body(*refs, *changed, *out)` for all shares, and join them.
+    """Call `body(order, *refs, *changed, *out)` for all shares, and join them.
 
     Args:
       body: a kernel that ends with `put`; it is told `group` and `scale`.
       q: [B, T, N, H].
-      given: what it reads.
+      given: what it reads; int32 [B] first, how long each row is.
       keys: [B, S, K, H].
       scale: of scores; None: 1 / sqrt(H).
       aliases: which of `given` it changes, and as which result.
@@ -100,12 +100,13 @@ def run_shares(
     scale = 1 / math.sqrt(head_dim) if scale is None else scale
     how = {"group": heads // kv_heads, "tokens": tokens}
     changed = [jax.typeof(given[i]) for i in aliases]
+    order = longest_first(given[0], batch * kv_heads * shares)
     out = call_triton(
         partial(body, **how, scale=np.float32(scale * math.log2(math.e))),
-        given,
+        (order, *given),
         grid=(kv_heads, shares, batch),
         out_shape=[*changed, *([y] if shares == 1 else sums)],
-        input_output_aliases=aliases,
+        input_output_aliases={1 + i: at for i, at in aliases.items()},
         interpret=interpret,
         name=name,
     )
@@ -114,6 +115,17 @@ def run_shares(
         own: Any = {"grid": shape[1::-1], "interpret": interpret}
         out = call_triton(_join, out, out_shape=[y], **own, name="join_shares")
     return out[0].reshape(q.shape), changed
+
+
+def longest_first(lengths: jax.Array, programs: int) -> jax.Array:
+    """int32 [B], the rows in the order that a kernel of so many programs takes them.
+
+    A GPU starts programs one after another, and a long row that came last would be
+    alone at the end.  All layers of a step order the same rows, which XLA does once.
+    """
+    if programs <= PROGRAMS:  # all start at once
+        return jnp.arange(len(lengths), dtype=jnp.int32)
+    return jnp.argsort(-lengths).astype(jnp.int32)
 
 
 def shares_of(rows: int, capacity: int) -> int:
@@ -165,11 +177,14 @@ class Share:
     lanes: Any  # int32 [H]
 
     @classmethod
-    def of(cls, lengths: Any, keys: Any, group: int, tokens: int) -> "Share":
-        """The running program's, of filled slots [B] and keys [B, S, K, H]."""
+    def of(
+        cls, order: Any, lengths: Any, keys: Any, group: int, tokens: int
+    ) -> "Share":
+        """The running program's, of rows in order, filled slots and [B, S, K, H]."""
         from jax.experimental import pallas as pl
 
-        kv_head, number, row = (pl.program_id(i) for i in range(3))
+        kv_head, number, turn = (pl.program_id(i) for i in range(3))
+        row = order[turn]
         length = jnp.minimum(lengths[row], keys.shape[1])
         size = pl.cdiv(pl.cdiv(length, pl.num_programs(1)), BLOCK) * BLOCK
         begin = jnp.minimum(number * size, length)
