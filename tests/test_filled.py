@@ -11,7 +11,7 @@ import pytest
 
 from jrope.model.attention import attend, one_query
 from jrope.model.bits import to_bits
-from jrope.model.filled import BLOCK, BLOCKS, FEWEST, attend_filled, filled_takes
+from jrope.model.filled import AT_ONCE, BLOCK, FEWEST, attend_filled, filled_takes
 from jrope.model.queries import Queries
 
 SLOTS, HEADS, KV_HEADS, SIZE = 5 * BLOCK, 6, 3, 8
@@ -61,12 +61,13 @@ def loops(given: Arrays, platform: str = "cpu", starts: Any = EDGES) -> bool:
 
 @pytest.mark.parametrize("window", [None, 1, BLOCK, BLOCK + 9, 3 * BLOCK])
 def test_is_a_softmax_over_what_a_row_sees(window: int | None) -> None:
-    assert len(EDGES) * SLOTS // BLOCK > BLOCKS
+    assert len(EDGES) * SLOTS > AT_ONCE
     check(random(), window)
 
 
-def test_blocks_may_be_half_as_long() -> None:
-    given = random(SLOTS + BLOCK // 2)
+@pytest.mark.parametrize("part", [2, 4])
+def test_blocks_may_be_shorter(part: int) -> None:
+    given = random(SLOTS + BLOCK // part)
     assert loops(given)
     check(given, BLOCK + 9)
 

@@ -22,8 +22,8 @@ from jrope.model.bits import Bits, to_bits
 from jrope.model.int8_cache import Keys
 from jrope.model.queries import LOWEST, Queries, einsum, own_heads, spread, steps
 
-BLOCK = 32  # slots, or half of it where a row has no whole number of blocks
-BLOCKS = 32  # at a time, of 32 slots: their keys stay in a CPU's cache
+BLOCK = 64  # slots, or a half or a quarter where a row has no whole number of blocks
+AT_ONCE = 512  # slots: their keys stay in a CPU's cache
 FEWEST = 128  # slots of a row, below which all of them are read at once
 
 Sums: TypeAlias = tuple[jax.Array, jax.Array, jax.Array]
@@ -36,7 +36,7 @@ def filled_takes(q: jax.Array, k: Keys, segments: jax.Array | None) -> bool:
     integers = isinstance(k, Bits) and k.dtype == q.dtype
     wide = isinstance(k, jax.Array) and q.dtype == k.dtype == jnp.float32
     slots, several = k.shape[1], len(q) > 1 and segments is None
-    whole = slots >= FEWEST and slots % (BLOCK // 2) == 0
+    whole = slots >= FEWEST and slots % (BLOCK // 4) == 0
     return (wide or integers) and several and whole
 
 
@@ -69,7 +69,7 @@ def attend_filled(
     k, v = (x.reshape(batch * per_row, -1) for x in (k, v))  # a block a row
     seen = _seen_blocks(queries, per_row, block)
     count = jnp.sum(seen, dtype=jnp.int32)
-    size = min(BLOCKS * BLOCK // block, batch * per_row)
+    size = min(AT_ONCE // block, batch * per_row)
     (listed,) = jnp.nonzero(seen.reshape(-1), size=seen.size, fill_value=seen.size)
     listed = listed.astype(jnp.int32)  # row by row, then blocks that are none
     listed = jnp.pad(listed, (0, -len(listed) % size), constant_values=len(k))
