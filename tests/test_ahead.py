@@ -4,7 +4,6 @@ import gc
 import logging
 import threading
 from collections.abc import Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -105,9 +104,9 @@ def test_a_program_compiles_while_the_next_is_traced() -> None:
     begun = threading.Event()
 
     def lowered() -> Iterator[tuple[str, Any]]:
-        yield "first", SimpleNamespace(compile=begun.set)
+        yield "first", begun.set
         assert begun.wait(60), "the first one waits for the second one's trace"
-        yield "second", SimpleNamespace(compile=lambda: "compiled")
+        yield "second", lambda: "compiled"
 
     assert side_by_side(lowered()) == {"first": None, "second": "compiled"}
 
@@ -121,7 +120,7 @@ def test_the_collector_waits_for_traces_alone(enabled: bool, fails: bool) -> Non
         seen.append(gc.isenabled())
         if fails:
             raise JropeError("cannot be traced")
-        yield "one", SimpleNamespace(compile=lambda: None)
+        yield "one", lambda: None
 
     try:
         (gc.enable if enabled else gc.disable)()

@@ -77,6 +77,37 @@ def test_answers_are_given_while_the_device_decodes() -> None:
     assert len(calls) > 1 and all(calls), "the chunk had to end first"
 
 
+def test_the_next_prompts_are_read_behind_a_chunk() -> None:
+    """Before the host knows what it drew, and whether slots are free for them."""
+    rows, ready = ragged(3 * SLOTS), engine().compile()
+    calls = list[tuple[str, bool]]()
+    here = threading.current_thread()
+
+    def watched(name: str, program: Any) -> Any:
+        def called(*args: Any) -> Any:
+            calls.append((name, threading.current_thread() is here))
+            return program(*args)
+
+        return called
+
+    ways = {
+        kind: {n: watched(kind, p) for n, p in getattr(ready, kind).items()}
+        for kind in ("read", "enter", "decode")
+    }
+    own = engine_of(*model()[1:])
+    own._programs = dataclasses.replace(ready, **ways)
+    got = by_key(own.run(rows))
+    assert calls[0] == ("read", True), "these slots are free"
+    behind = [calls[i - 1] for i, call in enumerate(calls) if call == ("read", False)]
+    assert behind and set(behind) == {("decode", False)}
+    names = [name for name, _ in calls]
+    assert names.count("enter") == names.count("read")
+    assert {key: row.tokens.tolist() for key, row in got.items()} == {
+        row.key: tokens_alone(row) for row in rows
+    }
+    assert own.stats.prefill_tokens == sum(len(row.prompt) for row in rows)
+
+
 def test_order_and_company_change_no_bit() -> None:
     rows = [dataclasses.replace(row, logprobs=3) for row in ragged(3 * SLOTS)]
     before = by_key(engine().run(rows))
@@ -126,7 +157,7 @@ def test_nothing_compiles_after_compile() -> None:
         assert made
     finally:
         jax.monitoring.unregister_event_duration_listener(heard)
-    assert own.stats.compiled == len(own.programs) == 6
+    assert own.stats.compiled == len(own.programs) == 7
     assert own.programs[2] == "first pieces up to 32, 1 x 32"
 
 
@@ -226,7 +257,7 @@ def test_slots_are_updated_in_place() -> None:
     dtype, how = "float32", {"config": own.config, "count": SLOTS}
     state = empty.eval_shape(**how, capacity=own.capacity, dtype=jnp.dtype(dtype))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state.cache))
-    every = [*compiled.decode.values(), *compiled.begin.values(), compiled.extend]
+    every = [*compiled.decode.values(), *compiled.enter.values(), compiled.extend]
     for program in [*every, compiled.clean]:
         assert program.memory_analysis().alias_size_in_bytes >= size
     assert compiled.decode[False].memory_analysis().temp_size_in_bytes < size
@@ -237,7 +268,9 @@ def test_slots_follow_from_memory() -> None:
     state = empty.eval_shape(config=config, count=1, capacity=96, dtype=jnp.float32)
     slot = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     own = slot + 16 * config.vocab_size
-    fixed = 2048 * 3 * (64 + 96) * 4 + 2 * slot
+    line = 2 * config.num_hidden_layers * config.num_key_value_heads
+    line *= config.head_dim * 4 * 96
+    fixed = 2048 * 3 * (64 + 96) * 4 + 2 * slot + 2 * line
     for count in (1, 2, 7):
         memory = int((fixed + own * count) / 0.9) + 2
         assert slots_for(params, config, 96, memory) == count
@@ -262,15 +295,23 @@ class Exhausted:
         return self.program(*args)
 
 
-def failing(own: Engine, programs: Programs, after: int) -> None:
-    decode = {False: Exhausted(programs.decode[False], after)}
-    own._programs = dataclasses.replace(programs, decode=decode)
+def failing(own: Engine, programs: Programs, after: int, kind: str = "decode") -> None:
+    [(name, program), *_] = getattr(programs, kind).items()
+    own._programs = dataclasses.replace(
+        programs, **{kind: {name: Exhausted(program, after)}}
+    )
 
 
-def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
+@pytest.mark.parametrize(
+    ("kind", "after"), [("decode", 3), ("read", 1), ("read", 11), ("enter", 11)]
+)
+def test_out_of_memory_halves_the_slots_and_loses_nothing(
+    kind: str, after: int
+) -> None:
+    """With prompts read ahead, too, and where these are what fails."""
     told: list[str] = []
     own = engine_of(*model()[1:], logprobs=False, warn=told.append)
-    failing(own, engine().compile(), after=3)
+    failing(own, engine().compile(), after, kind)
     rows = ragged(2 * SLOTS)
     got = by_key(own.run(rows))
     assert {key: row.tokens.tolist() for key, row in got.items()} == {
@@ -284,7 +325,8 @@ def test_out_of_memory_halves_the_slots_and_loses_nothing() -> None:
         list(own.run(rows))
 
 
-def test_out_of_memory_frees_the_slots(monkeypatch: Any) -> None:
+@pytest.mark.parametrize("kind", ["decode", "read", "enter"])
+def test_out_of_memory_frees_the_slots(kind: str, monkeypatch: Any) -> None:
     """Before the next ones are there, which is not left to the garbage collector."""
     runs, left = list[weakref.ref[Any]](), list[bool]()
 
@@ -295,13 +337,14 @@ def test_out_of_memory_frees_the_slots(monkeypatch: Any) -> None:
 
     monkeypatch.setattr(jrope.batch.engine, "Run", begun)
     own = engine_of(*model()[1:], logprobs=False, warn=lambda _: None)
-    failing(own, engine().compile(), after=2)
+    after = 2 if kind == "decode" else SLOTS // 2 + 2
+    failing(own, engine().compile(), after, kind)
     monkeypatch.setattr(own, "compile", lambda: own._programs or smaller)
     smaller = engine_of(*model()[1:], logprobs=False, slots=SLOTS // 2).compile()
     gc.collect()
     gc.disable()
     try:
-        assert len([*own.run(ragged(SLOTS))]) == SLOTS
+        assert len([*own.run(ragged(2 * SLOTS))]) == 2 * SLOTS
     finally:
         gc.enable()
     assert left == [False]

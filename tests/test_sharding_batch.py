@@ -176,12 +176,14 @@ def test_slots_stay_where_they_are(text: str) -> None:
         assert gathered == (wanted if model > 1 else set())
         assert (("all-reduce", "s32[]") in found) == (data > 1)  # who is live
         assert program.memory_analysis().temp_size_in_bytes < 2 * cache_bytes
-    check_small(programs.begin[PIECE], 1, PIECE, model)  # a line of each group
+    check_small(programs.read[PIECE], 1, PIECE, model)  # a line of each group
     check_small(programs.extend, 1, PIECE, model)
-    for program in (programs.begin[PIECE], programs.extend):
+    for program in (programs.read[PIECE], programs.extend):
         assert {kind for kind, _ in collectives(program.as_text())} <= {"all-reduce"}
     assert not collectives(programs.clean.as_text())
-    for program in (*programs.begin.values(), programs.extend, programs.clean):
+    for program in programs.enter.values():
+        assert not collectives(program.as_text())
+    for program in (*programs.enter.values(), programs.extend, programs.clean):
         assert program.memory_analysis().alias_size_in_bytes >= cache_bytes
 
 

@@ -102,7 +102,7 @@ def test_a_batchs_programs_compile_on_a_mesh(little_effort):
     mesh, config = jrope.mesh("data=2,model=2", on="v5e:2x2"), tiny()
     engine = Engine(shapes_on(mesh, config), config, structures=True, **ENGINE)
     made = engine.compile()
-    ways = [made.decode[False], *made.ruled.values(), *made.begin.values()]
+    ways = [made.decode[False], *made.ruled.values(), *made.enter.values()]
     slots = 2 * engine.stats.slots * engine.width * 2 * 128 * 2  # bytes of bfloat16
     for program in [*ways, made.extend, made.clean]:
         assert program.memory_analysis().alias_size_in_bytes >= slots // mesh.size

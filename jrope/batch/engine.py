@@ -21,6 +21,7 @@ from jrope.batch.admission import (
     fit_guesser,
     without_far_windows,
 )
+from jrope.batch.compiling import compiling
 from jrope.batch.drafting import share_of_step
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.pauses import in_vain
@@ -46,7 +47,8 @@ from jrope.sharding.meshes import layout_of, stand_whole
 from jrope.tree import Params
 
 CHUNK = 32  # decode steps between two looks at the device, at most
-ROUND = 16  # the capacity is a multiple of this
+ROUND = 16  # the capacity is a multiple of this,
+BLOCK = 64  # or of this from two of them on, which a CPU reads slots by
 
 
 @final
@@ -101,7 +103,9 @@ class Engine:
         check_model(params, config)
         check_count("capacity", capacity, 2)
         guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
-        width = -(-(capacity + guesses) // ROUND) * ROUND
+        width = capacity + guesses
+        whole = BLOCK if width > 2 * BLOCK else ROUND
+        width = -(-width // whole) * whole
         config, longest = without_far_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
         if speculate is not None:
@@ -182,19 +186,23 @@ class Engine:
         """The program to decode rows with structures, compiled if it is not there."""
         how = {**self._how(), "scored": way[0], "entries": way[1]}
         lower = partial(lower_decode, self.params, self.config, **how)
-        return self._later(self.compile().ruled, way, lambda: lower()[1])
+        slots, ready = self.stats.slots, self.compile().ruled
+        return self._later(ready, way, lambda: lower()[1], slots)
 
     def _share(self) -> Any:
         """The program for what follows a prefix, compiled when the first is shared."""
-        way = self.shapes.behind
+        way = width, rows = self.shapes.behind
         how = {**self._cache(), "behind": way}
         lower = partial(lower_share, self.params, self.config, **how)
-        return self._later(self.compile().share, way, lower)
+        return self._later(self.compile().share, way, lower, width * rows)
 
-    def _later(self, ready: dict[Any, Any], way: Any, lower: Callable[[], Any]) -> Any:
+    def _later(
+        self, ready: dict[Any, Any], way: Any, lower: Callable[[], Any], tokens: int
+    ) -> Any:
         if way not in ready:
             begin = time.perf_counter()
-            ready[way] = lower().compile()
+            how = self.params, tokens, self.layout, self.speculate
+            ready[way] = compiling(lower(), *how)()
             self.stats.compiled += 1
             self.stats.compile_seconds += time.perf_counter() - begin
         return ready[way]

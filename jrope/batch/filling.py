@@ -1,12 +1,12 @@
 """How prompts come into their slots: by pieces, each put where its row is, in place.
 
-First pieces are computed one behind another in a line without padding, each by itself;
-the others beside what the slot holds already, or what another slot holds of the same
-prompt.  Where a draft guesses, each program has it read the piece as well.
+First pieces are read one behind another in a line without padding, each by itself and
+before slots are free for them; the others beside what the slot holds already, or what
+another slot holds of the same prompt.  Where a draft guesses, it reads the pieces, too.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -14,67 +14,129 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jrope.batch.reading import Piece, first_pieces, further_pieces, pieces_behind
+from jrope.batch.reading import (
+    Piece,
+    further_pieces,
+    pieces_behind,
+    put_flat,
+    written,
+)
 from jrope.batch.slots import Asked, Slots, slots_specs
 from jrope.generation.guesser import Draft, Guesser
 from jrope.generation.past import PROMPT
 from jrope.model.cache import KVCache
 from jrope.model.config import LlamaConfig
 from jrope.model.flat import Flat
-from jrope.model.llama import last_token
-from jrope.model.placed import share_of
+from jrope.model.int8_cache import CacheDtype
+from jrope.model.llama import hidden_states, last_token
+from jrope.model.placed import cache_specs, share_of
 from jrope.sharding.axes import ONE, Axes
 from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """First pieces as the model has read them, which no slots hold yet."""
+
+    cache: KVCache  # [G, N, K, H] in each layer, rows one behind another
+    draft: KVCache | None  # of the model that guesses, if one does
+    last: jax.Array  # [R, D], of each row's last token
+
+
+def line_specs(layout: Layout) -> Any:
+    """How a `Line` is split: each group of devices has one."""
+    last: Any = layout.rows()
+    return Line(cache=cache_specs(layout), draft=None, last=last)
+
+
 @partial(
-    jax.jit,
-    static_argnames=("config", "longest", "axes", "layout"),
-    donate_argnames=("slots",),
+    jax.jit, static_argnames=("config", "longest", "cache_dtype", "axes", "layout")
 )
-def begin(
+def read(
     params: Params,
-    slots: Slots,
     piece: Piece,
-    asked: Asked,
     planned: jax.Array,
     guesser: Guesser | None = None,
     *,
     config: LlamaConfig,
     longest: int,
+    cache_dtype: CacheDtype | None = None,
     axes: Axes = ONE,
     layout: Layout | None = None,
-) -> Slots:
-    """Put the first pieces of R prompts into their slots.
+) -> Line:
+    """Read the first pieces of R prompts, before any slots are free for them.
 
     Args:
       params, config: the model.
-      slots: those that go on.
-      piece: the first pieces.
-      asked: what the R rows ask for.
+      piece: the first pieces; in which slots they will be does not matter.
       planned: int32 [R], each row's prompt and all of its new tokens.
       guesser: a draft reads the pieces as well, on no mesh.
       longest: what no piece exceeds.
+      cache_dtype: of the slots.
       axes, layout: as in `decode`.
     """
     if layout is not None:
         how: Any = {"config": share_of(config, layout), "axes": layout.axes}
-        how |= {"longest": longest}
+        how |= {"longest": longest, "cache_dtype": cache_dtype}
+        given = layout.params(params), layout.rows(), layout.rows()
+        run = layout.map(partial(read, **how), given, line_specs(layout))
+        return run(params, piece, planned)
+    flat = Flat(lengths=piece.lengths, planned=planned, longest=longest)
+    how = {"flat": flat, "cache_dtype": cache_dtype}
+    x, cache = hidden_states(params, piece.tokens, config=config, axes=axes, **how)
+    draft = None
+    if isinstance(guesser, Draft):
+        how["config"] = guesser.config
+        _, draft = hidden_states(guesser.params, piece.tokens, **how)
+    last = x[0].at[jnp.cumsum(piece.lengths) - 1].get(mode="clip")
+    return Line(cache=cache, draft=draft, last=last)
+
+
+@partial(
+    jax.jit,
+    static_argnames=("longest", "axes", "layout"),
+    donate_argnames=("slots",),
+)
+def enter(
+    slots: Slots,
+    line: Line,
+    piece: Piece,
+    asked: Asked,
+    planned: jax.Array,
+    *,
+    longest: int,
+    axes: Axes = ONE,
+    layout: Layout | None = None,
+) -> Slots:
+    """Put what was read of R prompts into their slots.
+
+    Args:
+      slots: those that go on.
+      line: what `read` gave for the piece.
+      piece, planned, longest: as there, now with the rows' slots.
+      asked: what the rows ask for.
+      axes, layout: as in `decode`.
+    """
+    if layout is not None:
+        how: Any = {"axes": layout.axes, "longest": longest}
         specs, rows = slots_specs(layout), layout.rows()
-        given = layout.params(params), specs, rows, rows, rows
-        run = layout.map(partial(begin, **how), given, specs)
-        return run(params, slots, piece, asked, planned)
+        given = specs, line_specs(layout), rows, rows, rows
+        run = layout.map(partial(enter, **how), given, specs)
+        return run(slots, line, piece, asked, planned)
     rows = piece.rows
     flat = Flat(lengths=piece.lengths, planned=planned, longest=longest)
-    read = partial(first_pieces, piece=piece, flat=flat)
-    x, slots = _with_guesser(read, params, slots, guesser, config=config, axes=axes)
+    put = partial(put_flat, rows=rows, flat=flat)
+    cache, draft = written(slots.cache, rows, line.cache, put), slots.draft
+    if draft is not None and line.draft is not None:
+        draft = written(draft, rows, line.draft, put)
     seen = slots.seen.at[rows].set(0, mode="drop")
-    slots = _anew(replace(slots, seen=seen), rows, asked)
-    last = x[0].at[jnp.cumsum(piece.lengths) - 1].get(mode="clip")
-    line, _ = flat.places(x.shape[1])
-    owners = rows.at[line].get(mode="fill", fill_value=len(slots.live))
-    return _entered(slots, piece, last, owners[None, :], axes)
+    slots = replace(slots, cache=cache, draft=draft, seen=seen)
+    row, _ = flat.places(piece.tokens.shape[1])
+    owners = rows.at[row].get(mode="fill", fill_value=len(slots.live))
+    slots = _anew(slots, rows, asked)
+    return _entered(slots, piece, line.last, owners[None, :], axes)
 
 
 @partial(
@@ -123,7 +185,7 @@ def share(
       asked: what the R rows ask for.
       sources: int32 [R], the slots that hold what comes before; maybe the rows' own.
       starts: int32 [R], how many tokens that is.
-      guesser: as in `begin`.
+      guesser: as in `read`.
     """
     rows = piece.rows
     read = partial(pieces_behind, piece=piece, sources=sources, starts=starts)
@@ -146,7 +208,7 @@ def _with_guesser(
 
     Args:
       read: one of `reading`, of (params, cache, *, config, axes).
-      params, slots, guesser, config, axes: as in `begin`.
+      params, slots, guesser, config, axes: as in `read`.
     """
     x, cache = read(params, slots.cache, config=config, axes=axes)
     slots = replace(slots, cache=cache)

@@ -1,6 +1,9 @@
 """The next pieces of prompts, as the programs of `filling` are given them."""
 
 from collections.abc import Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -9,6 +12,33 @@ from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
 from jrope.batch.slots import Asked
 from jrope.generation.past import biases
+
+
+@dataclass(eq=False)
+class Ahead:
+    """First pieces of rows, which may not have slots yet.
+
+    Args:
+      seats: the rows, by those of the program.
+      longest: which program that is.
+      piece, asked, planned: what it is given.
+      line: what becomes of them, once it is called aside.
+    """
+
+    seats: Mapping[int, Seat]
+    longest: int
+    piece: Piece
+    asked: Asked
+    planned: np.ndarray
+    line: "Future[Any] | None" = None
+
+    def placed(self, own: int) -> Piece:
+        """The pieces with the rows' slots, of which a group of devices has so many."""
+        rows = np.array(self.piece.rows)
+        for i, seat in self.seats.items():
+            rows[i] = seat.slot % own
+        return replace(self.piece, rows=rows)
+
 
 Given = tuple[Piece, Asked, np.ndarray, tuple[np.ndarray, np.ndarray]]
 

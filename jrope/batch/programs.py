@@ -1,17 +1,19 @@
 """The programs of an engine, compiled before its first row."""
 
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias, final
 
 import jax
 import numpy as np
+from jax.stages import Compiled, Lowered
 
 from jrope.batch.block import Guessing
+from jrope.batch.compiling import compiling, platform_of
 from jrope.batch.drafting import beside
-from jrope.batch.filling import begin, extend, share
+from jrope.batch.filling import enter, extend, line_specs, read, share
 from jrope.batch.guessing import decode_guessing
 from jrope.batch.packing import Shapes
 from jrope.batch.reading import Piece
@@ -45,7 +47,7 @@ class Programs:
 
     Args:
       empty, extend, clean: those of that name.
-      begin: length -> the program for first pieces of at most that.
+      read, enter: length -> the programs for first pieces of at most that.
       decode: without log-probabilities, and maybe with them.  With `speculate` these
         are those of `guessing`, called with the rows' text and a `Guessing` last.
       ruled: `decode` where some rows have structures, called with `Rules` last, for
@@ -59,7 +61,8 @@ class Programs:
     empty: Any
     extend: Any
     clean: Any
-    begin: Mapping[int, Any]
+    read: Mapping[int, Any]
+    enter: Mapping[int, Any]
     decode: Mapping[bool, Any]
     ruled: dict[Ruled, Any]
     share: dict[tuple[int, int], Any]
@@ -89,6 +92,7 @@ def names(
     guessing = "decode with guesses", "decode with guesses and log-probabilities"
     decoding = guessing if guesses else plain
     ways = [f"{plain[scored]}, structures of {size:,}" for scored, size in ruled]
+    first += [f"{one}, entering" for one in first]
     further = [f"further pieces {shapes.groups} x {shapes.piece}"]
     further += [f"pieces behind a prefix {rows} x {width}" for width, rows in share]
     return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
@@ -141,15 +145,9 @@ def _no_slots(
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
     how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
-    how |= {"platform": _platform(params)}
+    how |= {"platform": platform_of(params)}
     state = empty.eval_shape(config=config, layout=layout, **how)
     return state if layout is None else layout.place(state, slots_specs(layout))
-
-
-def _platform(params: Params) -> str | None:
-    """For whose devices the parameters are; None: they do not say."""
-    sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return None if sharding is None else next(iter(sharding.device_set)).platform
 
 
 def lower_share(
@@ -208,34 +206,50 @@ def compile_programs(
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
     fresh |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
-    fresh |= {"platform": _platform(params)}
+    fresh |= {"platform": platform_of(params)}
     ways = [*decodings(logprobs), *ruled]
     nobody = dict[Any, tuple[Any, ...]]()
 
-    def lowered() -> Iterator[tuple[Any, Any]]:
-        yield "empty", empty.lower(**how, **fresh)
+    def made(lowered: Lowered, tokens: int = 0) -> Callable[[], Compiled]:
+        return compiling(lowered, params, tokens, layout, speculate)
+
+    def traced() -> Iterator[tuple[Any, Any]]:
+        yield "empty", made(empty.lower(**how, **fresh))
         for scored, entries in ways:
             nobody[scored, entries], own = lower_decode(
                 params, config, **same, scored=scored, entries=entries
             )
-            yield (scored, entries), own
+            yield (scored, entries), made(own, slots)
         for longest, width in list(shapes.first.items())[::-1]:
             given = no_prompts(shapes.groups * shapes.rows, width, shapes.groups)
-            given = *given, speculate
-            own = begin.lower(params, state, *given, longest=longest, **how)
-            nobody["begin", longest] = given
-            yield ("begin", longest), own
+            piece, _, planned = given
+            nobody["read", longest] = piece, planned, speculate
+            own = read.lower(
+                params,
+                *nobody["read", longest],
+                longest=longest,
+                **how,
+                cache_dtype=cache_dtype,
+            )
+            yield ("read", longest), made(own, width)
+            line = _shapes(own.out_info, layout)
+            nobody["enter", longest] = given
+            own = enter.lower(state, line, *given, longest=longest, layout=layout)
+            yield ("enter", longest), made(own)
         piece, *_ = no_prompts(shapes.groups, shapes.piece)
         given = nobody["extend"] = piece, speculate
-        yield "extend", extend.lower(params, state, *given, **how)
-        yield "clean", clean.lower(state, np.zeros(slots, bool), layout=layout)
+        own = extend.lower(params, state, *given, **how)
+        yield "extend", made(own, shapes.piece)
+        own = clean.lower(state, np.zeros(slots, bool), layout=layout)
+        yield "clean", made(own)
 
-    done = side_by_side(lowered())
+    done = side_by_side(traced())
     if warm:
         _run_once(done, params, nobody)
     return Programs(
         share={},
-        begin={longest: done["begin", longest] for longest in shapes.first},
+        read={longest: done["read", longest] for longest in shapes.first},
+        enter={longest: done["enter", longest] for longest in shapes.first},
         decode={scored: done[scored, 0] for scored, entries in ways if not entries},
         ruled={way: done[way] for way in ways if way[1]},
         **{name: done[name] for name in ("empty", "extend", "clean")},
@@ -245,14 +259,26 @@ def compile_programs(
     )
 
 
+def _shapes(found: Any, layout: Layout | None) -> Any:
+    """A line's shapes, which a program said that it gives."""
+    line = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
+    return line if layout is None else layout.place(line, line_specs(layout))
+
+
 def _run_once(
     programs: Mapping[Any, Any], params: Params, nobody: Mapping[Any, tuple[Any, ...]]
 ) -> None:
     """Run what computes, for no row, in slots that are then dropped."""
-    slots = programs["empty"]()
-    for name, given in nobody.items():
-        found = programs[name](params, slots, *given)
-        slots = found[0] if isinstance(found, tuple) else found
+    slots, line = programs["empty"](), None
+    for (name, given), program in ((one, programs[one[0]]) for one in nobody.items()):
+        kind = name[0]
+        if kind == "read":
+            line = program(params, *given)
+        elif kind == "enter":
+            slots = program(slots, line, *given)
+        else:
+            found = program(params, slots, *given)
+            slots = found[0] if isinstance(found, tuple) else found
     jax.block_until_ready(slots)
 
 
@@ -265,7 +291,7 @@ def not_yet() -> Guessing:
 def no_prompts(
     rows: int, width: int, lines: int | None = None
 ) -> tuple[Piece, Asked, np.ndarray]:
-    """The arguments of `begin` for so many rows, nobody's; NumPy arrays to fill.
+    """What `enter` takes beside slots and line, for nobody; NumPy arrays to fill.
 
     The rows lie in so many lines of that width, as many in each; None: in one each.
     """

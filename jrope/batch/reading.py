@@ -33,22 +33,6 @@ class Piece:
     last: jax.Array  # bool [R], whether the prompt ends here
 
 
-def first_pieces(
-    params: Params,
-    cache: KVCache,
-    *,
-    piece: Piece,
-    flat: Flat,
-    config: LlamaConfig,
-    axes: Axes = ONE,
-) -> tuple[jax.Array, KVCache]:
-    """First pieces, in a line."""
-    how: dict[str, Any] = {"cache_dtype": cache.cache_dtype, "axes": axes}
-    x, new = hidden_states(params, piece.tokens, config=config, flat=flat, **how)
-    put = partial(put_flat, rows=piece.rows, flat=flat)
-    return x, _written(cache, piece.rows, new, put)
-
-
 def further_pieces(
     params: Params,
     cache: KVCache,
@@ -70,7 +54,7 @@ def further_pieces(
             return _put(all_, rows, jnp.zeros_like(rows), new)
         return _put(all_, rows, own.lengths, _tokens_of(new, at))
 
-    return x, _written(cache, rows, new, put)
+    return x, written(cache, rows, new, put)
 
 
 def pieces_behind(
@@ -88,13 +72,13 @@ def pieces_behind(
     how: dict[str, Any] = {"lengths": piece.lengths, "config": config, "axes": axes}
     x, new = hidden_states(params, piece.tokens, cache=own, **how)
     put = partial(_put, rows=piece.rows, starts=jnp.zeros_like(piece.rows))
-    return x, _written(cache, piece.rows, new, put)
+    return x, written(cache, piece.rows, new, put)
 
 
-def _written(
+def written(
     cache: KVCache, rows: jax.Array, new: KVCache, put: Callable[..., jax.Array]
 ) -> KVCache:
-    """The cache with what new rows hold, each array `put` by itself."""
+    """The cache [B, ...] with what new rows hold, each array `put` by itself."""
 
     def each(slots: Keys, new: Keys) -> Keys:
         return jax.tree.map(lambda x, own: put(x, new=own), slots, held(new, slots))

@@ -6,13 +6,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jrope.batch.drafting import beside
 from jrope.batch.packing import WIDEST
 from jrope.batch.slots import empty
 from jrope.generation.guesser import Guesser
 from jrope.model.config import LlamaConfig
-from jrope.model.int8_cache import CacheDtype
+from jrope.model.int8_cache import CacheDtype, head_bytes
 from jrope.model.placed import share_of
 from jrope.sharding.meshes import Layout
 from jrope.tree import Params
@@ -44,7 +45,8 @@ def slots_for(
     those of that many tokens, those of a draft too, and which ids it has seen.  drawn
     are its tokens in one pass, which are several where some are guessed.  fixed is what
     prompts take while they are computed, C tokens at once, and one row's keys and
-    values twice: C (3 D + 3 F) itemsize + 2 slot.
+    values twice, and those of what is read ahead, twice, too:
+    C (3 D + 3 F) itemsize + 2 slot + 2 line.
 
     Args:
       params, config: the model.
@@ -63,12 +65,23 @@ def slots_for(
     state = one(dtype=dtype, cache_dtype=cache_dtype, draft=beside(speculate))
     slot = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(state))
     wide = 3 * (config.hidden_size + config.intermediate_size)
-    fixed = WIDEST * wide * dtype.itemsize + 2 * slot
+    line = _line(config, min(WIDEST, capacity), dtype, cache_dtype)
+    if (draft := beside(speculate)) is not None:
+        line += _line(draft[0], min(WIDEST, capacity), draft[1], cache_dtype)
+    fixed = WIDEST * wide * dtype.itemsize + 2 * slot + 2 * line
     drawn = 1 + (speculate.tokens if speculate is not None else 0)
     slot += (DRAWING * drawn + RULED * structures) * config.vocab_size
     fit = int(SPARE * memory_bytes - fixed) // slot
     most = MOST.get(jax.default_backend(), MOST_ELSEWHERE)
     return groups * min(max(fit, 1), most)
+
+
+def _line(
+    config: LlamaConfig, tokens: int, dtype: Any, cache_dtype: CacheDtype | None
+) -> int:
+    """Bytes of the keys and values of so many tokens, of all of which layers keep."""
+    head = head_bytes(config.head_dim, jnp.dtype(dtype).itemsize, cache_dtype)
+    return 2 * config.num_hidden_layers * config.num_key_value_heads * head * tokens
 
 
 def free_memory(layout: Layout | None = None) -> int:

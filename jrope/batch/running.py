@@ -1,7 +1,6 @@
 """One run of an engine: who sits where, and what the device does next."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import chain
@@ -11,7 +10,7 @@ import jax
 import numpy as np
 
 from jrope.batch.packing import Shapes, Waiting
-from jrope.batch.pieces import next_pieces
+from jrope.batch.pieces import Ahead, next_pieces
 from jrope.batch.prefix import Prefix
 from jrope.batch.programs import Programs, Ruled, not_yet
 from jrope.batch.reading import Piece
@@ -61,6 +60,8 @@ class Run:
         self.kept = dict[Prefix, int]()  # the slots that hold them, used last come last
         self.ended = list[Seat]()  # but not given yet
         self.own = stats.slots // shapes.groups  # slots of a group
+        self.ahead: Ahead | None = None  # the rows that come next
+        self.since: float | None = None  # when the device had nothing to do
         self.held: Held | None = None  # of structures
         self.guessing = not_yet()
         self.slots: Any = None
@@ -69,20 +70,23 @@ class Run:
         """Everything, as it finishes.
 
         A chunk is started aside: some devices' clients are busy until it ends, since
-        its steps are a loop of which they look at the condition.
+        its steps are a loop of which they look at the condition.  Behind it, before the
+        host knows what it drew, the device reads the prompts that come next.
         """
         with ThreadPoolExecutor(1) as aside:
             yield from self._rows(aside)
 
     def _rows(self, aside: Executor) -> Iterator[Finished]:
-        begin = time.perf_counter()
+        begin = self.since = time.perf_counter()
         self.slots = self.programs.empty()
         self.waiting.read()
-        read = time.perf_counter()
-        while self.waiting or self.taken():
+        while self.waiting or self.taken() or self.ahead is not None:
             self.fill()
+            ahead = self._look_ahead()
             chunk = aside.submit(*self.decoding())
-            self.stats.between += time.perf_counter() - read
+            self._busy()
+            if ahead is not None and ahead.line is None:
+                ahead.line = aside.submit(*self._reading(ahead))
             yield from self.give()
             self.waiting.read()
             wait = time.perf_counter()
@@ -91,17 +95,24 @@ class Run:
             finally:  # what failed would hold this run, and its cache, by its traceback
                 del chunk
             block = jax.device_get(block)
-            read = time.perf_counter()
-            self.stats.waited += read - wait
-            self.stats.seconds += read - begin
-            begin = read
+            now = time.perf_counter()
+            self.stats.waited += now - wait
+            self.stats.seconds += now - begin
+            begin, self.since = now, now if ahead is None else None
             self.take(block)
         yield from self.give()
         self.stats.seconds += time.perf_counter() - begin
 
+    def _busy(self) -> None:
+        """The device has something to do now."""
+        if self.since is not None:
+            self.stats.between += time.perf_counter() - self.since
+            self.since = None
+
     def unfinished(self) -> Iterator[Work]:
         """The rows that were not given, those that had begun first."""
-        begun = [seat.work for seat in [*self.ended, *self.taken()]]
+        ahead = [] if self.ahead is None else self.ahead.seats.values()
+        begun = [seat.work for seat in [*self.ended, *self.taken(), *ahead]]
         return chain(begun, self.waiting.rest())
 
     def taken(self) -> list[Seat]:
@@ -133,7 +144,7 @@ class Run:
                 self._share(behind)
             elif begun:  # the first of each group
                 self._extend({x.slot // self.own: x for x in begun[::-1]})
-            elif not self._enter():
+            elif not (self._enter() if self.ahead is None else self._sit()):
                 return
 
     def _enter(self) -> bool:
@@ -146,7 +157,7 @@ class Run:
         places = self.groups(free)
         taken = self.waiting.take(*map(len, places)) or []
         seats = {
-            at * self.shapes.rows + i: self._seat(slot, row)
+            at * self.shapes.rows + i: self._seat(row, slot)
             for at, rows in enumerate(taken)
             for i, (slot, row) in enumerate(zip(places[at], rows, strict=False))
         }
@@ -167,27 +178,72 @@ class Run:
         if len(self.kept) >= max(len(self.seats) // KEEP, 1):
             del self.kept[next(iter(self.kept))]  # the slot itself is free after `take`
         self.kept[prefix] = slot
-        self._begin({0: self._seat(slot, prefix.work(), keeps=prefix)})
+        self._begin({0: self._seat(prefix.work(), slot, keeps=prefix)})
 
-    def _seat(self, slot: int, row: Work, keeps: Prefix | None = None) -> Seat:
-        shared = self.shapes.shared(row)
-        seat = self.seats[slot] = Seat(
-            work=row,
-            slot=slot,
-            pieces=deque(self.shapes.pieces(row.prompt, shared)),
-            source=slot,
-            filled=shared,
-            shared=shared,
-            keeps=keeps,
-        )
+    def _seat(self, row: Work, slot: int, keeps: Prefix | None = None) -> Seat:
+        seat = self.seats[slot] = Seat.of(row, self.shapes, keeps)
+        seat.sit(slot)
         return seat
 
-    def _begin(self, seats: Mapping[int, Seat]) -> None:
+    def _look_ahead(self) -> Ahead | None:
+        """The rows that come next, which no slots are free for yet.
+
+        None where they share a prefix, or a mesh has parts of the slots.
+        """
+        own = self.ahead is None and self.shapes.groups == 1 and self.waiting
+        if own and self.waiting.prefix() is None:
+            wanted = self.waiting.wanted() or 0
+            [rows] = self.waiting.take(wanted) or [[]]
+            seats = [Seat.of(row, self.shapes) for row in rows]
+            self.ahead = self._pieces(dict(enumerate(seats)))
+        return self.ahead
+
+    def _pieces(self, seats: Mapping[int, Seat]) -> Ahead:
+        """The first pieces of some rows."""
         shapes, any_row = self.shapes, next(iter(seats.values())).work
         longest, groups = shapes.longest(any_row.prompt), shapes.groups
         line = groups * shapes.rows, shapes.first[longest], self.own, groups
         piece, asked, planned, _ = next_pieces(seats, *line)
-        self._put(self.programs.begin[longest], piece, asked, planned)
+        self.stats.prefill_tokens += int(piece.lengths.sum())
+        self.stats.padded_tokens += piece.tokens.size
+        return Ahead(seats, longest, piece, asked, planned)
+
+    def _reading(self, ahead: Ahead) -> tuple[Any, ...]:
+        """The program that reads them, and what it takes."""
+        given = ahead.piece, ahead.planned, self.programs.speculate
+        return self.programs.read[ahead.longest], self.params, *given
+
+    def _begin(self, seats: Mapping[int, Seat]) -> None:
+        """Read the first pieces of rows that have slots."""
+        ahead, begin = self._pieces(seats), time.perf_counter()
+        self._busy()
+        program, *given = self._reading(ahead)
+        line = program(*given)
+        self.stats.calls += time.perf_counter() - begin
+        self._let_in(ahead, line)
+
+    def _sit(self) -> bool:
+        """Give slots to the rows that come next; False: not so many are free."""
+        ahead, free = self.ahead, self.free()
+        if ahead is None or ahead.line is None or len(free) < len(ahead.seats):
+            return False
+        line, ahead.line = ahead.line, None
+        try:
+            read = line.result()
+        finally:  # as in `_rows`
+            del line
+        for slot, seat in zip(free, ahead.seats.values(), strict=False):
+            self.seats[slot] = seat
+            seat.sit(slot)
+        self.ahead = None
+        self._let_in(ahead, read)
+        return True
+
+    def _let_in(self, ahead: Ahead, line: Any) -> None:
+        begin, piece = time.perf_counter(), ahead.placed(self.own)
+        program = self.programs.enter[ahead.longest]
+        self.slots = program(self.slots, line, piece, ahead.asked, ahead.planned)
+        self.stats.calls += time.perf_counter() - begin
 
     def _extend(self, begun: Mapping[int, Seat]) -> None:
         """Go on with one row of each group."""
@@ -203,6 +259,7 @@ class Run:
 
     def _put(self, program: Any, piece: Piece, *given: Any) -> None:
         begin = time.perf_counter()
+        self._busy()
         given = piece, *given, self.programs.speculate
         self.slots = program(self.params, self.slots, *given)
         self.stats.calls += time.perf_counter() - begin
@@ -212,6 +269,8 @@ class Run:
     def decoding(self) -> tuple[Any, ...]:
         """The program that decodes until the next rows have room, and what it takes."""
         taken, wanted = self.taken(), self.waiting.wanted()
+        if self.ahead is not None:
+            wanted = len(self.ahead.seats)
         going = np.array([seat is not None for seat in self.seats])
         enough = len(self.seats) + 1
         if wanted is not None:

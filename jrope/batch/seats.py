@@ -7,6 +7,7 @@ from typing import final
 import numpy as np
 
 from jrope.batch.block import Block
+from jrope.batch.packing import Shapes
 from jrope.batch.prefix import Prefix
 from jrope.batch.work import Finished, Stopped, Work
 
@@ -18,8 +19,8 @@ class Seat:
 
     Args:
       work: the row.
-      slot: where it is.
       pieces: of its prompt that are still to be computed.
+      slot: where it is, or will be.
       source: the slot that holds the tokens before them.
       filled: how many these are.
       shared: those of them that another slot gives.
@@ -34,9 +35,9 @@ class Seat:
     """
 
     work: Work
-    slot: int
     pieces: deque[np.ndarray]
-    source: int
+    slot: int = 0
+    source: int = 0
     filled: int = 0
     shared: int = 0
     keeps: Prefix | None = None
@@ -51,6 +52,17 @@ class Seat:
 
     def __post_init__(self) -> None:
         self.tokens = np.zeros(self.work.max_new_tokens, np.int32)
+
+    @classmethod
+    def of(cls, row: Work, shapes: Shapes, keeps: Prefix | None = None) -> "Seat":
+        """A row that has no slot yet."""
+        shared = shapes.shared(row)
+        pieces = deque(shapes.pieces(row.prompt, shared))
+        return cls(work=row, pieces=pieces, filled=shared, shared=shared, keeps=keeps)
+
+    def sit(self, slot: int) -> None:
+        """The row is there from now on."""
+        self.slot = self.source = slot
 
     def take(self, block: Block) -> None:
         """Take what a block, on the host, holds of this row."""

@@ -25,8 +25,8 @@ class Stats:
       seconds: of `run`, all of them together.
       waited: seconds that the host waited for the device.
       calls: seconds in which prompts were started, or computed where that is at once.
-      between: seconds from a chunk's results to the start of the next, `calls`
-        included: the device has nothing to do then but prompts that were started.
+      between: seconds from a chunk's results until the next program was called, where
+        none had been before: the device had nothing to do.
       restarts: after the device had run out of memory.
     """
 

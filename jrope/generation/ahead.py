@@ -1,7 +1,7 @@
 """Compiling ahead: what `generate` will run, before the weights are there."""
 
 import gc
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -61,15 +61,18 @@ def compile_ahead(
     """
     check_params(params)
     request = prepare(prompt, lengths, config, layout_of(params), **options)
-    return side_by_side(_lowered(params, request, config, logprobs))
+    lowered = _lowered(params, request, config, logprobs)
+    return side_by_side((name, one.compile) for name, one in lowered)
 
 
-def side_by_side(lowered: Iterable[tuple[Any, Lowered]]) -> dict[Any, Compiled]:
+def side_by_side(
+    traced: Iterable[tuple[Any, Callable[[], Compiled]]],
+) -> dict[Any, Compiled]:
     """Programs by name: each is compiled while the next ones are traced."""
     pool = ThreadPoolExecutor()
     try:
         with _without_collector():
-            jobs = {name: pool.submit(one.compile) for name, one in lowered}
+            jobs = {name: pool.submit(compile) for name, compile in traced}
         return {name: job.result() for name, job in jobs.items()}
     finally:  # after Ctrl-C, too, which nothing can tell the compiler
         pool.shutdown(wait=False, cancel_futures=True)
