@@ -183,14 +183,16 @@ def begun(rows: Iterable[Work]) -> Run:
 def test_what_has_begun_is_rows_alone() -> None:
     """Of a run that is taken up in half of the slots."""
     run = begun([behind("again", 64, 4, i) for i in range(40)])
-    assert len(run.kept) == 1 and len(run.taken()) == SLOTS - 2  # two enter together
+    seating = run.seating
+    assert len(seating.kept) == 1
+    assert len(seating.rows()) == SLOTS - 2  # two enter together
     assert sorted(row.key for row in run.unfinished()) == [*range(40)]
 
 
 def test_prefixes_take_a_part_of_the_slots_at_most() -> None:
     rows = [behind(f"one of {i % 20}", 64, 4, i) for i in range(80)]
     run = begun(rows)
-    assert len(run.kept) == SLOTS // 4
+    assert len(run.seating.kept) == SLOTS // 4
     assert sorted(row.key for row in run.unfinished()) == [*range(80)]
 
 
@@ -198,9 +200,9 @@ def test_prefixes_go_when_they_are_not_wanted() -> None:
     rows = [behind(name, 64, 4, i) for i, name in enumerate("AABCDAE")]
     run = begun(rows)
     used = [Prefix.of(rows[i], 64, None) for i in (3, 4, 0, 6)]
-    assert [*run.kept] == used  # not B, which is used longest ago
-    run._let_go()
-    assert not run.kept and len(run.free()) == SLOTS - len(rows)
+    assert [*run.seating.kept] == used  # not B, which is used longest ago
+    run.seating.let_go(run.waiting)
+    assert not run.seating.kept and len(run.seating.free()) == SLOTS - len(rows)
 
 
 def greedy(logits: Any, *_: Any, **__: Any) -> Any:

@@ -152,7 +152,7 @@ def test_free_rows_alone_need_no_tables() -> None:
     free = engine_of(*model()[1:])
     free._programs = dataclasses.replace(engine().compile(), ruled={})
     assert len(by_key(free.run(ragged(4)))) == 4
-    assert free.stats.compiled == 0 and len(free.programs) == 6
+    assert free.stats.compiled == 0 and len(free.programs) == 7
     free._programs = None
     free.expect(structures=True)
     wanted = tuple(free.programs[n] for n in (2, 3))

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from jrope.batch.packing import Shapes
 from jrope.batch.programs import no_prompts
 from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
@@ -32,6 +33,14 @@ class Ahead:
     planned: np.ndarray
     line: "Future[Any] | None" = None
 
+    @classmethod
+    def of(cls, seats: Mapping[int, Seat], shapes: Shapes, own: int) -> "Ahead":
+        """Those of some rows, of slots of which a group of devices has so many."""
+        longest = shapes.longest(next(iter(seats.values())).work.prompt)
+        line = shapes.groups * shapes.rows, shapes.first[longest], own, shapes.groups
+        piece, asked, planned, _ = next_pieces(seats, *line)
+        return cls(seats, longest, piece, asked, planned)
+
     def placed(self, own: int) -> Piece:
         """The pieces with the rows' slots, of which a group of devices has so many."""
         rows = np.array(self.piece.rows)
@@ -55,7 +64,7 @@ def next_pieces(
       own: slots of a group of devices, which numbers its own.
 
     Returns:
-      The arguments of `begin`, and sources and starts for `share`.
+      The arguments of `enter` behind a line, and sources and starts for `share`.
     """
     piece, asked, planned = no_prompts(rows, width, lines)
     sources, starts = np.zeros((2, rows), np.int32)

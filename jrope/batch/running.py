@@ -1,7 +1,7 @@
 """One run of an engine: who sits where, and what the device does next."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
 from itertools import chain
 from typing import Any, final
@@ -14,13 +14,13 @@ from jrope.batch.pieces import Ahead, next_pieces
 from jrope.batch.prefix import Prefix
 from jrope.batch.programs import Programs, Ruled, not_yet
 from jrope.batch.reading import Piece
+from jrope.batch.seating import Seating
 from jrope.batch.seats import Seat
 from jrope.batch.stats import Stats
 from jrope.batch.work import Finished, Stopped, Work
 from jrope.forms.rules import Held, Rules
 from jrope.tree import Params
 
-KEEP = 4  # parts of the slots, that hold prefixes at most
 BURST = 4  # widest pieces of prompts between two chunks, where most slots are live
 
 
@@ -56,10 +56,7 @@ class Run:
         self.ruled, self.share, self.shapes = ruled, share, shapes
         self.stats, self.key, self.stopped = stats, key, stopped
         self.waiting = Waiting(work, shapes, stats.slots)
-        self.seats: list[Seat | None] = [None] * stats.slots
-        self.kept = dict[Prefix, int]()  # the slots that hold them, used last come last
-        self.ended = list[Seat]()  # but not given yet
-        self.own = stats.slots // shapes.groups  # slots of a group
+        self.seating = Seating(stats.slots, shapes)
         self.ahead: Ahead | None = None  # the rows that come next
         self.since: float | None = None  # when the device had nothing to do
         self.held: Held | None = None  # of structures
@@ -80,13 +77,14 @@ class Run:
         begin = self.since = time.perf_counter()
         self.slots = self.programs.empty()
         self.waiting.read()
-        while self.waiting or self.taken() or self.ahead is not None:
+        while self.waiting or self.seating.rows() or self.ahead is not None:
             self.fill()
             ahead = self._look_ahead()
             chunk = aside.submit(*self.decoding())
             self._busy()
+            behind = False
             if ahead is not None and ahead.line is None:
-                ahead.line = aside.submit(*self._reading(ahead))
+                ahead.line, behind = aside.submit(*self._reading(ahead)), True
             yield from self.give()
             self.waiting.read()
             wait = time.perf_counter()
@@ -98,7 +96,7 @@ class Run:
             now = time.perf_counter()
             self.stats.waited += now - wait
             self.stats.seconds += now - begin
-            begin, self.since = now, now if ahead is None else None
+            begin, self.since = now, None if behind else now
             self.take(block)
         yield from self.give()
         self.stats.seconds += time.perf_counter() - begin
@@ -112,52 +110,35 @@ class Run:
     def unfinished(self) -> Iterator[Work]:
         """The rows that were not given, those that had begun first."""
         ahead = [] if self.ahead is None else self.ahead.seats.values()
-        begun = [seat.work for seat in [*self.ended, *self.taken(), *ahead]]
-        return chain(begun, self.waiting.rest())
-
-    def taken(self) -> list[Seat]:
-        """The rows in the slots."""
-        return [seat for seat in self.seated() if seat.keeps is None]
-
-    def seated(self) -> list[Seat]:
-        """What the slots hold: rows, and prefixes of others."""
-        return [seat for seat in self.seats if seat is not None]
-
-    def free(self) -> list[int]:
-        """The slots that hold nothing."""
-        return [slot for slot, seat in enumerate(self.seats) if seat is None]
-
-    def groups(self, slots: Sequence[int]) -> list[list[int]]:
-        """These slots, by the group of devices that has them."""
-        count = range(self.shapes.groups)
-        return [[slot for slot in slots if slot // self.own == i] for i in count]
+        begun = *self.seating.ended, *self.seating.rows(), *ahead
+        return chain((seat.work for seat in begun), self.waiting.rest())
 
     def fill(self) -> None:
         """Start prompts, or go on with them; not too many where most slots are live."""
-        live = sum(not seat.pieces for seat in self.taken())
+        live = sum(not seat.pieces for seat in self.seating.rows())
         most = BURST * self.shapes.groups * self.shapes.piece
-        begin, few = self.stats.padded_tokens, 2 * live <= len(self.seats)
+        begin, few = self.stats.padded_tokens, 2 * live <= len(self.seating)
         while few or self.stats.padded_tokens - begin < most:
-            begun = [seat for seat in self.seated() if seat.pieces]
+            begun = [seat for seat in self.seating.every() if seat.pieces]
             behind = [seat for seat in begun if seat.shared]
             if behind:
                 self._share(behind)
             elif begun:  # the first of each group
-                self._extend({x.slot // self.own: x for x in begun[::-1]})
+                self._extend({x.slot // self.seating.own: x for x in begun[::-1]})
             elif not (self._enter() if self.ahead is None else self._sit()):
                 return
 
     def _enter(self) -> bool:
         """Give slots to the next rows, or first to what they share; False: not now."""
-        prefix, free = self.waiting.prefix(), self.free()
-        if prefix is not None and prefix not in self.kept:
+        prefix, free = self.waiting.prefix(), self.seating.free()
+        if prefix is not None and prefix not in self.seating.kept:
             if free:
                 self._keep(prefix, free[0])
             return bool(free)
-        places = self.groups(free)
+        places = self.seating.groups(free)
         taken = self.waiting.take(*map(len, places)) or []
         seats = {
-            at * self.shapes.rows + i: self._seat(row, slot)
+            at * self.shapes.rows + i: self.seating.put(Seat.of(row, self.shapes), slot)
             for at, rows in enumerate(taken)
             for i, (slot, row) in enumerate(zip(places[at], rows, strict=False))
         }
@@ -166,7 +147,7 @@ class Run:
         if prefix is None:
             self._begin(seats)
             return True
-        source = self.kept[prefix] = self.kept.pop(prefix)
+        source = self.seating.use(prefix)
         for seat in seats.values():
             seat.source = source
         self._share([*seats.values()])
@@ -175,15 +156,9 @@ class Run:
 
     def _keep(self, prefix: Prefix, slot: int) -> None:
         """Compute a prefix in a slot, from which its rows take it."""
-        if len(self.kept) >= max(len(self.seats) // KEEP, 1):
-            del self.kept[next(iter(self.kept))]  # the slot itself is free after `take`
-        self.kept[prefix] = slot
-        self._begin({0: self._seat(prefix.work(), slot, keeps=prefix)})
-
-    def _seat(self, row: Work, slot: int, keeps: Prefix | None = None) -> Seat:
-        seat = self.seats[slot] = Seat.of(row, self.shapes, keeps)
-        seat.sit(slot)
-        return seat
+        self.seating.keep(prefix, slot)
+        seat = Seat.of(prefix.work(), self.shapes, prefix)
+        self._begin({0: self.seating.put(seat, slot)})
 
     def _look_ahead(self) -> Ahead | None:
         """The rows that come next, which no slots are free for yet.
@@ -200,13 +175,9 @@ class Run:
 
     def _pieces(self, seats: Mapping[int, Seat]) -> Ahead:
         """The first pieces of some rows."""
-        shapes, any_row = self.shapes, next(iter(seats.values())).work
-        longest, groups = shapes.longest(any_row.prompt), shapes.groups
-        line = groups * shapes.rows, shapes.first[longest], self.own, groups
-        piece, asked, planned, _ = next_pieces(seats, *line)
-        self.stats.prefill_tokens += int(piece.lengths.sum())
-        self.stats.padded_tokens += piece.tokens.size
-        return Ahead(seats, longest, piece, asked, planned)
+        ahead = Ahead.of(seats, self.shapes, self.seating.own)
+        self._count(ahead.piece)
+        return ahead
 
     def _reading(self, ahead: Ahead) -> tuple[Any, ...]:
         """The program that reads them, and what it takes."""
@@ -224,7 +195,7 @@ class Run:
 
     def _sit(self) -> bool:
         """Give slots to the rows that come next; False: not so many are free."""
-        ahead, free = self.ahead, self.free()
+        ahead, free = self.ahead, self.seating.free()
         if ahead is None or ahead.line is None or len(free) < len(ahead.seats):
             return False
         line, ahead.line = ahead.line, None
@@ -233,14 +204,13 @@ class Run:
         finally:  # as in `_rows`
             del line
         for slot, seat in zip(free, ahead.seats.values(), strict=False):
-            self.seats[slot] = seat
-            seat.sit(slot)
+            self.seating.put(seat, slot)
         self.ahead = None
         self._let_in(ahead, read)
         return True
 
     def _let_in(self, ahead: Ahead, line: Any) -> None:
-        begin, piece = time.perf_counter(), ahead.placed(self.own)
+        begin, piece = time.perf_counter(), ahead.placed(self.seating.own)
         program = self.programs.enter[ahead.longest]
         self.slots = program(self.slots, line, piece, ahead.asked, ahead.planned)
         self.stats.calls += time.perf_counter() - begin
@@ -248,13 +218,13 @@ class Run:
     def _extend(self, begun: Mapping[int, Seat]) -> None:
         """Go on with one row of each group."""
         groups, piece = self.shapes.groups, self.shapes.piece
-        piece, *_ = next_pieces(begun, groups, piece, self.own)
+        piece, *_ = next_pieces(begun, groups, piece, self.seating.own)
         self._put(self.programs.extend, piece)
 
     def _share(self, seats: list[Seat]) -> None:
         width, rows = self.shapes.behind
         seated = dict(enumerate(seats[:rows]))
-        piece, asked, _, held = next_pieces(seated, rows, width, self.own)
+        piece, asked, _, held = next_pieces(seated, rows, width, self.seating.own)
         self._put(self.share(), piece, asked, *held)
 
     def _put(self, program: Any, piece: Piece, *given: Any) -> None:
@@ -263,18 +233,21 @@ class Run:
         given = piece, *given, self.programs.speculate
         self.slots = program(self.params, self.slots, *given)
         self.stats.calls += time.perf_counter() - begin
+        self._count(piece)
+
+    def _count(self, piece: Piece) -> None:
         self.stats.prefill_tokens += int(piece.lengths.sum())
         self.stats.padded_tokens += piece.tokens.size
 
     def decoding(self) -> tuple[Any, ...]:
         """The program that decodes until the next rows have room, and what it takes."""
-        taken, wanted = self.taken(), self.waiting.wanted()
+        taken, wanted = self.seating.rows(), self.waiting.wanted()
         if self.ahead is not None:
             wanted = len(self.ahead.seats)
-        going = np.array([seat is not None for seat in self.seats])
-        enough = len(self.seats) + 1
+        going = np.array([seat is not None for seat in self.seating.seats])
+        enough = len(self.seating) + 1
         if wanted is not None:
-            enough = max(wanted - len(self.free()), 1)
+            enough = max(wanted - len(self.seating.free()), 1)
         scored = any(seat.work.logprobs is not None for seat in taken)
         given = self.key, going, np.int32(enough)
         program = self.programs.decode[scored]
@@ -283,69 +256,57 @@ class Run:
             given, program = (*given, rules), self.ruled((scored, rules.table.size))
         elif self.programs.speculate is not None:
             guesser = self.programs.speculate
-            given = *given, guesser, self._text(), self.guessing
+            given = (
+                *given,
+                guesser,
+                self.seating.text(self.slots.cache.capacity),
+                self.guessing,
+            )
         return program, self.params, self.slots, *given
-
-    def _text(self) -> np.ndarray:
-        """Prompts and new tokens, which guesses are looked up in."""
-        shape = len(self.seats), self.slots.cache.capacity
-        text = np.zeros(shape, np.int32)
-        for seat in self.taken():
-            own = np.concatenate([seat.work.prompt, seat.tokens[: seat.count]])
-            text[seat.slot, : len(own)] = own
-        return text
 
     def _rules(self) -> Rules:
         """What tokens the rows in the slots may draw."""
         if self.held is None:
             size, layout = self.slots.seen.shape[1], self.programs.layout
-            self.held = Held(size, len(self.seats), layout)
+            self.held = Held(size, len(self.seating), layout)
         free = None, 0
         return self.held.rules(
-            [free if s is None else (s.work.structure, s.state) for s in self.seats]
+            [
+                free if s is None else (s.work.structure, s.state)
+                for s in self.seating.seats
+            ]
         )
 
     def take(self, block: Any) -> None:
         """Note what was drawn; rows that have ended leave their slots."""
         self.stats.chunks += 1
         self.stats.steps += int(block.steps)
-        self.stats.slot_steps += int(block.steps) * len(self.seats)
+        self.stats.slot_steps += int(block.steps) * len(self.seating)
         tokens = live_rows = int(block.counts.sum())
         if block.guessing is not None:
             self.guessing, live_rows = block.guessing, int(block.guessing.rows)
             self.stats.guessing_steps += int(block.guessing.passes)
         self.stats.decode_tokens += tokens
         self.stats.live_rows += live_rows
-        for seat in self.taken():
+        for seat in self.seating.rows():
             if not seat.pieces:
                 seat.take(block)
             if seat.over:
-                self._leave(seat)
-        self._let_go()
+                self.seating.leave(seat)
+        self.seating.let_go(self.waiting)
         spoilt = np.array(block.spoilt)
-        spoilt[[seat.slot for seat in self.seated()]] = False
+        spoilt[[seat.slot for seat in self.seating.every()]] = False
         if spoilt.any():
             self.slots = self.programs.clean(self.slots, spoilt)
 
-    def _let_go(self) -> None:
-        """Free the slots of prefixes that no row is to take any more."""
-        self.kept = {x: slot for x, slot in self.kept.items() if x in self.waiting}
-        for seat in self.seated():
-            if seat.keeps is not None and self.kept.get(seat.keeps) != seat.slot:
-                self.seats[seat.slot] = None
-
-    def _leave(self, seat: Seat) -> None:
-        self.seats[seat.slot] = None
-        self.ended.append(seat)
-
     def give(self) -> Iterator[Finished]:
         """What has ended, or is stopped by the caller now."""
-        for seat in self.ended:
+        for seat in self.seating.ended:
             seat.ask(self.stopped)
-        for seat in self.taken():
+        for seat in self.seating.rows():
             seat.ask(self.stopped)
             if seat.over:
-                self._leave(seat)
-        while self.ended:
+                self.seating.leave(seat)
+        while self.seating.ended:
             self.stats.rows += 1
-            yield self.ended.pop(0).finished()
+            yield self.seating.ended.pop(0).finished()

@@ -60,10 +60,6 @@ class Seat:
         pieces = deque(shapes.pieces(row.prompt, shared))
         return cls(work=row, pieces=pieces, filled=shared, shared=shared, keeps=keeps)
 
-    def sit(self, slot: int) -> None:
-        """The row is there from now on."""
-        self.slot = self.source = slot
-
     def take(self, block: Block) -> None:
         """Take what a block, on the host, holds of this row."""
         new = int(block.counts[self.slot])
