@@ -156,7 +156,7 @@ def test_free_rows_alone_need_no_tables() -> None:
     free._programs = None
     free.expect(structures=True)
     wanted = tuple(free.programs[n] for n in (2, 3))
-    assert len(free.programs) == 8 and wanted == (
+    assert len(free.programs) == 9 and wanted == (
         "decode, structures of 1,048,576",
         "decode with log-probabilities, structures of 1,048,576",
     )
