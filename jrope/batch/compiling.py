@@ -5,12 +5,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.stages import Compiled, Lowered
 
 from jrope.generation.guesser import Guesser
 from jrope.sharding.meshes import Layout
 from jrope.tree import Params
-from jrope.weights.int8 import is_quantized
 
 MANY = 64  # tokens of a program from which cuBLAS is the faster (8B, H200)
 
@@ -44,7 +44,8 @@ def compiling(
     """
     device = _device_of(params)
     cuda = platform_of(params) == "gpu" and "cuda" in device.client.platform_version
-    plain = layout is None and speculate is None and not is_quantized(params)
+    floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(params))
+    plain = layout is None and speculate is None and floats
     chosen: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
     wanted = cuda and plain and tokens >= MANY
     return partial(lowered.compile, chosen if wanted else None)
