@@ -58,5 +58,5 @@ def test_shapes_need_no_device() -> None:
 def test_xla_knows_what_it_is_told() -> None:
     program = jax.jit(lambda x: x + 1).lower(1.0)
     assert program.compile(CUBLAS)(1.0) == 2
-    with pytest.raises(jax.errors.JaxRuntimeError, match="[Nn]o such"):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="such compile option"):
         program.compile({name + "s": value for name, value in CUBLAS.items()})
