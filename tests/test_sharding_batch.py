@@ -155,6 +155,22 @@ def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
     assert not any(got[f"nan {row.key}"].finite for row in works(40))
 
 
+def test_one_device_may_be_any() -> None:
+    """Slots are where the parameters are, which is not always the default device."""
+    params = make_params()
+    table = params["model"]["embed_tokens"]["weight"].at[BAD].set(jnp.nan)
+    params["model"]["embed_tokens"]["weight"] = table
+    own = Engine(jax.device_put(params, jax.devices()[3]), CONFIG, **HOW)
+    own.key = engine("one").key
+    nan = {"prompt": np.full(30, BAD, np.int32), "logprobs": None}
+    rows = [*works(40), dataclasses.replace(works(1)[0], key="nan", **nan)]
+    got = by_key(own.run(rows))
+    assert not got["nan"].finite
+    for key, want in one_devices().items():
+        if BAD not in want.tokens:
+            assert got[key].tokens.tolist() == want.tokens.tolist()
+
+
 # --- memory
 
 

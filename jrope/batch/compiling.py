@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import SingleDeviceSharding
 from jax.stages import Compiled, Lowered
 
 from jrope.generation.guesser import Guesser
@@ -17,8 +18,16 @@ MANY = 64  # tokens of a program from which cuBLAS is the faster (8B, H200)
 
 def platform_of(params: Params) -> str | None:
     """For whose devices the parameters are; None: they do not say."""
-    device = _device_of(params)
-    return None if device is None else device.platform
+    devices = _devices_of(params)
+    return devices[0].platform if devices else None
+
+
+def on_device_of(params: Params, shapes: Any) -> Any:
+    """Shapes on the one device for which the parameters are; they may not say which."""
+    devices = _devices_of(params)
+    there = SingleDeviceSharding(devices[0]) if len(devices) == 1 else None
+    shape = jax.ShapeDtypeStruct
+    return jax.tree.map(lambda x: shape(x.shape, x.dtype, sharding=there), shapes)
 
 
 def compiling(
@@ -42,8 +51,8 @@ def compiling(
       tokens: that go through its products; 0: it has none.
       layout, speculate: as in `compile_programs`.
     """
-    device = _device_of(params)
-    cuda = platform_of(params) == "gpu" and "cuda" in device.client.platform_version
+    devices, gpu = _devices_of(params), platform_of(params) == "gpu"
+    cuda = gpu and "cuda" in devices[0].client.platform_version
     floats = all(jnp.issubdtype(x.dtype, jnp.floating) for x in jax.tree.leaves(params))
     plain = layout is None and speculate is None and floats
     chosen: dict[str, str | bool] = {"xla_gpu_enable_triton_gemm": False}
@@ -51,6 +60,6 @@ def compiling(
     return partial(lowered.compile, chosen if wanted else None)
 
 
-def _device_of(params: Params) -> Any:
+def _devices_of(params: Params) -> list[Any]:
     sharding = getattr(jax.tree.leaves(params)[0], "sharding", None)
-    return None if sharding is None else next(iter(sharding.device_set))
+    return [] if sharding is None else [*sharding.device_set]

@@ -11,7 +11,7 @@ import numpy as np
 from jax.stages import Compiled, Lowered
 
 from jrope.batch.block import Guessing
-from jrope.batch.compiling import compiling, platform_of
+from jrope.batch.compiling import compiling, on_device_of, platform_of
 from jrope.batch.drafting import beside
 from jrope.batch.filling import enter, extend, line_specs, read, share
 from jrope.batch.guessing import decode_guessing
@@ -141,13 +141,15 @@ def _no_slots(
     cache_dtype: CacheDtype | None,
     speculate: Guesser | None,
 ) -> Slots:
-    """The shapes of so many slots, and where they stand."""
+    """The shapes of so many slots, and where they stand: with the parameters."""
     dtype = params["model"]["norm"]["weight"].dtype
     how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
     how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
     how |= {"platform": platform_of(params)}
     state = empty.eval_shape(config=config, layout=layout, **how)
-    return state if layout is None else layout.place(state, slots_specs(layout))
+    if layout is None:
+        return on_device_of(params, state)
+    return layout.place(state, slots_specs(layout))
 
 
 def lower_share(
