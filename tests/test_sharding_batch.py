@@ -1,6 +1,7 @@
 """An engine on a mesh: one device's answers, slots that stay where they are."""
 
 import dataclasses
+from contextlib import nullcontext
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from batch_helpers import SAMPLERS, asks, by_key
 from sharding_helpers import CONFIG, collectives, explicit, make_params
 
 import jrope
+from jrope.batch import running
 from jrope.batch.admission import check_mesh, check_slots
 from jrope.batch.embeddings import Embedder
 from jrope.batch.engine import Engine
@@ -153,6 +155,48 @@ def test_what_a_row_spoils_does_not_reach_the_next_one() -> None:
     for key in fine:
         assert got[key].tokens.tolist() == one_devices()[key].tokens.tolist()
     assert not any(got[f"nan {row.key}"].finite for row in works(40))
+
+
+class Later:
+    """A call of the other thread, which begins when somebody waits for it."""
+
+    def __init__(self, calls: list[str], program: Any, *args: Any) -> None:
+        self.calls, self.program, self.args = calls, program, args
+        calls.append("submitted")
+
+    def result(self) -> Any:
+        if self.args:
+            self.found, self.args = self.program(*self.args), ()
+            self.calls.append("called")
+        return self.found
+
+
+def test_two_threads_call_no_programs_at_once(monkeypatch: Any) -> None:
+    """Devices might begin with different ones, and wait for each other for ever."""
+    own, calls = Engine(placed("data=1,model=8"), CONFIG, **HOW), list[str]()
+    ready = engine("data=1,model=8").compile()
+
+    def watched(name: str) -> Any:
+        def called(*args: Any) -> Any:
+            calls.append(name)
+            return getattr(ready, name)(*args)
+
+        return called
+
+    names = ("extend", "clean")
+    own._programs = dataclasses.replace(ready, **{n: watched(n) for n in names})
+    pool = SimpleNamespace(submit=lambda *given: Later(calls, *given))
+    monkeypatch.setattr(running, "ThreadPoolExecutor", lambda _: nullcontext(pool))
+    monkeypatch.setattr(running, "wait", lambda found: [x.result() for x in found])
+    given = {"prompt": np.zeros(3 * PIECE + 1, np.int32), "logprobs": None}
+    rows = [row for row in works(60) if row.max_new_tokens < PIECE]
+    rows = [dataclasses.replace(row, **given) for row in rows]
+    assert len(by_key(own.run(rows))) == len(rows)
+    waiting = 0
+    for name in calls:
+        assert not waiting or name not in names, "while the other thread may call one"
+        waiting += {"submitted": 1, "called": -1}.get(name, 0)
+    assert "extend" in calls and not waiting
 
 
 def test_one_device_may_be_any() -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor, wait
 from itertools import chain
 from typing import Any, final
 
@@ -87,16 +87,17 @@ class Run:
                 ahead.line, behind = aside.submit(*self._reading(ahead)), True
             yield from self.give()
             self.waiting.read()
-            wait = time.perf_counter()
+            asked = time.perf_counter()
             try:
                 self.slots, block = chunk.result()
             finally:  # what failed would hold this run, and its cache, by its traceback
                 del chunk
             block = jax.device_get(block)
             now = time.perf_counter()
-            self.stats.waited += now - wait
+            self.stats.waited += now - asked
             self.stats.seconds += now - begin
             begin, self.since = now, None if behind else now
+            self._in_turn()
             self.take(block)
         yield from self.give()
         self.stats.seconds += time.perf_counter() - begin
@@ -106,6 +107,16 @@ class Run:
         if self.since is not None:
             self.stats.between += time.perf_counter() - self.since
             self.since = None
+
+    def _in_turn(self) -> None:
+        """Wait until what reads ahead has been called, where a mesh has the slots.
+
+        Of two programs that two threads call at once, some devices may begin with the
+        one and some with the other, and none would get its sums from the others.
+        """
+        line = None if self.ahead is None else self.ahead.line
+        if line is not None and self.programs.layout is not None:
+            wait([line])
 
     def unfinished(self) -> Iterator[Work]:
         """The rows that were not given, those that had begun first."""
