@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from batch_helpers import (
     CHUNK,
+    PIECE,
     SLOTS,
     alone,
     by_key,
@@ -26,6 +28,7 @@ from generate_helpers import model
 
 import jrope.batch.engine
 import jrope.batch.programs
+from jrope.batch import running
 from jrope.batch.engine import Engine
 from jrope.batch.packing import WINDOW
 from jrope.batch.programs import Programs, compile_programs
@@ -106,6 +109,40 @@ def test_the_next_prompts_are_read_behind_a_chunk() -> None:
         row.key: tokens_alone(row) for row in rows
     }
     assert own.stats.prefill_tokens == sum(len(row.prompt) for row in rows)
+
+
+def test_time_in_which_the_device_has_nothing_to_do(monkeypatch: Any) -> None:
+    """Behind chunks without prompts, also where some read before have no slots yet."""
+    now, take = [0.0], Run.take
+
+    def slow(run: Run, block: Any) -> None:
+        now[0] += 1
+        take(run, block)
+
+    def slowly(rows: Any) -> Any:
+        for row in rows:
+            now[0] += 100  # before the first chunk
+            yield row
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(running, "time", clock)
+    monkeypatch.setattr(Run, "take", slow)
+    own, ready, read = engine_of(*model()[1:]), engine().compile(), list[Any]()
+
+    def reading(*args: Any) -> Any:
+        read.append(threading.current_thread() is not threading.main_thread())
+        return ready.read[PIECE](*args)
+
+    def entering(*args: Any) -> Any:
+        now[0] += 10000  # the device has something to do
+        return ready.enter[PIECE](*args)
+
+    ways = {"read": {PIECE: reading}, "enter": {PIECE: entering}}
+    own._programs = dataclasses.replace(ready, **ways)
+    same = [work(i, PIECE, 4 * CHUNK) for i in range(SLOTS + 2)]
+    assert len([*own.run(slowly(same))]) == len(same)
+    assert sum(read) == 1 and own.stats.chunks == 8
+    assert own.stats.between == own.stats.chunks - sum(read) - 1  # nor after the last
 
 
 def test_order_and_company_change_no_bit() -> None:

@@ -74,9 +74,10 @@ class Run:
             yield from self._rows(aside)
 
     def _rows(self, aside: Executor) -> Iterator[Finished]:
-        begin = self.since = time.perf_counter()
+        begin = time.perf_counter()
         self.slots = self.programs.empty()
         self.waiting.read()
+        self.since = time.perf_counter()
         while self.waiting or self.seating.rows() or self.ahead is not None:
             self.fill()
             ahead = self._look_ahead()
@@ -222,6 +223,7 @@ class Run:
 
     def _let_in(self, ahead: Ahead, line: Any) -> None:
         begin, piece = time.perf_counter(), ahead.placed(self.seating.own)
+        self._busy()
         program = self.programs.enter[ahead.longest]
         self.slots = program(self.slots, line, piece, ahead.asked, ahead.planned)
         self.stats.calls += time.perf_counter() - begin
