@@ -1,9 +1,9 @@
 """Continuous batching: rows enter and leave a fixed number of slots as they finish.
 
 The device runs `decode` until enough rows have finished to fill their slots again, in
-one program for all of them; the host reads what was drawn, starts the prompts of the
-next rows and the next chunk of decoding, and only then deals with the results, while
-the device is at work.
+one program for all of them, and behind it reads the prompts of the next rows.  The
+host meanwhile reads what was drawn, puts these rows into free slots, starts the next
+chunk of decoding, and only then deals with the results.
 """
 
 import time
@@ -21,7 +21,7 @@ from jrope.batch.admission import (
     fit_guesser,
     without_far_windows,
 )
-from jrope.batch.compiling import compiling
+from jrope.batch.compiling import compiling, platform_of
 from jrope.batch.drafting import share_of_step
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.pauses import in_vain
@@ -48,7 +48,7 @@ from jrope.tree import Params
 
 CHUNK = 32  # decode steps between two looks at the device, at most
 ROUND = 16  # the capacity is a multiple of this,
-BLOCK = 64  # or of this from two of them on, which a CPU reads slots by
+BLOCK = 64  # on a CPU from two of these on, by which it reads slots, of this
 
 
 @final
@@ -104,7 +104,8 @@ class Engine:
         check_count("capacity", capacity, 2)
         guesses = getattr(speculate, "tokens", 0)  # stand behind the longest row
         width = capacity + guesses
-        whole = BLOCK if width > 2 * BLOCK else ROUND
+        cpu = (platform_of(params) or jax.default_backend()) == "cpu"
+        whole = BLOCK if cpu and width > 2 * BLOCK else ROUND
         width = -(-width // whole) * whole
         config, longest = without_far_windows(config, capacity, width)
         check_cache_dtype(cache_dtype)
