@@ -148,6 +148,16 @@ def test_command_prints_both_and_the_ratio(asked: Any, capsys: Any) -> None:
     assert "x as fast as static batches" in captured.err
 
 
+def test_command_tells_memory_where_a_device_does(
+    asked: Any, capsys: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batching, "peak_memory", lambda: 5_260_000_000)
+    assert command("--static", "2", "--json", "-") == 0
+    captured = capsys.readouterr()
+    assert captured.err.count("; 5.3 GB in use at most\n") == 2
+    assert json.loads(captured.out)["batching"][1]["peak_bytes"] == 5_260_000_000
+
+
 def test_command_prints_what_forms_take(asked: Any, capsys: Any) -> None:
     assert command("--static", "0", "--structured") == 0
     assert "x as fast as slots, structured\n" in capsys.readouterr().out

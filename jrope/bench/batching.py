@@ -18,7 +18,7 @@ import numpy as np
 from jrope.batch.engine import Engine
 from jrope.batch.stats import Stats
 from jrope.batch.work import Work
-from jrope.bench.device import Ceilings
+from jrope.bench.device import Ceilings, peak_memory
 from jrope.bench.model import cache_bytes, prefill_flops, tree_bytes
 from jrope.forms.cache import Forms
 from jrope.forms.values import COMMA, anything
@@ -50,6 +50,8 @@ class Measured:
       steps: of decoding.
       occupancy: rows that wanted a token in a step, in terms of all.
       of_limit: what the device needs at its best, in terms of `seconds`.
+      peak_bytes: of the device's memory, at most in use since the process began; None:
+        it does not tell.
       stats: of the engine.
     """
 
@@ -62,6 +64,7 @@ class Measured:
     steps: int
     occupancy: float
     of_limit: float = 0.0
+    peak_bytes: int | None = None
     stats: dict[str, Any] | None = None
 
     def lines(self) -> list[str]:
@@ -73,13 +76,15 @@ class Measured:
             f"    {self.steps} steps, {self.occupancy:.1%} occupied; {self.compiled} "
             f"programs compiled in {self.compile_seconds:.1f} s",
         ]
+        if self.peak_bytes is not None:
+            lines[-1] += f"; {self.peak_bytes / 1e9:.1f} GB in use at most"
         if self.stats is not None:
             whole, padded = self.stats["seconds"], self.stats["padded_tokens"]
             filled = self.stats["prefill_tokens"] / max(padded, 1)
             lines.append(
-                f"    {self.stats['chunks']} chunks; between two of them the host took "
+                f"    {self.stats['chunks']} chunks; the device waited for the host "
                 f"{self.stats['between'] / whole:.1%} of the time, starting prompts "
-                f"{self.stats['calls'] / whole:.1%}; prompts filled {filled:.1%} of "
+                f"took {self.stats['calls'] / whole:.1%}; prompts filled {filled:.1%} of "
                 "their shapes"
             )
         return lines
@@ -148,6 +153,7 @@ def in_slots(engine: Engine, works: list[Work]) -> Measured:
         compiled=stats.compiled,
         steps=stats.steps,
         occupancy=stats.occupancy,
+        peak_bytes=peak_memory(),
         stats=asdict(stats),
     )
 
@@ -180,6 +186,7 @@ def in_batches(
         compiled=4 * len(shapes),
         steps=steps,
         occupancy=tokens / (steps * size),
+        peak_bytes=peak_memory(),
     )
 
 
