@@ -15,8 +15,8 @@ from generate_helpers import VOCABULARY, model
 from jrope.batch import guessing
 from jrope.batch.block import Guessing, blank
 from jrope.batch.engine import Engine
+from jrope.batch.lowering import lower_decode, not_yet
 from jrope.batch.pauses import hopeful, learned, wider
-from jrope.batch.programs import lower_decode, not_yet
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
 from jrope.batch.work import Finished, Work

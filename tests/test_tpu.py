@@ -13,7 +13,7 @@ from tpu_helpers import MOVES, loop_bodies, results, shapes_on, tiny
 
 import jrope
 from jrope.batch.engine import Engine
-from jrope.batch.programs import lower_decode, lower_share
+from jrope.batch.lowering import lower_decode, lower_share
 from jrope.errors import JropeError
 from jrope.model.products import linear
 from jrope.plan.compiled import EFFORT

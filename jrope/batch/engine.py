@@ -23,6 +23,7 @@ from jrope.batch.admission import (
 )
 from jrope.batch.compiling import compiling, platform_of
 from jrope.batch.drafting import share_of_step
+from jrope.batch.lowering import lower_decode, lower_share
 from jrope.batch.packing import WIDEST, Shapes
 from jrope.batch.pauses import in_vain
 from jrope.batch.programs import (
@@ -30,8 +31,6 @@ from jrope.batch.programs import (
     Ruled,
     compile_programs,
     decodings,
-    lower_decode,
-    lower_share,
     names,
 )
 from jrope.batch.room import free_memory, slots_for

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jrope.batch.lowering import no_prompts
 from jrope.batch.packing import Shapes
-from jrope.batch.programs import no_prompts
 from jrope.batch.reading import Piece
 from jrope.batch.seats import Seat
 from jrope.batch.slots import Asked

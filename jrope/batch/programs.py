@@ -3,40 +3,25 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, TypeAlias, final
 
 import jax
 import numpy as np
 from jax.stages import Compiled, Lowered
 
-from jrope.batch.block import Guessing
-from jrope.batch.compiling import compiling, on_device_of, platform_of
+from jrope.batch.compiling import compiling, platform_of
 from jrope.batch.drafting import beside
-from jrope.batch.filling import enter, extend, line_specs, read, share
-from jrope.batch.guessing import decode_guessing
+from jrope.batch.filling import enter, extend, line_specs, read
+from jrope.batch.lowering import lower_decode, no_prompts, no_slots
 from jrope.batch.packing import Shapes
-from jrope.batch.reading import Piece
-from jrope.batch.slots import (
-    STOP_IDS,
-    Asked,
-    Slots,
-    clean,
-    decode,
-    empty,
-    greedy,
-    slots_specs,
-)
-from jrope.forms.rules import no_rules
+from jrope.batch.slots import clean, empty
 from jrope.generation.ahead import side_by_side
 from jrope.generation.guesser import Guesser
-from jrope.generation.past import biases
 from jrope.model.config import LlamaConfig
 from jrope.model.int8_cache import CacheDtype
 from jrope.sharding.meshes import Layout
 from jrope.tree import Params
 
-NOBODY = np.iinfo(np.int32).max  # instead of a slot, where a shape has rows to spare
 Ruled: TypeAlias = tuple[bool, int]  # with log-probabilities? entries of its tables
 
 
@@ -98,77 +83,6 @@ def names(
     return *decoding[: 1 + logprobs], *ways, *first, *further, "empty", "clean"
 
 
-def lower_decode(
-    params: Params,
-    config: LlamaConfig,
-    *,
-    slots: int,
-    capacity: int,
-    size: int,
-    key: jax.Array,
-    scored: bool,
-    entries: int = 0,
-    cache_dtype: CacheDtype | None = None,
-    layout: Layout | None = None,
-    speculate: Guesser | None = None,
-) -> tuple[tuple[Any, ...], Any]:
-    """What `decode` is called with beside the slots, for no row; and it, traced.
-
-    Args:
-      params, config, slots, capacity, size, key, cache_dtype, layout, speculate: as
-        `compile_programs` takes them; rows with structures are not guessed.
-      scored: whether rows may ask for log-probabilities.
-      entries: of the tables, where rows may have structures.
-    """
-    given: Any = key, np.zeros(slots, bool), np.int32(0)
-    state = _no_slots(params, config, slots, capacity, layout, cache_dtype, speculate)
-    how: dict[str, Any] = {"config": config, "size": size, "scored": scored}
-    if speculate is not None and not entries:
-        text = np.zeros((slots, capacity), np.int32)
-        given = *given, speculate, text, not_yet()
-        return given, decode_guessing.lower(params, state, *given, **how)
-    if entries:
-        given = *given, no_rules(slots, config.vocab_size, entries)
-    return given, decode.lower(params, state, *given, **how, layout=layout)
-
-
-def _no_slots(
-    params: Params,
-    config: LlamaConfig,
-    slots: int,
-    capacity: int,
-    layout: Layout | None,
-    cache_dtype: CacheDtype | None,
-    speculate: Guesser | None,
-) -> Slots:
-    """The shapes of so many slots, and where they stand: with the parameters."""
-    dtype = params["model"]["norm"]["weight"].dtype
-    how: dict[str, Any] = {"count": slots, "capacity": capacity, "dtype": dtype}
-    how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
-    how |= {"platform": platform_of(params)}
-    state = empty.eval_shape(config=config, layout=layout, **how)
-    if layout is None:
-        return on_device_of(params, state)
-    return layout.place(state, slots_specs(layout))
-
-
-def lower_share(
-    params: Params,
-    config: LlamaConfig,
-    *,
-    slots: int,
-    capacity: int,
-    behind: tuple[int, int],
-    cache_dtype: CacheDtype | None = None,
-    speculate: Guesser | None = None,
-) -> Any:
-    """`share` for pieces of (width, rows), traced."""
-    state = _no_slots(params, config, slots, capacity, None, cache_dtype, speculate)
-    piece, asked, numbers = no_prompts(behind[1], behind[0])
-    given = piece, asked, numbers, numbers, speculate
-    return share.lower(params, state, *given, config=config)
-
-
 def compile_programs(
     params: Params,
     config: LlamaConfig,
@@ -203,7 +117,7 @@ def compile_programs(
     started = time.perf_counter()
     same: dict[str, Any] = {"slots": slots, "capacity": capacity, "layout": layout}
     same |= {"cache_dtype": cache_dtype, "speculate": speculate}
-    state = _no_slots(params, config, **same)
+    state = no_slots(params, config, **same)
     same |= {"size": size, "key": key}
     how: dict[str, Any] = {"config": config, "layout": layout}
     fresh = {"count": slots, "capacity": capacity, "dtype": state.hidden.dtype}
@@ -282,33 +196,3 @@ def _run_once(
             found = program(params, slots, *given)
             slots = found[0] if isinstance(found, tuple) else found
     jax.block_until_ready(slots)
-
-
-def not_yet() -> Guessing:
-    """How guesses do before the first ones."""
-    none: Any = np.int32(0)
-    return Guessing(pause=none, caution=none, passes=none, rows=none)
-
-
-def no_prompts(
-    rows: int, width: int, lines: int | None = None
-) -> tuple[Piece, Asked, np.ndarray]:
-    """What `enter` takes beside slots and line, for nobody; NumPy arrays to fill.
-
-    The rows lie in so many lines of that width, as many in each; None: in one each.
-    """
-    zeros = partial(np.zeros, rows)
-    piece: dict[str, Any] = {
-        "rows": np.full(rows, NOBODY, np.int32),
-        "tokens": np.zeros((lines or rows, width), np.int32),
-        "lengths": zeros(np.int32),
-        "last": zeros(bool),
-    }
-    asked: dict[str, Any] = {
-        "seeds": zeros(np.uint32),
-        "stop_ids": np.full((rows, STOP_IDS), -1, np.int32),
-        "least": zeros(np.int32),
-        "limits": zeros(np.int32),
-        "bias": biases([{}] * rows),
-    }
-    return Piece(**piece), Asked(**asked, sampler=greedy(rows)), zeros(np.int32)

@@ -9,10 +9,11 @@ from typing import Any, final
 import jax
 import numpy as np
 
+from jrope.batch.lowering import not_yet
 from jrope.batch.packing import Shapes, Waiting
 from jrope.batch.pieces import Ahead, next_pieces
 from jrope.batch.prefix import Prefix
-from jrope.batch.programs import Programs, Ruled, not_yet
+from jrope.batch.programs import Programs, Ruled
 from jrope.batch.reading import Piece
 from jrope.batch.seating import Seating
 from jrope.batch.seats import Seat

@@ -84,8 +84,8 @@ class Measured:
             lines.append(
                 f"    {self.stats['chunks']} chunks; the device waited for the host "
                 f"{self.stats['between'] / whole:.1%} of the time, starting prompts "
-                f"took {self.stats['calls'] / whole:.1%}; prompts filled {filled:.1%} of "
-                "their shapes"
+                f"took {self.stats['calls'] / whole:.1%}; prompts filled "
+                f"{filled:.1%} of their shapes"
             )
         return lines
 
