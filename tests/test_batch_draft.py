@@ -22,7 +22,7 @@ from generate_helpers import VOCABULARY
 
 from jrope.batch import engine
 from jrope.batch.engine import Engine
-from jrope.batch.programs import not_yet
+from jrope.batch.lowering import not_yet
 from jrope.batch.work import Work
 from jrope.forms.structure import MAY_STOP, Structure
 from jrope.generation.guesser import Draft, PromptLookup

@@ -15,8 +15,8 @@ import jrope
 from jrope.batch.admission import fit_guesser
 from jrope.batch.drafting import beside, share_of_step
 from jrope.batch.engine import Engine
+from jrope.batch.lowering import not_yet
 from jrope.batch.pauses import hopeful, in_vain, wider
-from jrope.batch.programs import not_yet
 from jrope.batch.room import slots_for
 from jrope.batch.slots import empty
 from jrope.errors import JropeError

@@ -66,8 +66,9 @@ def test_batch_answers_what_generate_does_on_one_device(
     words = ["batch", folder, "--input", given, "--max-length", 24, "--mesh", MESH]
     told, _ = succeed(capsys, *words, "--slots", 4, "--dry-run")
     assert "slots           4 of 24 tokens\n" in told
-    first = "first pieces up to 16, 2 x 16, first pieces up to 32, 2 x 32"
-    assert f"{first}, further pieces 2 x 32" in told
+    first = "first pieces up to 16, 2 x 16", "first pieces up to 32, 2 x 32"
+    both = ", ".join([*first, *(f"{one}, entering" for one in first)])
+    assert f"{both}, further pieces 2 x 32" in told
     words += ["--output", output, "--in-order"]
     _, err = succeed(capsys, *words, "--slots", 4, "--metrics", tmp_path / "m.json")
     assert "2 of 2 rows answered" in err
