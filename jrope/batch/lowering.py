@@ -1,5 +1,6 @@
 """Programs of an engine, traced for shapes; what they take where nobody is there."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -98,9 +99,20 @@ def no_slots(
     how |= {"cache_dtype": cache_dtype, "draft": beside(speculate)}
     how |= {"platform": platform_of(params)}
     state = empty.eval_shape(config=config, layout=layout, **how)
+    return standing(params, state, layout, slots_specs)
+
+
+def standing(
+    params: Params,
+    shapes: Any,
+    layout: Layout | None,
+    specs: Callable[[Layout], Any],
+) -> Any:
+    """Shapes, and where what has them stands: with the parameters."""
     if layout is None:
-        return on_device_of(params, state)
-    return layout.place(state, slots_specs(layout))
+        return on_device_of(params, shapes)
+    plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), shapes)
+    return layout.place(plain, specs(layout))
 
 
 def no_prompts(

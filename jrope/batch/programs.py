@@ -12,7 +12,7 @@ from jax.stages import Compiled, Lowered
 from jrope.batch.compiling import compiling, platform_of
 from jrope.batch.drafting import beside
 from jrope.batch.filling import enter, extend, line_specs, read
-from jrope.batch.lowering import lower_decode, no_prompts, no_slots
+from jrope.batch.lowering import lower_decode, no_prompts, no_slots, standing
 from jrope.batch.packing import Shapes
 from jrope.batch.slots import clean, empty
 from jrope.generation.ahead import side_by_side
@@ -148,7 +148,7 @@ def compile_programs(
                 cache_dtype=cache_dtype,
             )
             yield ("read", longest), made(own, width)
-            line = _shapes(own.out_info, layout)
+            line = standing(params, own.out_info, layout, line_specs)
             nobody["enter", longest] = given
             own = enter.lower(state, line, *given, longest=longest, layout=layout)
             yield ("enter", longest), made(own)
@@ -173,12 +173,6 @@ def compile_programs(
         layout=layout,
         speculate=speculate,
     )
-
-
-def _shapes(found: Any, layout: Layout | None) -> Any:
-    """A line's shapes, which a program said that it gives."""
-    line = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), found)
-    return line if layout is None else layout.place(line, line_specs(layout))
 
 
 def _run_once(

@@ -180,9 +180,8 @@ class Run:
         """
         own = self.ahead is None and self.shapes.groups == 1 and self.waiting
         if own and self.waiting.prefix() is None:
-            wanted = self.waiting.wanted() or 0
-            [rows] = self.waiting.take(wanted) or [[]]
-            seats = [Seat.of(row, self.shapes) for row in rows]
+            taken = chain(*self.waiting.take(self.shapes.rows) or [])
+            seats = [Seat.of(row, self.shapes) for row in taken]
             self.ahead = self._pieces(dict(enumerate(seats)))
         return self.ahead
 
